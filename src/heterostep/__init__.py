@@ -1,0 +1,32 @@
+"""heterostep: video diffusion in a fraction of the time, without training (HSA, arXiv 2605.06892)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from heterostep.config import HSAConfig
+    from heterostep.pipeline import disable, enable, enabled, report
+    from heterostep.reports import Report
+
+__all__ = ["HSAConfig", "Report", "disable", "enable", "enabled", "report"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "HSAConfig": "heterostep.config",
+    "Report": "heterostep.reports",
+    "disable": "heterostep.pipeline",
+    "enable": "heterostep.pipeline",
+    "enabled": "heterostep.pipeline",
+    "report": "heterostep.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # diffusers takes seconds to import: not for `heterostep --help`.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "tiny":
+        return importlib.import_module("heterostep.tiny")
+    raise AttributeError(f"module 'heterostep' has no attribute {name!r}")

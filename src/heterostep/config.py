@@ -1,0 +1,116 @@
+"""What the user asks for: one dial (`runtime` or `share`) and options that have good defaults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from heterostep.errors import HeterostepError
+
+SOLVERS = ("pipeline", "euler")
+SCORES = ("velocity", "random")
+
+
+@dataclass(frozen=True)
+class HSAConfig:
+    """Options of heterogeneous step allocation. Give exactly one of `runtime` and `share`.
+
+    Args:
+        runtime: seconds of the denoising loop over the dense loop's seconds, 0..1; kept online by timing steps.
+        share: token evaluations over dense token evaluations, 0..1; deterministic. A sequence gives one active share for
+            each step: with `report.active_share` it replays a run exactly.
+        divisors: the step divisors that tokens may get, ascending, each a multiple of the one before: a token of divisor
+            d is evaluated at every d-th step, and all tokens meet at multiples of the largest divisor in play.
+        dense_start: steps before the window, all dense, at least 1; by default chosen from the target.
+        dense_end: steps after the window, all dense; by default chosen from the target.
+        regroup_every: tokens are ranked anew at every such meeting step.
+        solver: "pipeline" feeds held velocities to the scheduler that the pipeline has; "euler" is the paper's update,
+            a first-order step on the same sigma grid.
+        score: "velocity" ranks tokens by how fast their velocity changes; "random" is a control for experiments.
+
+    Raises:
+        HeterostepError: a value is out of its range.
+    """
+
+    runtime: float | None = None
+    share: float | Sequence[float] | None = None
+    divisors: tuple[int, ...] = (1, 2, 4, 8)
+    dense_start: int | None = None
+    dense_end: int | None = None
+    regroup_every: int = 1
+    solver: str = "pipeline"
+    score: str = "velocity"
+
+    def __post_init__(self) -> None:
+        if (self.runtime is None) == (self.share is None):
+            raise HeterostepError("give exactly one of runtime and share, for example runtime=0.5")
+        if self.share is not None and not isinstance(self.share, int | float):
+            object.__setattr__(self, "share", tuple(float(s) for s in self.share))
+            if not self.share or not all(0 <= s <= 1 for s in self.share):  # type: ignore[union-attr]
+                raise HeterostepError("share as a sequence needs one active share in 0..1 for each step")
+        else:
+            name, target = ("runtime", self.runtime) if self.share is None else ("share", self.share)
+            if not isinstance(target, int | float) or not 0 < target <= 1:
+                raise HeterostepError(f"{name} must be above 0 and at most 1, not {target}")
+        divisors = tuple(self.divisors)
+        object.__setattr__(self, "divisors", divisors)
+        if not divisors or divisors[0] < 1 or any(b <= a or b % a for a, b in zip(divisors, divisors[1:])):
+            raise HeterostepError(f"divisors must ascend, each a multiple of the one before, as in (1, 2, 4, 8), not {divisors}")
+        if self.dense_start is not None and self.dense_start < 1:
+            raise HeterostepError("dense_start must be at least 1: the window's first step is dense too, and a change needs two")
+        if self.dense_end is not None and self.dense_end < 0:
+            raise HeterostepError("dense_end must be at least 0")
+        if self.regroup_every < 1:
+            raise HeterostepError("regroup_every must be at least 1")
+        if self.solver not in SOLVERS:
+            raise HeterostepError(f"solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
+        if self.score not in SCORES:
+            raise HeterostepError(f"score must be one of {', '.join(SCORES)}, not {self.score!r}")
+
+    @property
+    def target(self) -> float:
+        """The asked runtime or (mean) share, 0..1."""
+        if self.runtime is not None:
+            return float(self.runtime)
+        if isinstance(self.share, tuple):
+            return sum(self.share) / len(self.share)
+        return float(self.share)  # type: ignore[arg-type]
+
+    def window(self, num_steps: int) -> tuple[int, int]:
+        """The caching window [start, stop): the steps at which tokens may be skipped."""
+        start, end = self.dense_start, self.dense_end
+        if start is None:
+            # A tenth of the run at half the cost, less where the budget is smaller; a runtime needs steps to time.
+            start = max(3 if self.runtime is not None else 1, round(0.2 * self.target * num_steps))
+        if end is None:
+            end = round(0.05 * num_steps) if self.target >= 0.4 else 0
+        start = min(start, num_steps)
+        return start, max(start, num_steps - end)
+
+    def lowest_share(self, num_steps: int) -> float:
+        """The smallest share that the window and the largest divisor allow in a run of `num_steps`."""
+        start, stop = self.window(num_steps)
+        return (num_steps - (stop - start) + math.ceil((stop - start) / self.divisors[-1])) / num_steps
+
+    def check_feasible(self, num_steps: int) -> None:
+        """Whether a run of `num_steps` can meet the target.
+
+        Raises:
+            HeterostepError: it cannot; the message names the lowest possible target.
+        """
+        if isinstance(self.share, tuple):
+            if len(self.share) != num_steps:
+                raise HeterostepError(f"share has {len(self.share)} active shares, but the run has {num_steps} steps")
+            if any(s < 1 for s in self.share[:2]):
+                raise HeterostepError("the first two active shares must be 1: a velocity's change needs two evaluations")
+            return
+        lowest = self.lowest_share(num_steps)
+        if self.target < lowest:
+            name = "runtime" if self.runtime is not None else "share"
+            start, stop = self.window(num_steps)
+            raise HeterostepError(
+                f"{name}={self.target:g} is below the lowest possible {math.ceil(lowest * 1000) / 1000:g} for {num_steps} "
+                f"steps ({num_steps - stop + start} dense steps, then every {self.divisors[-1]}th): raise {name}, "
+                "take more steps, or allow larger divisors"
+            )

@@ -1,0 +1,53 @@
+"""Keys and values of all tokens, kept over steps; active tokens overwrite their rows.
+
+Shapes: B batch, N tokens, n active tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from heterostep.kernels import write_rows
+
+
+class KVCache:
+    """One attention layer's K/V for one guidance branch, stored [B, H, N, D]: attention backends read that uncopied."""
+
+    def __init__(self) -> None:
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the rows of the active tokens and return everyone's K and V.
+
+        Args:
+            key, value: [B, n, H, D]; n = N where `index` is None.
+            index: the active tokens, int64 [B, n]; None where all are.
+
+        Returns:
+            K and V of all tokens, [B, N, H, D].
+        """
+        if index is None:
+            if self._keys is None or self._keys.shape != key.transpose(1, 2).shape or self._keys.dtype != key.dtype:
+                self._keys = torch.empty_like(key.transpose(1, 2), memory_format=torch.contiguous_format)
+                self._values = torch.empty_like(value.transpose(1, 2), memory_format=torch.contiguous_format)
+            assert self._values is not None
+            self._keys.copy_(key.transpose(1, 2))
+            self._values.copy_(value.transpose(1, 2))
+            return key, value
+        if self._keys is None or self._values is None:
+            raise RuntimeError("a sparse step needs a dense one before it: the K/V cache is empty")
+        write_rows(self._keys, index, key.transpose(1, 2))
+        write_rows(self._values, index, value.transpose(1, 2))
+        return self._keys.transpose(1, 2), self._values.transpose(1, 2)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.numel() * t.element_size() for t in (self._keys, self._values) if t is not None)
+
+    def reset(self) -> None:
+        """Free the memory."""
+        self._keys = self._values = None

@@ -1,0 +1,154 @@
+"""`enable` and `disable` on a diffusers pipeline: find the family, check the scheduler, install, restore."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from heterostep.adapters import ADAPTERS
+from heterostep.config import HSAConfig
+from heterostep.errors import HeterostepError
+from heterostep.reports import Report, StepInfo
+from heterostep.runner import Runner
+
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+
+
+class _Session:
+    """What `enable` changed on one pipeline. Refers to the pipeline weakly, so that neither keeps the other alive."""
+
+    def __init__(
+        self, pipe: DiffusionPipeline, config: HSAConfig, on_step: Callable[[StepInfo], None] | None
+    ) -> None:
+        self.name = type(pipe).__name__
+        reference = weakref.ref(pipe)
+        self.original_scheduler = pipe.scheduler
+        self.own_scheduler = _euler(pipe.scheduler) if config.solver == "euler" else None
+        self.runner = Runner(
+            pipe.transformer, ADAPTERS[type(pipe.transformer).__name__], lambda: reference().scheduler, config, on_step
+        )
+        if self.own_scheduler is not None:
+            pipe.scheduler = self.own_scheduler
+        self.runner.install()
+
+    def close(self, pipe: DiffusionPipeline) -> None:
+        self.runner.uninstall()
+        # A scheduler that the user has set since is theirs to keep.
+        if self.own_scheduler is not None and pipe.scheduler is self.own_scheduler:
+            pipe.scheduler = self.original_scheduler
+
+
+_open: weakref.WeakKeyDictionary[DiffusionPipeline, _Session] = weakref.WeakKeyDictionary()
+_last: weakref.WeakKeyDictionary[DiffusionPipeline, _Session] = weakref.WeakKeyDictionary()
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    flow = scheduler.config.get("use_flow_sigmas", False) and scheduler.config.get("prediction_type") == "flow_prediction"
+    if isinstance(scheduler, UniPCMultistepScheduler | DPMSolverMultistepScheduler) and flow:
+        return
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.get("stochastic_sampling", False):
+        return
+    raise HeterostepError(
+        f"the scheduler {type(scheduler).__name__} is not supported as it is configured: use UniPCMultistepScheduler or "
+        "DPMSolverMultistepScheduler with use_flow_sigmas=True and prediction_type='flow_prediction', or "
+        "FlowMatchEulerDiscreteScheduler without stochastic_sampling"
+    )
+
+
+def _euler(scheduler: Any) -> Any:
+    """First-order steps on the scheduler's own sigma grid."""
+    if isinstance(scheduler, UniPCMultistepScheduler):
+        steps = list(range(scheduler.config.num_train_timesteps))
+        return UniPCMultistepScheduler.from_config(scheduler.config, solver_order=1, disable_corrector=steps)
+    if isinstance(scheduler, DPMSolverMultistepScheduler):
+        return DPMSolverMultistepScheduler.from_config(scheduler.config, solver_order=1)
+    return scheduler
+
+
+def _check_pipeline(pipe: Any) -> None:
+    if type(pipe).__name__ not in PIPELINES or type(pipe.transformer).__name__ not in ADAPTERS:
+        inner = type(getattr(pipe, "transformer", None)).__name__
+        hint = " (compile its blocks with compile_repeated_blocks() instead)" if inner == "OptimizedModule" else ""
+        raise HeterostepError(
+            f"{type(pipe).__name__} with {inner} is not supported{hint}; supported are {' and '.join(PIPELINES)} "
+            f"with {' or '.join(ADAPTERS)}"
+        )
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise HeterostepError("pipelines with two transformers (Wan 2.2 A14B) are not supported yet")
+    _check_scheduler(pipe.scheduler)
+
+
+def enable(
+    pipe: DiffusionPipeline,
+    *,
+    config: HSAConfig | None = None,
+    on_step: Callable[[StepInfo], None] | None = None,
+    **options: Any,
+) -> None:
+    """Let the pipeline's next generations spend steps where the video moves.
+
+    Enabling again replaces the earlier options. Works before and after `enable_model_cpu_offload`.
+
+    Args:
+        pipe: a `WanPipeline` or `WanImageToVideoPipeline`.
+        config: an `HSAConfig`; or give its fields as keywords: `enable(pipe, runtime=0.5)`.
+        on_step: called after each denoising step with a `StepInfo`.
+
+    Raises:
+        HeterostepError: an option is out of range, or the pipeline or its scheduler is not supported.
+    """
+    if config is not None and options:
+        raise HeterostepError("give config= or its fields as keywords, not both")
+    try:
+        config = config or HSAConfig(**options)
+    except TypeError as error:
+        unknown = ", ".join(sorted(set(options) - set(HSAConfig.__dataclass_fields__)))
+        known = ", ".join(HSAConfig.__dataclass_fields__)
+        raise HeterostepError(f"no such option: {unknown}; the options are {known}") from error
+    _check_pipeline(pipe)
+    disable(pipe)
+    _open[pipe] = _last[pipe] = _Session(pipe, config, on_step)
+
+
+def disable(pipe: DiffusionPipeline) -> None:
+    """Give the pipeline back as it was. On a pipeline that is not enabled this does nothing."""
+    session = _open.pop(pipe, None)
+    if session is not None:
+        session.close(pipe)
+
+
+@contextlib.contextmanager
+def enabled(
+    pipe: DiffusionPipeline,
+    *,
+    config: HSAConfig | None = None,
+    on_step: Callable[[StepInfo], None] | None = None,
+    **options: Any,
+) -> Iterator[DiffusionPipeline]:
+    """`enable` for the length of a with block; the pipeline is restored also after an exception."""
+    enable(pipe, config=config, on_step=on_step, **options)
+    try:
+        yield pipe
+    finally:
+        disable(pipe)
+
+
+def report(pipe: DiffusionPipeline) -> Report:
+    """What the last generation promised and did; also after `disable`.
+
+    Raises:
+        HeterostepError: the pipeline was never enabled, or has generated nothing since.
+    """
+    session = _last.get(pipe)
+    if session is None:
+        raise HeterostepError("no report: call heterostep.enable(pipe, ...) first, then the pipeline")
+    return session.runner.report(session.name)

@@ -1,0 +1,101 @@
+"""What a run promised and what it did."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RuntimeReport:
+    """The denoising loop: asked (or None) and achieved as ratios to the dense loop; seconds of both.
+
+    `dense_seconds` is this machine's estimate from the run's own dense steps.
+    """
+
+    target: float | None
+    achieved: float | None
+    seconds: float
+    dense_seconds: float | None
+
+
+@dataclass(frozen=True)
+class ShareReport:
+    """Token evaluations over dense token evaluations: asked (or None) and spent."""
+
+    target: float | None
+    achieved: float
+
+
+@dataclass(frozen=True)
+class StepsReport:
+    """Evaluations per token."""
+
+    mean: float
+    min: int
+    max: int
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes: the most K/V held at once, and the process's peak (on CUDA: the device's peak of allocated memory)."""
+
+    kv_cache_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Where a run is, for `on_step`. Steps count from 0; shares and runtimes are ratios to dense."""
+
+    step: int
+    num_inference_steps: int
+    active_share: float
+    elapsed_seconds: float
+    projected_runtime: float | None
+    projected_share: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """One generation's account.
+
+    Attributes:
+        active_share: tokens evaluated over all tokens, one per step; as `share=` it replays the run.
+        steps_map: evaluations per token of the first sample, int [frames, height, width] of the token grid.
+        steps_maps: the same for every sample, [samples, frames, height, width].
+        finished: False where the run was interrupted.
+    """
+
+    pipeline: str
+    num_inference_steps: int
+    runtime: RuntimeReport
+    share: ShareReport
+    steps: StepsReport
+    active_share: list[float]
+    memory: MemoryReport
+    steps_maps: np.ndarray = field(repr=False)
+    solver: str = "pipeline"
+    finished: bool = True
+    seed: int | None = None
+    schema: int = SCHEMA
+
+    @property
+    def steps_map(self) -> np.ndarray:
+        """Evaluations per token of the first sample, int [frames, height, width]."""
+        return self.steps_maps[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, the steps maps as nested lists."""
+        out = asdict(self)
+        out["steps_maps"] = self.steps_maps.tolist()
+        return out
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The report as JSON; `schema` tells the version of its keys."""
+        return json.dumps(self.to_dict(), indent=indent)

@@ -1,0 +1,23 @@
+"""How fast each token's velocity changes: the score that decides who gets more steps (HSA, arXiv 2605.06892).
+
+Shapes: B batch, N tokens, C values a token.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def velocity_change(new: torch.Tensor, old: torch.Tensor, elapsed: torch.Tensor) -> torch.Tensor:
+    """Relative L1 change of each token's velocity per unit of sigma, float32 [B, N].
+
+    s_j = |v_j^new - v_j^old|_1 / |v_j^old|_1, over the sigma elapsed between the token's two evaluations.
+
+    Args:
+        new, old: velocities [B, N, C].
+        elapsed: sigma that passed between the two, > 0, [B, N].
+    """
+    change = (new.float() - old.float()).abs().sum(-1)
+    size = old.float().abs().sum(-1)
+    tiny = torch.finfo(torch.float32).tiny
+    return change / size.clamp_min(tiny) / elapsed.clamp_min(1e-6)

@@ -1,0 +1,56 @@
+"""Seconds of denoising steps, and what a step with fewer active tokens will cost."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+
+class StepClock:
+    """Marks the start of each step; on CUDA with events, so that no step waits for the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list = []
+
+    def mark(self) -> None:
+        """A step begins (or the last one has ended)."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def durations(self) -> list[float]:
+        """Seconds between one mark and the next; on CUDA this waits for the last mark."""
+        if self._cuda:
+            if self._marks:
+                self._marks[-1].synchronize()
+            return [a.elapsed_time(b) / 1000 for a, b in zip(self._marks, self._marks[1:])]
+        return [b - a for a, b in zip(self._marks, self._marks[1:])]
+
+
+class StepCost:
+    """seconds = a + b * active share, fitted to the steps timed so far."""
+
+    def __init__(self, durations: list[float], shares: list[float]) -> None:
+        timed = list(zip(shares, durations))
+        # The first step also warms caches and allocators, so it says little of the others.
+        dense = [seconds for share, seconds in timed[1:] if share == 1] or [seconds for share, seconds in timed if share == 1]
+        self.dense = statistics.median(dense)
+        empty = [seconds for share, seconds in timed if share == 0]
+        self.empty = statistics.median(empty) if empty else 0.0
+        sparse = [(share, seconds) for share, seconds in timed if 0 < share < 1]
+        # The line goes through the dense median: it is the best known point, and the promise is measured in it. From the
+        # sparse steps follows the share of a dense step that does not shrink with the tokens.
+        fixed = [(seconds - share * self.dense) / (1 - share) for share, seconds in sparse if share < 0.95]
+        self.fixed = min(max(statistics.median(fixed), 0.0), self.dense) if fixed else 0.0
+
+    def seconds(self, share: float) -> float:
+        """Predicted seconds of a step with this active share, 0..1."""
+        if share == 0:
+            return self.empty
+        return self.fixed + (self.dense - self.fixed) * share

@@ -1,0 +1,79 @@
+"""The public names, and the directions in which modules may import each other."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from small import run, small_pipeline
+
+import heterostep
+
+SOURCE = Path(heterostep.__file__).parent
+PURE = {"config", "scoring", "allocation", "kv_cache", "kernels", "state", "timing", "reports", "runner"}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def module_files(name):
+    path = SOURCE / name
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+
+
+def test_public_names():
+    assert sorted(heterostep.__all__) == ["HSAConfig", "Report", "disable", "enable", "enabled", "report"]
+    for name in heterostep.__all__:
+        assert getattr(heterostep, name).__doc__
+
+
+def test_the_algorithm_runs_without_diffusers():
+    for name in sorted(PURE):
+        for path in module_files(name):
+            assert not any(used.split(".")[0] == "diffusers" for used in imports(path)), path.name
+
+
+def test_modules_import_downwards_only():
+    above = {
+        "config": {"errors"},
+        "scoring": set(),
+        "allocation": set(),
+        "kernels": {"kernels"},
+        "kv_cache": {"kernels"},
+        "state": {"kv_cache"},
+        "timing": set(),
+        "reports": set(),
+        "adapters": {"adapters", "kernels", "kv_cache", "state"},
+        "runner": {"allocation", "adapters", "config", "errors", "reports", "scoring", "state", "timing"},
+        "pipeline": {"adapters", "config", "errors", "reports", "runner"},
+    }
+    for name, allowed in above.items():
+        for path in module_files(name):
+            used = {m.split(".")[1] for m in imports(path) if m.startswith("heterostep.")}
+            used |= {"allocation"} if "heterostep" in set(imports(path)) and name == "runner" else set()
+            assert used <= allowed, f"{path.name} imports {used - allowed}"
+
+
+def test_importing_the_package_is_quick_and_light():
+    code = "import sys, heterostep; print('torch' in sys.modules, 'diffusers' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["False", "False"]
+
+
+def test_report_as_json_has_the_documented_keys():
+    pipe = small_pipeline()
+    heterostep.enable(pipe, runtime=0.6)
+    run(pipe)
+    report = json.loads(heterostep.report(pipe).to_json())
+    assert report["schema"] == 1 and report["pipeline"] == "WanPipeline" and report["num_inference_steps"] == 12
+    assert set(report["runtime"]) == {"target", "achieved", "seconds", "dense_seconds"}
+    assert set(report["share"]) == {"target", "achieved"}
+    assert set(report["steps"]) == {"mean", "min", "max"}
+    assert set(report["memory"]) == {"kv_cache_bytes", "peak_bytes"}
+    assert len(report["active_share"]) == 12 and report["seed"] is None
