@@ -13,7 +13,7 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-WORDS = "a red green circle square moving right left over stripes".split()
+WORDS = ["a", "red", "green", "circle", "square", "moving", "right", "left", "over", "stripes"]
 
 
 def small_pipeline(image_to_video: bool = False, expand_timesteps: bool = True, seed: int = 0):

@@ -6,9 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from small import run, small_pipeline
-
 import heterostep
+from small import run, small_pipeline
 
 SOURCE = Path(heterostep.__file__).parent
 PURE = {"config", "scoring", "allocation", "kv_cache", "kernels", "state", "timing", "reports", "runner"}

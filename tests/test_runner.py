@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
-from small import run, small_pipeline
 
 import heterostep
 from heterostep.errors import HeterostepError
+from small import run, small_pipeline
 
 TOKENS = 3 * 4 * 4
 

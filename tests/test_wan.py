@@ -3,10 +3,10 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from small import small_pipeline
 
 from heterostep.adapters import ADAPTERS, Call
 from heterostep.state import Branch
+from small import small_pipeline
 
 SIZE = (2, 16, 3, 8, 8)
 TOKENS = 3 * 4 * 4

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,9 +54,9 @@ def scene_and_caption(seed: int) -> tuple[world.Scene, str]:
     return scene, world.caption(scene, rng)
 
 
-def to_tensor(clip: np.ndarray) -> torch.Tensor:
-    """uint8 [F, H, W, 3] -> float32 [3, F, H, W] in -1..1."""
-    return torch.from_numpy(clip).permute(3, 0, 1, 2).float() / 127.5 - 1
+def to_tensor(clip: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., F, H, W, 3] -> float32 [..., 3, F, H, W] in -1..1."""
+    return clip.movedim(-1, -4).float() / 127.5 - 1
 
 
 def build_vae() -> AutoencoderKLWan:
@@ -64,11 +67,23 @@ def build_transformer() -> WanTransformer3DModel:
     return WanTransformer3DModel(**TRANSFORMER)
 
 
-def learning_rate(progress: float, peak: float, warmup: float = 0.02) -> float:
-    """Linear warm-up, then a cosine to a hundredth of the peak; `progress` in 0..1."""
-    if progress < warmup:
-        return peak * progress / warmup
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))))
+def parse_phases(text: str) -> list[tuple[int, int, int]]:
+    """ "1:48:300,9:8:200" -> [(frames, batch, steps), ...]."""
+    return [tuple(int(n) for n in phase.split(":")) for phase in text.split(",")]
+
+
+def phase_at(phases: list[tuple[int, int, int]], step: int) -> tuple[int, int]:
+    """Frames and batch of the phase that `step` is in."""
+    for frames, batch, steps in phases:
+        if step < steps:
+            return frames, batch
+        step -= steps
+    raise IndexError("the step lies behind the last phase")
+
+
+def learning_rate(progress: float, peak: float) -> float:
+    """A cosine from the peak to a hundredth of it; `progress` in 0..1."""
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
 class Muon(torch.optim.Optimizer):
@@ -112,11 +127,43 @@ def save_atomically(state: dict, path: Path) -> None:
     os.replace(part, path)
 
 
+def prefetch(make: Callable[[int], Any], count: int, first: int = 0, workers: int = 0) -> Iterator[Any]:
+    """make(first), make(first + 1), ..., `count` of them, made ahead by `workers` processes."""
+
+    class Steps(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return count
+
+        def __getitem__(self, index: int) -> Any:
+            return make(first + index)
+
+    yield from torch.utils.data.DataLoader(
+        Steps(), batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
+    )
+
+
+@dataclass
+class Budget:
+    """How long a stage trains: `steps`, or until `seconds` have passed over all its runs; `pause` ends this run early.
+
+    The learning rate follows whichever of the two is farther on.
+    """
+
+    steps: int
+    seconds: float = math.inf
+    pause: float = math.inf
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--seconds", type=float, default=math.inf, help="train no longer than this, over all runs")
+        parser.add_argument("--pause", type=float, default=math.inf, help="stop after these seconds, to be resumed")
+
+
 def train(
     modules: dict[str, torch.nn.Module],
-    loss_at: Callable[[int], tuple[torch.Tensor, dict[str, float]]],
+    loss_at: Callable[[int], tuple[torch.Tensor, dict[str, torch.Tensor]]],
     *,
-    steps: int,
+    budget: Budget,
     muon_rate: float,
     adam_rate: float,
     edges: tuple[str, ...],
@@ -124,12 +171,13 @@ def train(
     save_every: int = 200,
     log_every: int = 50,
     averaging: float = 0.0,
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Train `modules` for `steps` steps, resuming from `checkpoint` where it exists.
+) -> dict[str, dict[str, torch.Tensor]] | None:
+    """Train `modules` within the budget, resuming from `checkpoint` where it exists.
 
     Muon moves the hidden weights, AdamW the rest: vectors, and weights whose name holds one of `edges`.
-    `loss_at(step)` returns the loss and what to log; a step's data depends on the step alone, so a resumed run sees what
-    an unbroken one would. Returns the state dict of each module, averaged with decay `averaging` where that is not 0.
+    `loss_at(step)` returns the loss and what to log; a step's data depends on the step alone, so a resumed run sees
+    what an unbroken one would. Returns the state dict of each module, averaged with decay `averaging` where that is
+    not 0; None where the run was paused.
     """
     named = [(n, p) for m in modules.values() for n, p in m.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
@@ -141,17 +189,16 @@ def train(
         (torch.optim.AdamW(rest, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0), adam_rate),
     ]
     averaged = {name: {k: v.detach().clone().float() for k, v in m.state_dict().items()} for name, m in modules.items()}
-    first = 0
+    first, spent = 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint, map_location=parameters[0].device, weights_only=True)
         for name, module in modules.items():
             module.load_state_dict(state["modules"][name])
         for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        averaged, first = state["averaged"], state["step"]
-        device = parameters[0].device
-        averaged = {n: {k: v.to(device) for k, v in s.items()} for n, s in averaged.items()}
+        averaged, first, spent = state["averaged"], state["step"], state["spent"]
         print(f"resumed at step {first} from {checkpoint}", flush=True)
+    started = time.perf_counter()
 
     def save(step: int) -> None:
         save_atomically(
@@ -160,33 +207,44 @@ def train(
                 "averaged": averaged,
                 "optimizers": [optimizer.state_dict() for optimizer, _ in optimizers],
                 "step": step,
+                "spent": spent + time.perf_counter() - started,
             },
             checkpoint,
         )
 
-    started, logs = time.perf_counter(), []
-    for step in range(first, steps):
+    live = {name: m.state_dict() for name, m in modules.items()}
+    logs: list[dict[str, torch.Tensor]] = []
+    for step in range(first, budget.steps):
+        elapsed = time.perf_counter() - started
+        if spent + elapsed >= budget.seconds:
+            save(step)
+            break
+        if elapsed >= budget.pause:
+            save(step)
+            print(f"paused at step {step}", flush=True)
+            return None
         loss, log = loss_at(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        progress = max(step / budget.steps, (spent + elapsed) / budget.seconds)
         for optimizer, peak in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step / steps, peak)
+                group["lr"] = learning_rate(progress, peak) * min(1.0, (step + 1) / 50)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         # A short memory at first, so that the random start is forgotten.
         decay = min(averaging, (1 + step) / (10 + step))
         with torch.no_grad():
-            for name, module in modules.items():
-                for key, value in module.state_dict().items():
-                    averaged[name][key].lerp_(value.float(), 1 - decay)
+            for name in modules:
+                torch._foreach_lerp_(list(averaged[name].values()), [v.float() for v in live[name].values()], 1 - decay)
         logs.append(log)
-        if (step + 1) % log_every == 0 or step + 1 == steps:
-            means = {k: float(np.mean([entry[k] for entry in logs])) for k in log}
+        if (step + 1) % log_every == 0 or step + 1 == budget.steps:
+            means = {k: float(torch.stack([entry[k].float().cpu() for entry in logs]).mean()) for k in log}
             pace = (time.perf_counter() - started) / (step + 1 - first)
             text = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
-            print(f"step {step + 1}/{steps}  {text}  {pace:.3f} s/step  {pace * (steps - step - 1):.0f} s left", flush=True)
+            left = min(pace * (budget.steps - step - 1), budget.seconds - spent - elapsed)
+            print(f"step {step + 1}/{budget.steps}  {text}  {pace:.3f} s/step  {left:.0f} s left", flush=True)
             logs = []
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        if (step + 1) % save_every == 0 or step + 1 == budget.steps:
             save(step + 1)
     return averaged

@@ -1,7 +1,7 @@
 """Stage 3: clips to latents, once, with the statistics that the pipeline needs to normalise them.
 
-Clips come in three lengths: the causal autoencoder gives a short clip the same first latents as a long one, and short
-ones are cheap, so the first phases of training see more of the world than full clips alone would show them.
+Shorter clips may be added for the transformer's first phases: the causal autoencoder gives a short clip the same first
+latents as a long one.
 """
 
 from __future__ import annotations
@@ -11,39 +11,47 @@ import time
 from pathlib import Path
 
 import torch
-from common import save_atomically, scene_and_caption, to_tensor
 from diffusers import AutoencoderKLWan
 
+from common import prefetch, save_atomically, scene_and_caption, to_tensor
 from heterostep.tiny import world
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"))
-    parser.add_argument("--clips", type=int, nargs="*", default=[33, 4000], help="pairs: frames count frames count ...")
+    parser.add_argument("--clips", type=int, nargs="*", default=[33, 8000], help="pairs: frames count frames count ...")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0, help="processes that render")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     vae = AutoencoderKLWan.from_pretrained(args.out / "vae").to(args.device).eval()
-    started, seed, total = time.perf_counter(), 0, sum(args.clips[1::2])
+    started, first, total = time.perf_counter(), 0, sum(args.clips[1::2])
     moments = torch.zeros(2, vae.config.z_dim, dtype=torch.float64)
-    values = 0
+    values = done = 0
     for frames, count in zip(args.clips[::2], args.clips[1::2], strict=True):
-        latents, captions = [], []
-        for _ in range(count):
-            scene, caption = scene_and_caption(seed)
-            seed += 1
-            clip = to_tensor(world.render(scene, num_frames=frames))[None].to(args.device)
+        seeds = list(range(first, first + count))
+        first += count
+        batches = [seeds[i : i + args.batch] for i in range(0, count, args.batch)]
+
+        def clips(index: int, batches=batches, frames=frames) -> torch.Tensor:
+            scenes = (scene_and_caption(seed)[0] for seed in batches[index])
+            return torch.stack([torch.from_numpy(world.render(scene, num_frames=frames)) for scene in scenes])
+
+        latents = []
+        for batch in prefetch(clips, len(batches), workers=args.workers):
             with torch.no_grad(), torch.autocast(args.device, torch.bfloat16):
-                latent = vae.encode(clip).latent_dist.mode()[0].float().cpu()
-            latents.append(latent.half())
-            captions.append(caption)
-            flat = latent.double().flatten(1)
-            moments += torch.stack([flat.sum(1), flat.square().sum(1)])
+                latent = vae.encode(to_tensor(batch.to(args.device))).latent_dist.mode().float()
+            latents.append(latent.half().cpu())
+            flat = latent.double().transpose(0, 1).flatten(1)
+            moments += torch.stack([flat.sum(1), flat.square().sum(1)]).cpu()
             values += flat.shape[1]
-            if seed % 100 == 0 or seed == total:
-                pace = (time.perf_counter() - started) / seed
-                print(f"{seed}/{total} clips, {frames} frames  {pace * (total - seed):.0f} s left", flush=True)
-        save_atomically({"latents": torch.stack(latents), "captions": captions}, args.out / f"latents-{frames}.pt")
+            before, done = done, done + len(batch)
+            if done // 200 > before // 200 or done == total:
+                pace = (time.perf_counter() - started) / done
+                print(f"{done}/{total} clips, {frames} frames  {pace * (total - done):.0f} s left", flush=True)
+        captions = [scene_and_caption(seed)[1] for seed in seeds]
+        save_atomically({"latents": torch.cat(latents), "captions": captions}, args.out / f"latents-{frames}.pt")
     mean = moments[0] / values
     std = (moments[1] / values - mean.square()).sqrt()
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())

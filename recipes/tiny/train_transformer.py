@@ -1,7 +1,7 @@
 """Stage 4: the transformer, by flow matching: caption dropout, and a clean first frame on part of the batches.
 
-Clips grow during training (single frames, then short clips, then whole ones), as they do for large video models: most of
-what there is to learn about textures, shapes and words costs little at one frame.
+Clips grow during training (single frames, then short clips, then whole ones), as they do for large video models: most
+of what there is to learn about textures, shapes and words costs little at one frame.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import math
 from pathlib import Path
 
 import torch
-from common import TEXT_LENGTH, build_transformer, train
 from diffusers import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from transformers import AutoTokenizer, UMT5EncoderModel
+
+from common import TEXT_LENGTH, Budget, build_transformer, parse_phases, phase_at, train
 
 CAPTION_DROPOUT = 0.1
 FIRST_FRAME_SHARE = 0.3
@@ -49,20 +50,17 @@ def encode_text(tokenizer, encoder, captions: list[str], device: str) -> torch.T
     return torch.cat(out)
 
 
-def parse_phases(text: str) -> list[tuple[int, int, int]]:
-    """"1:48:300,9:8:200" -> [(latent frames, batch, steps), ...]."""
-    return [tuple(int(n) for n in phase.split(":")) for phase in text.split(",")]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"))
-    parser.add_argument("--phases", default="1:64:500,3:64:1000,9:64:2500", help="latent frames:batch:steps, ...")
+    parser.add_argument("--phases", default="9:64:6000", help="latent frames:batch:steps, ...")
     parser.add_argument("--rate", type=float, default=0.02)
     parser.add_argument("--adam-rate", type=float, default=2e-3)
-    parser.add_argument("--averaging", type=float, default=0.995)
+    parser.add_argument("--averaging", type=float, default=0.999)
+    parser.add_argument("--init", type=Path, help="start from these weights (a state dict)")
     parser.add_argument("--compile", action="store_true", help="worth its minute on a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    Budget.add_arguments(parser)
     args = parser.parse_args()
     torch.manual_seed(0)
     phases = parse_phases(args.phases)
@@ -73,58 +71,66 @@ def main() -> None:
     sets = []
     for path in sorted(args.out.glob("latents-*.pt")):
         saved = torch.load(path, weights_only=True)
-        latents = ((saved["latents"].float() - mean) / std).to(torch.bfloat16)
+        latents = ((saved["latents"].float() - mean) / std).to(torch.bfloat16).to(args.device)
         sets.append((latents, encode_text(tokenizer, encoder, saved["captions"], args.device)))
         print(f"{path.name}: {len(latents)} clips of {latents.shape[2]} latent frames", flush=True)
     no_caption = encode_text(tokenizer, encoder, [""], args.device)[0]
     model = build_transformer().to(args.device)
+    if args.init:
+        model.load_state_dict(torch.load(args.init, weights_only=True))
     for block in model.blocks:
         block.attn2.set_processor(PaddedText())
     forward = torch.compile(model) if args.compile else model
-    ends = [sum(p[2] for p in phases[: i + 1]) for i in range(len(phases))]
 
-    def loss_at(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        frames, batch, _ = phases[next(i for i, end in enumerate(ends) if step < end)]
-        rng = torch.Generator().manual_seed(step)
+    def draw_clips(frames: int, batch: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents [batch, C, frames, h, w] and text states of clips that are long enough, each equally likely."""
         fitting = [(latents, text) for latents, text in sets if latents.shape[2] >= frames]
-        pick = torch.randint(sum(len(latents) for latents, _ in fitting), (batch,), generator=rng).tolist()
+        pick = torch.randint(sum(len(latents) for latents, _ in fitting), (batch,), generator=rng)
         clean, text = [], []
-        for index in pick:
-            for latents, states in fitting:
-                if index < len(latents):
-                    clean.append(latents[index, :, :frames])
-                    text.append(states[index])
-                    break
-                index -= len(latents)
-        x0 = torch.stack(clean).float()
-        states = torch.stack(text)
+        for latents, states in fitting:
+            here = pick[(pick >= 0) & (pick < len(latents))].to(args.device)
+            clean.append(latents[here, :, :frames].float())
+            text.append(states[here])
+            pick = pick - len(latents)
+        return torch.cat(clean), torch.cat(text)
+
+    def loss_at(step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        frames, batch = phase_at(phases, step)
+        rng = torch.Generator().manual_seed(step)
+        x0, states = draw_clips(frames, batch, rng)
         dropped = torch.rand(batch, generator=rng) < CAPTION_DROPOUT
-        states[dropped.to(states.device)] = no_caption
-        noise = torch.randn(x0.shape, generator=rng)
+        states[dropped.to(args.device)] = no_caption
         # One level from each of `batch` equal slices of 0..1: a batch covers all levels. Then the sampler's own shift.
-        u = (torch.arange(batch) + torch.rand(batch, generator=rng)) / batch
-        sigma = FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
-        weight = torch.ones(1, 1, frames, 1, 1)
+        u = (torch.randperm(batch, generator=rng) + torch.rand(batch, generator=rng)) / batch
+        sigma = (FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)).to(args.device)
+        noise = torch.randn(x0.shape, generator=torch.Generator(args.device).manual_seed(step), device=args.device)
         noisy = x0 + (noise - x0) * sigma.view(-1, 1, 1, 1, 1)
-        timestep = 1000 * sigma
+        timestep, first = 1000 * sigma, 0
         if frames > 1 and torch.rand((), generator=rng) < FIRST_FRAME_SHARE:
+            first = 1
             noisy[:, :, 0] = x0[:, :, 0]
-            weight[:, :, 0] = 0
             tokens = x0.shape[3] * x0.shape[4] // 4
             timestep = timestep[:, None].repeat(1, frames * tokens)
             timestep[:, :tokens] = 0
-        target = (noise - x0).to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
-            velocity = forward(noisy.to(args.device), timestep.to(args.device), states, return_dict=False)[0]
-        error = (velocity.float() - target).square() * weight.to(args.device)
-        loss = error.mean() / weight.mean()
-        return loss, {"frames": float(frames), "loss": float(loss.detach())}
+            velocity = forward(noisy, timestep, states, return_dict=False)[0]
+        loss = (velocity.float() - (noise - x0))[:, :, first:].square().mean()
+        return loss, {"frames": torch.tensor(frames), "loss": loss.detach()}
 
     averaged = train(
-        {"model": model}, loss_at, steps=ends[-1], muon_rate=args.rate, adam_rate=args.adam_rate,
+        {"model": model},
+        loss_at,
+        budget=Budget(sum(steps for _, _, steps in phases), args.seconds, args.pause),
+        muon_rate=args.rate,
+        adam_rate=args.adam_rate,
         edges=("patch_embedding", "condition_embedder", "proj_out", "scale_shift_table"),
-        checkpoint=args.out / "transformer.pt", averaging=args.averaging, save_every=100, log_every=25,
-    )  # fmt: skip
+        checkpoint=args.out / "transformer.pt",
+        averaging=args.averaging,
+        save_every=1000,
+        log_every=50,
+    )
+    if averaged is None:
+        return
     model.load_state_dict(averaged["model"])
     for block in model.blocks:
         block.attn2.set_processor(WanAttnProcessor())

@@ -1,8 +1,8 @@
 """How many tokens are active at each step of the caching window, and which.
 
-A *meeting step* evaluates every token; a cycle runs from one to the next and is as long as the larger of two adjacent step
-divisors d1 < d2. In between, at the multiples of d1, the tokens ranked first are evaluated: those have divisor d1, the
-others d2. So a run is a list of counts, one a step, and a ranking of the tokens for each cycle.
+A *meeting step* evaluates every token; a cycle runs from one to the next and is as long as the larger of two adjacent
+step divisors d1 < d2. In between, at the multiples of d1, the tokens ranked first are evaluated: those have divisor d1,
+the others d2. So a run is a list of counts, one a step, and a ranking of the tokens for each cycle.
 
 Shapes: B batch, N tokens, n active tokens.
 """
@@ -34,12 +34,9 @@ def allocate(evaluations: int, num_tokens: int, num_steps: int, divisors: Sequen
     ladder = list(divisors)
     if len(ladder) == 1:
         ladder = ladder * 2
-    pairs = list(zip(ladder, ladder[1:]))
-    for small, large in pairs:
-        if num_tokens * math.ceil(num_steps / large) <= evaluations:
-            break
-    else:
-        small, large = pairs[-1]
+    pairs = zip(ladder, ladder[1:])
+    affordable = (pair for pair in pairs if num_tokens * math.ceil(num_steps / pair[1]) <= evaluations)
+    small, large = next(affordable, (ladder[-2], ladder[-1]))
     meetings = set(range(0, num_steps, large))
     between = [step for step in range(0, num_steps, small) if step not in meetings]
     left = min(max(evaluations - num_tokens * len(meetings), 0), num_tokens * len(between))

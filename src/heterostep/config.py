@@ -18,10 +18,10 @@ class HSAConfig:
 
     Args:
         runtime: seconds of the denoising loop over the dense loop's seconds, 0..1; kept online by timing steps.
-        share: token evaluations over dense token evaluations, 0..1; deterministic. A sequence gives one active share for
-            each step: with `report.active_share` it replays a run exactly.
-        divisors: the step divisors that tokens may get, ascending, each a multiple of the one before: a token of divisor
-            d is evaluated at every d-th step, and all tokens meet at multiples of the largest divisor in play.
+        share: token evaluations over dense token evaluations, 0..1; deterministic. A sequence gives one active share
+            for each step: with `report.active_share` it replays a run exactly.
+        divisors: the step divisors that tokens may get, ascending, each a multiple of the one before: a token of
+            divisor d is evaluated at every d-th step; all tokens meet at multiples of the largest divisor in play.
         dense_start: steps before the window, all dense, at least 1; by default chosen from the target.
         dense_end: steps after the window, all dense; by default chosen from the target.
         regroup_every: tokens are ranked anew at every such meeting step.
@@ -47,7 +47,7 @@ class HSAConfig:
             raise HeterostepError("give exactly one of runtime and share, for example runtime=0.5")
         if self.share is not None and not isinstance(self.share, int | float):
             object.__setattr__(self, "share", tuple(float(s) for s in self.share))
-            if not self.share or not all(0 <= s <= 1 for s in self.share):  # type: ignore[union-attr]
+            if not self.share or not all(0 <= s <= 1 for s in self.share):
                 raise HeterostepError("share as a sequence needs one active share in 0..1 for each step")
         else:
             name, target = ("runtime", self.runtime) if self.share is None else ("share", self.share)
@@ -56,9 +56,13 @@ class HSAConfig:
         divisors = tuple(self.divisors)
         object.__setattr__(self, "divisors", divisors)
         if not divisors or divisors[0] < 1 or any(b <= a or b % a for a, b in zip(divisors, divisors[1:])):
-            raise HeterostepError(f"divisors must ascend, each a multiple of the one before, as in (1, 2, 4, 8), not {divisors}")
+            raise HeterostepError(
+                f"divisors must ascend, each a multiple of the one before, as in (1, 2, 4, 8), not {divisors}"
+            )
         if self.dense_start is not None and self.dense_start < 1:
-            raise HeterostepError("dense_start must be at least 1: the window's first step is dense too, and a change needs two")
+            raise HeterostepError(
+                "dense_start must be at least 1: the window's first step is dense too, and a change needs two"
+            )
         if self.dense_end is not None and self.dense_end < 0:
             raise HeterostepError("dense_end must be at least 0")
         if self.regroup_every < 1:
@@ -103,14 +107,16 @@ class HSAConfig:
             if len(self.share) != num_steps:
                 raise HeterostepError(f"share has {len(self.share)} active shares, but the run has {num_steps} steps")
             if any(s < 1 for s in self.share[:2]):
-                raise HeterostepError("the first two active shares must be 1: a velocity's change needs two evaluations")
+                raise HeterostepError(
+                    "the first two active shares must be 1: a velocity's change needs two evaluations"
+                )
             return
         lowest = self.lowest_share(num_steps)
         if self.target < lowest:
             name = "runtime" if self.runtime is not None else "share"
             start, stop = self.window(num_steps)
             raise HeterostepError(
-                f"{name}={self.target:g} is below the lowest possible {math.ceil(lowest * 1000) / 1000:g} for {num_steps} "
-                f"steps ({num_steps - stop + start} dense steps, then every {self.divisors[-1]}th): raise {name}, "
-                "take more steps, or allow larger divisors"
+                f"{name}={self.target:g} is below the lowest possible {math.ceil(lowest * 1000) / 1000:g} for "
+                f"{num_steps} steps ({num_steps - stop + start} dense steps, then every {self.divisors[-1]}th): "
+                f"raise {name}, take more steps, or allow larger divisors"
             )

@@ -26,15 +26,17 @@ PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 class _Session:
     """What `enable` changed on one pipeline. Refers to the pipeline weakly, so that neither keeps the other alive."""
 
-    def __init__(
-        self, pipe: DiffusionPipeline, config: HSAConfig, on_step: Callable[[StepInfo], None] | None
-    ) -> None:
+    def __init__(self, pipe: DiffusionPipeline, config: HSAConfig, on_step: Callable[[StepInfo], None] | None) -> None:
         self.name = type(pipe).__name__
         reference = weakref.ref(pipe)
         self.original_scheduler = pipe.scheduler
         self.own_scheduler = _euler(pipe.scheduler) if config.solver == "euler" else None
         self.runner = Runner(
-            pipe.transformer, ADAPTERS[type(pipe.transformer).__name__], lambda: reference().scheduler, config, on_step
+            pipe.transformer,
+            ADAPTERS[type(pipe.transformer).__name__],
+            lambda: getattr(reference(), "scheduler", None),
+            config,
+            on_step,
         )
         if self.own_scheduler is not None:
             pipe.scheduler = self.own_scheduler
@@ -52,14 +54,18 @@ _last: weakref.WeakKeyDictionary[DiffusionPipeline, _Session] = weakref.WeakKeyD
 
 
 def _check_scheduler(scheduler: Any) -> None:
-    flow = scheduler.config.get("use_flow_sigmas", False) and scheduler.config.get("prediction_type") == "flow_prediction"
+    flow = (
+        scheduler.config.get("use_flow_sigmas", False) and scheduler.config.get("prediction_type") == "flow_prediction"
+    )
     if isinstance(scheduler, UniPCMultistepScheduler | DPMSolverMultistepScheduler) and flow:
         return
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.get("stochastic_sampling", False):
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.get(
+        "stochastic_sampling", False
+    ):
         return
     raise HeterostepError(
-        f"the scheduler {type(scheduler).__name__} is not supported as it is configured: use UniPCMultistepScheduler or "
-        "DPMSolverMultistepScheduler with use_flow_sigmas=True and prediction_type='flow_prediction', or "
+        f"the scheduler {type(scheduler).__name__} is not supported as it is configured: use UniPCMultistepScheduler "
+        "or DPMSolverMultistepScheduler with use_flow_sigmas=True and prediction_type='flow_prediction', or "
         "FlowMatchEulerDiscreteScheduler without stochastic_sampling"
     )
 

@@ -7,7 +7,7 @@ The runner stands around the model's forward; what happens inside is the adapter
     sparse   the active tokens only; the others' velocities are held
     empty    no token: the last output again
 
-Holding a token's velocity over k steps is one Euler step over all of them, for sums of steps with one velocity telescope.
+Holding a token's velocity over k steps is one Euler step over all of them: with one velocity, their sum telescopes.
 
 Shapes: B batch, N tokens, n active tokens, C values a token.
 """
@@ -114,7 +114,7 @@ class Runner:
 
     def _run(self, generation: Generation, branch: Branch, inputs: dict[str, Any]):
         step, tokens = generation.step, generation.num_tokens
-        # A branch that missed a step (guidance switched off for a while) has stale K/V: it starts again with a dense call.
+        # A branch that missed a step (guidance switched off for a while) has stale K/V: it starts again, dense.
         stale = branch.velocity is None or branch.last_step < step - 1
         index = None if stale else generation.index
         branch.last_step = step

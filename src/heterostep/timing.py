@@ -39,13 +39,15 @@ class StepCost:
     def __init__(self, durations: list[float], shares: list[float]) -> None:
         timed = list(zip(shares, durations))
         # The first step also warms caches and allocators, so it says little of the others.
-        dense = [seconds for share, seconds in timed[1:] if share == 1] or [seconds for share, seconds in timed if share == 1]
+        dense = [seconds for share, seconds in timed[1:] if share == 1] or [
+            seconds for share, seconds in timed if share == 1
+        ]
         self.dense = statistics.median(dense)
         empty = [seconds for share, seconds in timed if share == 0]
         self.empty = statistics.median(empty) if empty else 0.0
         sparse = [(share, seconds) for share, seconds in timed if 0 < share < 1]
-        # The line goes through the dense median: it is the best known point, and the promise is measured in it. From the
-        # sparse steps follows the share of a dense step that does not shrink with the tokens.
+        # The line goes through the dense median: it is the best known point, and the promise is measured in it. From
+        # the sparse steps follows the share of a dense step that does not shrink with the tokens.
         fixed = [(seconds - share * self.dense) / (1 - share) for share, seconds in sparse if share < 0.95]
         self.fixed = min(max(statistics.median(fixed), 0.0), self.dense) if fixed else 0.0
 

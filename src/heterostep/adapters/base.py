@@ -27,7 +27,7 @@ class Call:
 class Adapter(Protocol):
     """One model family. Hooks and processors read the `Call`; tokens are the rows of the output projection."""
 
-    def token_grid(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[int, int, int]:
+    def token_grid(self, model: Any, inputs: dict[str, Any]) -> tuple[int, int, int]:
         """Frames, height and width of the token grid for these inputs."""
         ...
 
@@ -39,7 +39,7 @@ class Adapter(Protocol):
         """The forward's inputs with everything that has one entry per token reduced to the active ones."""
         ...
 
-    def install(self, model: torch.nn.Module, call: Call, on_velocity: Any) -> list[Any]:
+    def install(self, model: Any, call: Call, on_velocity: Any) -> list[Any]:
         """Set hooks and processors; return what undoes each, in order, as callables.
 
         `on_velocity(rows)` takes the output projection's rows [B, n, C] and returns those of all tokens [B, N, C].

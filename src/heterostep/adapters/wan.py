@@ -1,13 +1,15 @@
 """Wan 2.1 and 2.2 (`WanTransformer3DModel`).
 
-The model's forward is left as it is. Reduced are what enters the blocks (after the patch embedding), the rotary tables and
-per-token timesteps; the output projection's rows are put back among the held ones. Two attention processors keep K and V.
+The model's forward is left as it is. Reduced are what enters the blocks (after the patch embedding), the rotary tables
+and per-token timesteps; the output projection's rows are put back among the held ones. Two attention processors keep K
+and V.
 
 Shapes: B batch, N tokens, n active tokens, H heads, D head dim, C values a token.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -125,7 +127,7 @@ class WanAdapter:
         bound.pop("self")
         return bound
 
-    def token_grid(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[int, int, int]:
+    def token_grid(self, model: Any, inputs: dict[str, Any]) -> tuple[int, int, int]:
         sizes, patch = inputs["hidden_states"].shape[2:], model.config.patch_size
         frames, height, width = (size // p for size, p in zip(sizes, patch, strict=True))
         return frames, height, width
@@ -141,7 +143,7 @@ class WanAdapter:
         return inputs
 
     def install(
-        self, model: torch.nn.Module, call: Call, on_velocity: Callable[[torch.Tensor], torch.Tensor]
+        self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], torch.Tensor]
     ) -> list[Callable[[], Any]]:
         def select_patches(module, args, output):
             if call.index is None:
@@ -166,5 +168,5 @@ class WanAdapter:
             for attn, processor in ((block.attn1, SelfAttention), (block.attn2, CrossAttention)):
                 original = attn.processor
                 attn.set_processor(processor(original, call, layer))
-                undo.append(lambda attn=attn, original=original: attn.set_processor(original))
+                undo.append(functools.partial(attn.set_processor, original))
         return undo

@@ -3,6 +3,7 @@
 import numpy as np
 
 from heterostep.tiny.world.caption import CaptionWords, ShapeWords, caption, parse, scene_from_caption
+from heterostep.tiny.world.judge import Reading, SeenShape, ShapeVerdict, Verdict, judge, read
 from heterostep.tiny.world.render import render
 from heterostep.tiny.world.scene import NUM_FRAMES, SIZE, Background, Scene, Shape, moved, sample_scene
 
@@ -11,13 +12,19 @@ __all__ = [
     "SIZE",
     "Background",
     "CaptionWords",
+    "Reading",
     "Scene",
+    "SeenShape",
     "Shape",
+    "ShapeVerdict",
     "ShapeWords",
+    "Verdict",
     "caption",
     "first_frame",
+    "judge",
     "moved",
     "parse",
+    "read",
     "render",
     "sample_scene",
     "scene_from_caption",

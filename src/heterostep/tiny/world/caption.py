@@ -83,9 +83,12 @@ def _either(words) -> str:
     return "|".join(words)
 
 
-_SHAPE = re.compile(rf"(?:(small|little|large|big) )?({_either(SHAPE_COLOURS)}) ({_either(KINDS)})\b")
-_GROUND = re.compile(rf"({_either(BACKGROUND_COLOURS)}) ({_either(PATTERNS)})\b")
-_PAN = re.compile(rf"\bcamera\b.*?\bpan(?:s|ning)?\b.*?\b({_either(DIRECTIONS)})\b")
+_SHAPE = re.compile(rf"\b(?:(small|little|large|big) )?({_either(SHAPE_COLOURS)}) ({_either(KINDS)})\b")
+_GROUND = re.compile(rf"\b({_either(BACKGROUND_COLOURS)}) ({_either(PATTERNS)})\b")
+# A few words may stand between ("is slowly panning to the right"), but no clause of its own.
+_PAN = re.compile(
+    rf"\bcamera(?: \w+){{0,2}}? pan(?:s|ning)?(?: \w+){{0,3}}? ({_either(DIRECTIONS)})\b(?: (?:slowly|quickly|fast)\b)?"
+)
 _DIRECTION = re.compile(rf"\b({_either(DIRECTIONS)})\b")
 _SPEED = re.compile(r"\b(slowly|quickly|fast)\b")
 
@@ -98,7 +101,7 @@ def parse(text: str) -> CaptionWords:
     """
     text = " ".join(text.lower().split())
     pan = _PAN.search(text)
-    scene_text = text[: pan.start()] if pan else text
+    scene_text = text[: pan.start()] + text[pan.end() :] if pan else text
     ground = _GROUND.search(scene_text)
     if ground:
         scene_text = scene_text[: ground.start()] + scene_text[ground.end() :]
@@ -123,9 +126,7 @@ def parse(text: str) -> CaptionWords:
                 speed={"fast": "quickly"}.get(speed[1], speed[1]) if speed else "",
             )
         )
-    return CaptionWords(
-        tuple(shapes), ground[1] if ground else "", ground[2] if ground else "", pan[1] if pan else ""
-    )
+    return CaptionWords(tuple(shapes), ground[1] if ground else "", ground[2] if ground else "", pan[1] if pan else "")
 
 
 def scene_from_caption(text: str, seed: int = 0) -> Scene:

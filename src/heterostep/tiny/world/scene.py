@@ -1,4 +1,4 @@
-"""Scenes of the bundled world: what is in a clip, drawn at random or read from a caption, and where it is in each frame.
+"""Scenes of the bundled world: what is in a clip, drawn at random or read from a caption, and where it is when.
 
 Units: pixels of a 192 x 192 frame, frames of a 33-frame clip, radians; the y axis points down.
 """
@@ -110,9 +110,7 @@ def make_shape(rng: np.random.Generator, colour: str, kind: str, direction: str,
     dx, dy = DIRECTIONS[direction]
     heading = math.atan2(dy, dx) + rng.uniform(-0.12, 0.12)
     velocity = (pixels_a_frame * math.cos(heading), pixels_a_frame * math.sin(heading))
-    return Shape(
-        colour, kind, direction, size, speed, radius, _place(rng, direction, radius, pixels_a_frame), velocity
-    )
+    return Shape(colour, kind, direction, size, speed, radius, _place(rng, direction, radius, pixels_a_frame), velocity)
 
 
 def make_background(rng: np.random.Generator, colour: str, pattern: str, pan: str) -> Background:

@@ -1,0 +1,415 @@
+"""The `heterostep` command. torch and diffusers are imported when a model is needed: `--help` answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import filesize
+
+import heterostep
+from heterostep.config import HSAConfig
+from heterostep.errors import HeterostepError
+from heterostep.files import replacing
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from heterostep.reports import Report
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+SIZES = ("height", "width", "num_frames", "guidance_scale")
+
+
+class Dtype(str, Enum):
+    """Precisions of the transformer and the text encoder."""
+
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One generation: its frames, uint8 [F, H, W, 3], and its account."""
+
+    clip: np.ndarray
+    report: Report
+
+    @property
+    def seconds(self) -> float:
+        """The denoising loop's measured seconds."""
+        return self.report.runtime.seconds
+
+    def psnr(self, other: Result) -> float:
+        """dB between two clips; infinite where they are equal."""
+        from heterostep.metrics import psnr
+
+        return psnr(self.clip, other.clip)
+
+
+class Solver(str, Enum):
+    """Updates that `HSAConfig` knows."""
+
+    pipeline = "pipeline"
+    euler = "euler"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"heterostep {heterostep.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    """Video diffusion in a fraction of the time, without training."""
+
+
+@app.command()
+def scene(
+    caption: Annotated[str, typer.Argument(help="As in: a red circle moving right over blue stripes.")],
+    out: Annotated[Path, typer.Option(help="PNG file.")] = Path("first.png"),
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")] = 0,
+) -> None:
+    """Write a first frame from the bundled model's world, for `generate --image`."""
+    _check_outputs((out, (".png",)))
+    from PIL import Image
+
+    with replacing(out) as part:
+        Image.fromarray(heterostep.tiny.world.first_frame(caption, seed)).save(part, format="PNG")
+    typer.echo(f"{out}")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to show.")],
+    image: Annotated[
+        Path | None, typer.Option(help="First frame: image-to-video. Cropped to the video's shape.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Diffusers folder or hub id.  [default: the bundled model]")] = None,
+    runtime: Annotated[float | None, typer.Option(help="Promised seconds over dense seconds.  [default: 0.5]")] = None,
+    share: Annotated[float | None, typer.Option(help="Token evaluations over dense ones; repeatable.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 40,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
+    fps: Annotated[float, typer.Option(min=1, max=1000, help="Frames per second.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA where there is one.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 on CUDA.")] = Dtype.auto,
+    solver: Annotated[Solver, typer.Option(help="The update of skipped tokens.")] = Solver.pipeline,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
+    out: Annotated[Path, typer.Option(help="MP4 file.")] = Path("video.mp4"),
+    report: Annotated[Path | None, typer.Option(help="JSON file: what was promised, what was done.")] = None,
+    heatmap: Annotated[Path | None, typer.Option(help="PNG or MP4 file: evaluations per token.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Skip nothing.")] = False,
+    both: Annotated[bool, typer.Option("--both", help="Dense, then sparse from the same noise, side by side.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Neither progress nor summary.")] = False,
+) -> None:
+    """Generate a video."""
+    config = _config(runtime, share, dense, both, solver.value)
+    config.check_feasible(steps)
+    _check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
+    picture = _open_image(image) if image is not None else None
+    with _silence():
+        place = _device(device)
+        precision = _precision(dtype, place)
+        pipe, defaults = _load(model, picture is not None, precision)
+        asked = zip(SIZES, (height, width, frames, guidance))
+        options: dict[str, Any] = {name: defaults[name] if value is None else value for name, value in asked}
+        _check_sizes(pipe, **options)
+        options |= {"prompt": prompt, "negative_prompt": negative, "num_inference_steps": steps}
+        if picture is not None:
+            from PIL import ImageOps
+
+            options["image"] = ImageOps.fit(picture, (options["width"], options["height"]))
+        with _memory_advice(pipe, config, options):
+            pipe.to(place)
+            reference = _run(pipe, HSAConfig(share=1.0), options, seed, "dense", quiet) if both else None
+            result = _run(pipe, config, options, seed, "dense" if dense else "sparse", quiet)
+    _write(result, reference, out, report, heatmap, fps)
+    if not quiet:
+        typer.echo(_summary(result, reference, [path for path in (out, report, heatmap) if path is not None]))
+
+
+def _config(runtime: float | None, share: float | None, dense: bool, both: bool, solver: str) -> HSAConfig:
+    if dense and (runtime is not None or share is not None or both):
+        raise HeterostepError("--dense skips nothing: leave out --runtime, --share and --both")
+    if runtime is not None and share is not None:
+        raise HeterostepError("give --runtime or --share, not both of them")
+    if dense:
+        return HSAConfig(share=1.0, solver=solver)
+    return HSAConfig(runtime=0.5 if runtime is None and share is None else runtime, share=share, solver=solver)
+
+
+def _check_outputs(*outputs: tuple[Path | None, tuple[str, ...]]) -> None:
+    """Whether each (path, suffixes) can be written, before any work."""
+    given = [(path, suffixes) for path, suffixes in outputs if path is not None]
+    for path, suffixes in given:
+        if path.suffix.lower() not in suffixes:
+            raise HeterostepError(f"{path} should end in {' or '.join(suffixes)}")
+        if path.is_dir():
+            raise HeterostepError(f"{path} is a folder")
+        if not path.parent.is_dir():
+            raise HeterostepError(f"there is no folder {path.parent} to write {path.name} to")
+        if not os.access(path.parent, os.W_OK):
+            raise HeterostepError(f"cannot write to the folder {path.parent}")
+    if len({path.resolve() for path, _ in given}) < len(given):
+        raise HeterostepError("two outputs have the same path")
+
+
+def _open_image(path: Path) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    if not path.is_file():
+        raise HeterostepError(f"there is no image {path}")
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception as error:
+        # Pillow's decoders raise OSError, SyntaxError, ValueError and more for broken files.
+        raise HeterostepError(f"cannot read the image {path}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """No chatter of libraries between the progress lines."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise HeterostepError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise HeterostepError(f"there is no device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _precision(dtype: Dtype, device: Any) -> Any:
+    import torch
+
+    if dtype is Dtype.auto:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, dtype.value)
+
+
+def _load(model: str | None, with_image: bool, precision: Any) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, on the CPU, and its default sizes and guidance."""
+    if model is None:
+        pipe = heterostep.tiny.load(image_to_video=with_image)
+        pipe.transformer.to(precision)
+        pipe.text_encoder.to(precision)
+        return pipe, heterostep.tiny.DEFAULTS
+    import diffusers
+    import torch
+
+    from heterostep.pipeline import PIPELINES
+
+    try:
+        name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
+    except Exception as error:
+        # A folder, the hub and the network fail in many ways.
+        raise HeterostepError(f"{model} is no diffusers model folder or hub id: {_first_line(error)}") from error
+    if name not in PIPELINES:
+        raise HeterostepError(f"{model} is a {name}, which is not supported; supported are {' and '.join(PIPELINES)}")
+    if name == "WanImageToVideoPipeline" and not with_image:
+        raise HeterostepError(f"{model} makes videos from a first frame: give it with --image")
+    kind = diffusers.WanImageToVideoPipeline if with_image else diffusers.WanPipeline
+    try:
+        # Half precision in the VAE shows in the pixels, and the VAE is small.
+        pipe = kind.from_pretrained(model, dtype={"default": precision, "vae": torch.float32})
+    except Exception as error:
+        raise HeterostepError(f"cannot load {model}: {_first_line(error)}") from error
+    if with_image and name == "WanPipeline" and not pipe.config.expand_timesteps:
+        raise HeterostepError(f"{model} makes videos from text alone: leave out --image")
+    pipe.set_progress_bar_config(disable=True)
+    defaults = inspect.signature(kind.__call__).parameters
+    return pipe, {name: defaults[name].default for name in SIZES}
+
+
+def _multiple(pipe: Any) -> int:
+    """What height and width must be a multiple of: a token's pixels, and the 16 that Wan pipelines insist on."""
+    return math.lcm(16, *(pipe.vae_scale_factor_spatial * patch for patch in pipe.transformer.config.patch_size[1:]))
+
+
+def _token_grid(pipe: Any, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
+    """Frames, height and width of the token grid."""
+    patch_frames, patch_height, patch_width = pipe.transformer.config.patch_size
+    frames = ((num_frames - 1) // pipe.vae_scale_factor_temporal + 1) // patch_frames
+    spatial = pipe.vae_scale_factor_spatial
+    return frames, height // spatial // patch_height, width // spatial // patch_width
+
+
+def _check_sizes(pipe: Any, height: int, width: int, num_frames: int, **_: Any) -> None:
+    multiple, stride = _multiple(pipe), pipe.vae_scale_factor_temporal
+    for name, value in (("height", height), ("width", width)):
+        if value % multiple:
+            raise HeterostepError(f"--{name} must be a multiple of {multiple} for this model, not {value}")
+    if num_frames % stride != 1 % stride:
+        raise HeterostepError(
+            f"--frames must be a multiple of {stride} plus 1 for this model, such as "
+            f"{num_frames // stride * stride + 1}, not {num_frames}"
+        )
+    longest = pipe.transformer.config.rope_max_seq_len
+    for name, tokens in zip(("frames", "height", "width"), _token_grid(pipe, height, width, num_frames)):
+        if tokens > longest:
+            raise HeterostepError(f"--{name} is too large for this model: {tokens} tokens, of at most {longest}")
+
+
+@contextlib.contextmanager
+def _memory_advice(pipe: Any, config: HSAConfig, options: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        import torch
+
+        # On the CPU, torch reports it as a plain RuntimeError.
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        advice = "lower --height, --width or --frames, or take a smaller --dtype"
+        if config.target == 1:
+            raise HeterostepError(f"out of memory: {advice}") from error
+        needed = filesize.decimal(kv_cache_bytes(pipe, **options))
+        raise HeterostepError(
+            f"out of memory; the K/V cache alone needs {needed}: {advice}, or use --dense, which keeps no K/V"
+        ) from error
+
+
+def kv_cache_bytes(pipe: Any, height: int, width: int, num_frames: int, guidance_scale: float, **_: Any) -> int:
+    """Bytes of the K and V that a run keeps: every token and text state, in every layer, for each guidance branch."""
+    from heterostep.adapters.wan import TEXT_STATES
+
+    config = pipe.transformer.config
+    states = math.prod(_token_grid(pipe, height, width, num_frames)) + TEXT_STATES
+    values = config.num_layers * config.num_attention_heads * config.attention_head_dim
+    branches = 2 if guidance_scale > 1 else 1
+    return 2 * branches * states * values * pipe.transformer.dtype.itemsize
+
+
+def _run(pipe: Any, config: HSAConfig, options: dict[str, Any], seed: int, name: str, quiet: bool) -> Result:
+    import torch
+
+    from heterostep.progress import RunProgress
+
+    if pipe.device.type == "cuda":
+        # Otherwise the peak of a dense run before this one would be reported again.
+        torch.cuda.reset_peak_memory_stats(pipe.device)
+    with RunProgress(name, config, quiet) as progress, heterostep.enabled(pipe, config=config, on_step=progress):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        frames = pipe(**options, generator=generator, output_type="np").frames[0]
+        report = heterostep.report(pipe)
+    return Result((frames * 255).round().astype("uint8"), dataclasses.replace(report, seed=seed))
+
+
+def _write(
+    result: Result, reference: Result | None, out: Path, report: Path | None, heatmap: Path | None, fps: float
+) -> None:
+    from heterostep import video
+
+    shown = result.clip
+    if reference is not None:
+        labels = (f"dense {reference.seconds:.1f} s", f"heterostep {result.seconds:.1f} s")
+        shown = video.side_by_side(reference.clip, result.clip, labels)
+    video.write_video(out, shown, fps)
+    if heatmap is not None:
+        from heterostep.viz import write_heatmap
+
+        write_heatmap(heatmap, result.clip, result.report.steps_map, fps)
+    if report is not None:
+        content = result.report.to_dict()
+        if reference is not None:
+            psnr = result.psnr(reference)
+            content["dense_measured_seconds"] = reference.seconds
+            # JSON has no infinity: equal videos have no PSNR.
+            content["psnr"] = psnr if math.isfinite(psnr) else None
+        with replacing(report) as part:
+            part.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def _summary(result: Result, reference: Result | None, files: Sequence[Path]) -> str:
+    report = result.report
+    runtime, share, steps, memory = report.runtime, report.share, report.steps, report.memory
+    lines = {}
+    if runtime.target is not None and runtime.achieved is not None:
+        lines["runtime"] = f"promised {runtime.target:.2f} of dense, achieved {runtime.achieved:.2f}"
+    if share.target is not None:
+        lines["share"] = f"promised {share.target:.2f} of the dense evaluations, achieved {share.achieved:.2f}"
+    lines["seconds"] = f"{result.seconds:.1f} for the denoising loop"
+    if reference is not None:
+        lines["seconds"] += f", dense {reference.seconds:.1f}, ratio {result.seconds / reference.seconds:.2f}"
+        if runtime.dense_seconds is not None:
+            off = 100 * (runtime.dense_seconds / reference.seconds - 1)
+            lines["estimate"] = f"dense was estimated online {runtime.dense_seconds:.1f} ({off:+.0f} %)"
+        lines["psnr"] = f"{result.psnr(reference):.1f} dB against dense"
+    lines["steps"] = (
+        f"mean {steps.mean:.1f} per token, min {steps.min}, max {steps.max}, of {report.num_inference_steps}"
+    )
+    lines["memory"] = f"K/V cache {filesize.decimal(memory.kv_cache_bytes)}, peak {filesize.decimal(memory.peak_bytes)}"
+    lines["files"] = ", ".join(map(str, files))
+    return "\n".join(f"{name:8} {text}" for name, text in lines.items())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; every fault is one line on stderr.
+
+    Returns:
+        0, 2 for a fault, or 130 after Ctrl-C.
+    """
+    try:
+        code = app(arguments, prog_name="heterostep", standalone_mode=False)
+    except (HeterostepError, OSError) as error:
+        return _fail(_first_line(error), 2)
+    except typer.TyperException as error:
+        return _fail(_first_line(Exception(error.format_message())), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
+        return _fail("interrupted", 130)
+    return code or 0
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"heterostep: {message}", err=True)
+    return code

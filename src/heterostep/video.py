@@ -1,0 +1,91 @@
+"""Videos as arrays of 8-bit frames, to files and from files.
+
+Shapes: F frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+import os
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.codec.context import Flags
+from PIL import Image, ImageDraw, ImageFont
+
+from heterostep.files import replacing
+
+
+def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
+    """Write an MP4 (H.264, yuv420p). The same frames give the same bytes; the file appears when it is complete.
+
+    Args:
+        frames: uint8 [F, H, W, 3]; H and W even.
+        fps: frames per second.
+
+    Raises:
+        ValueError: the frames have another type or shape, or an odd size.
+        OSError: the file cannot be written.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
+        raise ValueError(f"frames must be uint8 [F, H, W, 3], not {frames.dtype} {list(frames.shape)}")
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"height and width must be even for yuv420p, not {height} and {width}")
+    options = {"movflags": "faststart", "fflags": "+bitexact"}
+    with replacing(path) as part, av.open(os.fspath(part), "w", format="mp4", options=options) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        # x264's macroblock tree reads memory that was never written, so that its choices vary from run to run; and its
+        # output depends on its number of threads.
+        stream.options = {"crf": "16", "mbtree": "0"}
+        stream.codec_context.thread_count = 1
+        stream.codec_context.flags |= Flags.bitexact
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def read_video(path: str | os.PathLike) -> tuple[np.ndarray, float]:
+    """A video file's frames, uint8 [F, H, W, 3], and its frames per second.
+
+    Raises:
+        OSError: the file is missing or is no video.
+    """
+    with av.open(os.fspath(path)) as container:
+        rate = container.streams.video[0].average_rate
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(frames), float(rate or 0)
+
+
+def _label(text: str, width: int, height: int) -> np.ndarray:
+    """Centred white text on black, uint8 [height, width, 3], as large as it fits."""
+    strip = Image.new("RGB", (width, height))
+    draw = ImageDraw.Draw(strip)
+    size = height * 0.6
+    font = ImageFont.load_default(size)
+    if draw.textlength(text, font) > width * 0.95:
+        font = ImageFont.load_default(size * width * 0.95 / draw.textlength(text, font))
+    draw.text((width / 2, height / 2), text, fill="white", font=font, anchor="mm")
+    return np.asarray(strip)
+
+
+def side_by_side(left: np.ndarray, right: np.ndarray, labels: tuple[str, str]) -> np.ndarray:
+    """Two clips in one picture with a labelled strip above each.
+
+    Args:
+        left, right: uint8 [F, H, W, 3], of one shape; H and W even.
+
+    Returns:
+        uint8 [F, H + strip, 2 W, 3]; the strip's height is even.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if left.shape != right.shape:
+        raise ValueError(f"the clips' shapes differ: {left.shape} and {right.shape}")
+    count, height, width = left.shape[:3]
+    strip_height = max(20, 2 * (height // 20))
+    strip = np.concatenate([_label(text, width, strip_height) for text in labels], axis=1)
+    strips = np.broadcast_to(strip, (count, *strip.shape))
+    return np.concatenate([strips, np.concatenate([left, right], axis=2)], axis=1)

@@ -1,0 +1,372 @@
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import heterostep
+from heterostep import cli, tiny
+from heterostep.pipeline import disable
+from heterostep.video import read_video
+from small import small_pipeline
+
+PROMPT = "a red circle moving right"
+SMALL = ["--steps", "12", "--frames", "9", "--height", "64", "--width", "64", "--device", "cpu"]
+
+
+@pytest.fixture
+def pipes(monkeypatch, tmp_path):
+    """The small pipeline in place of the bundled one, and an empty working directory; the list of loaded pipelines."""
+    loaded = []
+
+    def load(image_to_video=False):
+        loaded.append(small_pipeline(image_to_video))
+        return loaded[-1]
+
+    monkeypatch.setattr(tiny, "load", load)
+    monkeypatch.chdir(tmp_path)
+    return loaded
+
+
+@pytest.fixture
+def no_model(monkeypatch, tmp_path):
+    """Faults that need no model must be found before one is loaded."""
+
+    def load(image_to_video=False):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(tiny, "load", load)
+    monkeypatch.chdir(tmp_path)
+
+
+def files():
+    return sorted(path.name for path in Path().iterdir())
+
+
+def fails(capsys, *arguments, code=2, command="generate"):
+    """The one line on stderr of a run that fails and leaves no file."""
+    before = files()
+    assert cli.main([command, PROMPT, *arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and files() == before
+    assert err.startswith("heterostep: ") and err.endswith("\n")
+    return err
+
+
+def only_line(err):
+    assert err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("dial", [[], ["--share", "0.75"], ["--dense"], ["--share", "0.75", "--solver", "euler"]])
+def test_generate_writes_a_video(pipes, capsys, dial):
+    assert cli.main(["generate", PROMPT, *SMALL, *dial, "--fps", "8", "--seed", "3"]) == 0
+    frames, fps = read_video("video.mp4")
+    assert frames.shape == (9, 64, 64, 3) and fps == 8
+    assert files() == ["video.mp4"]
+    out, err = capsys.readouterr()
+    for word in ("promised", "achieved", "mean", "K/V cache", "peak", "video.mp4"):
+        assert word in out
+    assert "12/12, active" in err
+
+
+def test_the_same_seed_gives_the_same_file(pipes):
+    for name, seed in (("a.mp4", "1"), ("b.mp4", "1"), ("c.mp4", "2")):
+        assert cli.main(["generate", PROMPT, *SMALL, "--share", "0.75", "--seed", seed, "--out", name, "--quiet"]) == 0
+    assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes() != Path("c.mp4").read_bytes()
+
+
+def test_both_compares_with_dense_from_the_same_noise(pipes, capsys):
+    arguments = ["--share", "0.75", "--both", "--report", "report.json", "--heatmap", "heat.png"]
+    assert cli.main(["generate", PROMPT, *SMALL, *arguments]) == 0
+    frames, _ = read_video("video.mp4")
+    assert frames.shape[0] == 9 and frames.shape[2] == 128
+    report = json.loads(Path("report.json").read_text())
+    assert report["seed"] == 0 and report["share"]["target"] == 0.75
+    assert report["dense_measured_seconds"] > 0 and 5 < report["psnr"] < 100
+    with Image.open("heat.png") as picture:
+        picture.load()
+    out, err = capsys.readouterr()
+    assert f"{report['psnr']:.1f} dB" in out and "ratio" in out
+    assert "dense 12/12" in err and "sparse 12/12" in err and "promised 0.75" in err
+
+
+def test_both_at_full_share_is_the_dense_video_twice(pipes):
+    arguments = ["--share", "1", "--both", "--report", "report.json", "--quiet"]
+    assert cli.main(["generate", PROMPT, *SMALL, *arguments]) == 0
+    assert json.loads(Path("report.json").read_text())["psnr"] is None
+
+
+def test_the_report_and_the_map_agree(pipes):
+    arguments = ["--share", "0.75", "--report", "report.json", "--heatmap", "heat.mp4", "--quiet"]
+    assert cli.main(["generate", PROMPT, *SMALL, *arguments]) == 0
+    report = json.loads(Path("report.json").read_text())
+    assert np.mean(report["steps_maps"]) == pytest.approx(report["steps"]["mean"])
+    assert len(read_video("heat.mp4")[0]) == 9
+
+
+def test_quiet_is_quiet(pipes, capsys):
+    assert cli.main(["generate", PROMPT, *SMALL, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_sizes_are_the_models_unless_given(pipes, monkeypatch):
+    monkeypatch.setattr(tiny, "DEFAULTS", {**tiny.DEFAULTS, "height": 32, "width": 48, "num_frames": 5})
+    assert cli.main(["generate", PROMPT, "--steps", "3", "--dense", "--quiet"]) == 0
+    assert read_video("video.mp4")[0].shape == (5, 32, 48, 3)
+
+
+def test_image_to_video_starts_from_the_image(pipes):
+    Image.new("RGB", (100, 50), "teal").save("first.png")
+    assert cli.main(["generate", PROMPT, *SMALL, "--image", "first.png", "--quiet"]) == 0
+    assert type(pipes[0]).__name__ == "WanImageToVideoPipeline"
+    assert read_video("video.mp4")[0].shape == (9, 64, 64, 3)
+
+
+def test_the_cpu_is_taken_on_a_machine_with_cuda(pipes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cli.main(["generate", PROMPT, *SMALL, "--share", "0.75", "--quiet"]) == 0
+
+
+def test_the_summary_says_how_far_the_estimate_was_off(pipes, capsys):
+    arguments = ["--runtime", "0.6", "--both", "--report", "report.json"]
+    assert cli.main(["generate", PROMPT, *SMALL, *arguments]) == 0
+    report = json.loads(Path("report.json").read_text())
+    estimate, measured = report["runtime"]["dense_seconds"], report["dense_measured_seconds"]
+    assert f"estimated online {estimate:.1f} ({100 * (estimate / measured - 1):+.0f} %)" in capsys.readouterr().out
+
+
+def test_the_pipeline_is_restored_and_the_dtype_followed(pipes):
+    assert cli.main(["generate", PROMPT, *SMALL, "--dtype", "bfloat16", "--quiet"]) == 0
+    (pipe,) = pipes
+    assert pipe.transformer.dtype == torch.bfloat16 and pipe.vae.dtype == torch.float32
+    assert "forward" not in vars(pipe.transformer)
+
+
+def test_a_saved_pipeline_loads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_pipeline().save_pretrained("model")
+    Image.new("RGB", (64, 64), "teal").save("first.png")
+    common = ["generate", PROMPT, *SMALL, "--model", "model", "--quiet", "--guidance", "3"]
+    assert cli.main([*common, "--out", "text.mp4"]) == 0
+    assert cli.main([*common, "--out", "image.mp4", "--image", "first.png"]) == 0
+    assert read_video("text.mp4")[0].shape == read_video("image.mp4")[0].shape == (9, 64, 64, 3)
+
+
+def test_scene_writes_a_first_frame(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["scene", PROMPT + " over blue stripes", "--seed", "1"]) == 0
+    with Image.open("first.png") as picture:
+        assert picture.size == (192, 192)
+    assert "first.png" in capsys.readouterr().out
+
+
+def test_scene_without_a_shape_fails_in_one_line(no_model, capsys):
+    assert cli.main(["scene", "the meaning of life"]) == 2
+    assert only_line(capsys.readouterr().err).startswith("heterostep: ")
+    assert files() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--runtime", "0"], "runtime must be above 0"),
+        (["--runtime", "1.5"], "at most 1"),
+        (["--share", "-0.1"], "share must be above 0"),
+        (["--share", "nan"], "share must be above 0"),
+        (["--share", "half"], "--share"),
+        (["--runtime", "0.5", "--share", "0.5"], "not both"),
+        (["--dense", "--runtime", "0.5"], "--dense"),
+        (["--dense", "--both"], "--dense"),
+        (["--share", "0.01"], "lowest possible"),
+        (["--runtime", "0.3", "--steps", "4"], "lowest possible"),
+        (["--steps", "0"], "--steps"),
+        (["--image", "missing.png"], "no image missing.png"),
+        (["--out", "nowhere/video.mp4"], "no folder nowhere"),
+        (["--out", "video.gif"], ".mp4"),
+        (["--report", "report.txt"], ".json"),
+        (["--heatmap", "heat.jpg"], ".png or .mp4"),
+        (["--heatmap", "video.mp4"], "same path"),
+        (["--device", "abacus"], "unknown device"),
+        (["--device", "cuda:99"], "no device cuda:99"),
+        (["--dtype", "int3"], "--dtype"),
+        (["--solver", "magic"], "--solver"),
+        (["--fps", "0"], "--fps"),
+        (["--fps", "inf"], "--fps"),
+        (["--seed", str(2**64)], "--seed"),
+        (["--nonsense"], "--nonsense"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_faults_are_found_before_the_model_is_loaded(no_model, capsys, arguments, message):
+    assert message in only_line(fails(capsys, *arguments))
+
+
+def test_an_unreadable_image_is_refused(no_model, capsys):
+    Path("first.png").write_text("no picture")
+    assert "cannot read the image first.png" in only_line(fails(capsys, "--image", "first.png"))
+
+
+def test_a_folder_as_output_is_refused(no_model, capsys):
+    Path("video.mp4").mkdir()
+    assert "is a folder" in only_line(fails(capsys))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--height", "100"], "--height must be a multiple of 16"),
+        (["--width", "72"], "--width must be a multiple of 16"),
+        (["--frames", "10"], "such as 9"),
+        (["--width", "1040"], "--width is too large for this model: 65 tokens, of at most 64"),
+    ],
+)
+def test_sizes_the_model_cannot_do(pipes, capsys, arguments, message):
+    assert message in only_line(fails(capsys, *SMALL, *arguments))
+
+
+def test_a_folder_that_is_no_model(no_model, capsys):
+    Path("model").mkdir()
+    assert "no diffusers model" in only_line(fails(capsys, "--model", "model"))
+
+
+def test_a_broken_model(no_model, capsys):
+    small_pipeline().save_pretrained("model")
+    for weights in Path("model/transformer").glob("*.safetensors"):
+        weights.write_bytes(b"broken")
+    assert "cannot load model" in only_line(fails(capsys, "--model", "model", *SMALL))
+
+
+def test_an_unsupported_pipeline_is_named_with_those_supported(no_model, capsys):
+    Path("model").mkdir()
+    Path("model/model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    line = only_line(fails(capsys, "--model", "model"))
+    assert "StableDiffusionPipeline" in line and "WanPipeline" in line
+
+
+def test_an_unsupported_scheduler(monkeypatch, pipes, capsys):
+    from diffusers import DDIMScheduler
+
+    pipe = small_pipeline()
+    pipe.scheduler = DDIMScheduler()
+    monkeypatch.setattr(tiny, "load", lambda image_to_video=False: pipe)
+    assert "DDIMScheduler" in only_line(fails(capsys, *SMALL))
+
+
+def test_an_image_for_a_model_of_text_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small_pipeline(expand_timesteps=False).save_pretrained("model")
+    Image.new("RGB", (64, 64)).save("first.png")
+    line = only_line(fails(capsys, "--model", "model", "--image", "first.png", *SMALL))
+    assert "leave out --image" in line
+
+
+def test_a_model_of_images_without_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small_pipeline(image_to_video=True).save_pretrained("model")
+    assert "--image" in only_line(fails(capsys, "--model", "model", *SMALL))
+
+
+def _interrupt_at(monkeypatch, step, error):
+    """Raise at this step of the generation, from inside the pipeline."""
+    from heterostep import progress
+
+    show = progress.RunProgress.__call__
+
+    def call(self, info):
+        if info.step == step:
+            raise error
+        show(self, info)
+
+    monkeypatch.setattr(progress.RunProgress, "__call__", call)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_says_what_to_lower(pipes, capsys, monkeypatch, error):
+    _interrupt_at(monkeypatch, 3, error)
+    line = only_line(fails(capsys, *SMALL, "--quiet"))
+    assert "out of memory" in line and "kB" in line and "--height" in line
+    assert "forward" not in vars(pipes[0].transformer)
+
+
+def test_out_of_memory_without_a_cache_does_not_blame_it(pipes, capsys, monkeypatch):
+    _interrupt_at(monkeypatch, 3, torch.OutOfMemoryError("no"))
+    assert "K/V" not in only_line(fails(capsys, *SMALL, "--dense", "--quiet"))
+
+
+def test_the_k_v_cache_needs_what_it_was_said_to(pipes):
+    assert cli.main(["generate", PROMPT, *SMALL, "--share", "0.75", "--report", "report.json", "--quiet"]) == 0
+    sizes = {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": tiny.DEFAULTS["guidance_scale"]}
+    report = json.loads(Path("report.json").read_text())
+    assert report["memory"]["kv_cache_bytes"] == cli.kv_cache_bytes(pipes[0], **sizes)
+
+
+def test_ctrl_c_is_one_line_and_restores_the_pipeline(pipes, capsys, monkeypatch):
+    _interrupt_at(monkeypatch, 2, KeyboardInterrupt())
+    assert only_line(fails(capsys, *SMALL, "--quiet", code=130)) == "heterostep: interrupted\n"
+    assert "forward" not in vars(pipes[0].transformer)
+    disable(pipes[0])
+
+
+def test_a_failed_run_keeps_the_old_video(pipes, capsys, monkeypatch):
+    Path("video.mp4").write_bytes(b"old")
+    _interrupt_at(monkeypatch, 2, KeyboardInterrupt())
+    fails(capsys, *SMALL, "--quiet", code=130)
+    assert Path("video.mp4").read_bytes() == b"old"
+
+
+def test_a_terminal_gets_a_bar(pipes, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli.main(["generate", PROMPT, *SMALL, "--share", "0.75"]) == 0
+    err = capsys.readouterr().err
+    assert "━" in err and "promised 0.75" in err
+
+
+def test_version_and_missing_arguments(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"heterostep {heterostep.__version__}\n"
+    assert cli.main(["generate"]) == 2
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def _python(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(Path(heterostep.__file__).parents[1])}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+
+
+def test_help_answers_without_torch():
+    def used():
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return children.ru_utime + children.ru_stime
+
+    # The processor's seconds: those of the clock would also tell of a busy machine.
+    before = used()
+    result = _python("-m", "heterostep", "--help")
+    assert used() - before < 2
+    assert result.returncode == 0 and "generate" in result.stdout
+    code = "import sys, heterostep.cli; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'transformers')))"
+    assert _python("-c", code).returncode == 0
+
+
+def test_the_module_runs_as_a_command(tmp_path):
+    small_pipeline().save_pretrained(tmp_path / "model")
+    video = tmp_path / "video.mp4"
+    result = _python(
+        "-m", "heterostep", "generate", PROMPT, *SMALL, "--model", str(tmp_path / "model"), "--out", str(video)
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = result.stderr.splitlines()
+    assert all(line.startswith("sparse ") for line in lines), result.stderr
+    assert "ends at" in lines[-1] and "(promised 0.50)" in lines[-1]
+    assert video.is_file()
+    assert _python("-m", "heterostep", "generate", PROMPT, "--runtime", "7").returncode == 2
