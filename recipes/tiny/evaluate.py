@@ -17,7 +17,6 @@ from common import HELD_OUT_SEED, scene_and_caption, to_tensor
 from heterostep import tiny
 from heterostep.tiny import world
 
-
 KEYS = ("colour", "direction", "kind", "background")
 
 
