@@ -66,6 +66,8 @@ def main() -> None:
     rows: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for mode in args.modes:
         pipe = tiny.load(image_to_video=mode == "image")
+        # The first steps of a process are slow: allocators and kernels warm up.
+        generate(pipe, held_out(0)[0] if mode == "image" else None, "a red circle", 0, 4)
         for seed in range(args.seeds):
             frame, caption = held_out(seed)
             given = (frame if mode == "image" else None, caption, seed)
