@@ -13,6 +13,7 @@ def test_fit_recovers_a_line_through_the_dense_steps():
     assert cost.fixed == pytest.approx(0.2)
     assert cost.seconds(0.125) == pytest.approx(0.3)
     assert cost.seconds(0) == pytest.approx(0.01)
+    assert cost.dense_run(40) == pytest.approx(9.0 + 39)
 
 
 def test_before_a_sparse_step_cost_follows_the_tokens():

@@ -253,14 +253,10 @@ class Runner:
         """Step costs fitted to what has been timed, and those seconds; None before the first dense step has ended."""
         assert self._clock is not None
         durations = self._clock.durations()
-        first = generation.num_steps - len(generation.counts)
-        shares = [c / generation.num_tokens for c in generation.counts[first : first + len(durations)]]
+        shares = [count / generation.num_tokens for count in generation.counts[: len(durations)]]
         if not any(share == 1 for share in shares):
             return None
         return StepCost(durations, shares), durations
-
-    def _dense_seconds(self, cost: StepCost, durations: list[float], num_steps: int) -> float:
-        return durations[0] + cost.dense * (num_steps - 1)
 
     def _correct(self, generation: Generation) -> None:
         """At a meeting step: what is left of the promised seconds, in token evaluations over the rest of the window."""
@@ -269,7 +265,7 @@ class Runner:
             return
         cost, durations = fitted
         step, (_, stop), tokens = generation.step, generation.window, generation.num_tokens
-        promised = self.config.target * self._dense_seconds(cost, durations, generation.num_steps)
+        promised = self.config.target * cost.dense_run(generation.num_steps)
         left = promised - sum(durations) - cost.dense * (generation.num_steps - stop)
         evaluations = allocation.evaluations_within(
             left, lambda count: cost.seconds(count / tokens), tokens, stop - step, self.config.divisors
@@ -286,7 +282,7 @@ class Runner:
             elapsed = sum(durations)
             ahead = generation.counts[generation.step + 1 :]
             total = elapsed + sum(cost.seconds(count / generation.num_tokens) for count in ahead)
-            runtime = total / self._dense_seconds(cost, durations, generation.num_steps)
+            runtime = total / cost.dense_run(generation.num_steps)
         self.on_step(
             StepInfo(
                 step=generation.step,
@@ -318,7 +314,7 @@ class Runner:
         if fitted is not None:
             cost, durations = fitted
             seconds = sum(durations)
-            dense_seconds = self._dense_seconds(cost, durations, generation.num_steps)
+            dense_seconds = cost.dense_run(generation.num_steps)
         tokens, steps = generation.num_tokens, generation.evaluations
         done = generation.counts[: generation.step + 1]
         config = self.config

@@ -38,6 +38,7 @@ class StepCost:
 
     def __init__(self, durations: list[float], shares: list[float]) -> None:
         timed = list(zip(shares, durations))
+        self.first = durations[0]
         # The first step also warms caches and allocators, so it says little of the others.
         dense = [seconds for share, seconds in timed[1:] if share == 1] or [
             seconds for share, seconds in timed if share == 1
@@ -56,3 +57,7 @@ class StepCost:
         if share == 0:
             return self.empty
         return self.fixed + (self.dense - self.fixed) * share
+
+    def dense_run(self, num_steps: int) -> float:
+        """Predicted seconds of a whole dense run: its first step as timed, the others at the dense median."""
+        return self.first + self.dense * (num_steps - 1)
