@@ -4,9 +4,10 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from heterostep.adapters import ADAPTERS, Call
-from heterostep.state import Branch
+from heterostep.adapters import FAMILIES
+from seams import Seamed
 from small import small_pipeline
+from small_wan import small_wan
 
 SIZE = (2, 16, 3, 8, 8)
 TOKENS = 3 * 4 * 4
@@ -44,11 +45,6 @@ def inputs(model, per_token_time):
     return out
 
 
-def random_index(count):
-    g = torch.Generator().manual_seed(4)
-    return torch.stack([torch.randperm(TOKENS, generator=g)[:count].sort().values for _ in range(2)])
-
-
 @pytest.mark.parametrize("count", [1, 7, 24, TOKENS])
 @pytest.mark.parametrize("kind", ["text", "per-token time", "image", "fused"])
 @torch.no_grad()
@@ -58,54 +54,31 @@ def test_rows_of_a_subset_equal_the_dense_rows(kind, count):
         for block in model.blocks:
             block.attn1.fuse_projections()
             block.attn2.fuse_projections()
-    adapter, call, branch = ADAPTERS["WanTransformer3DModel"], Call(), Branch()
-    arguments, seen = inputs(model, kind == "per-token time"), []
-    plain = model(**arguments)[0]
-
-    def full(rows):
-        seen.append(rows)
-        return rows if call.index is None else held.scatter(1, call.index[..., None].expand_as(rows), rows)
-
-    undo = adapter.install(model, call, full)
-    call.branch = branch
-    assert torch.equal(model(**arguments)[0], plain), "a dense call that keeps K/V is the plain call"
-    held = seen[-1]
-    call.index = index = random_index(count)
-    sparse = model(**adapter.select(arguments, index))[0]
-    expected = held.gather(1, index[..., None].expand(-1, -1, held.shape[2]))
-    assert seen[-1].shape == (2, count, held.shape[2])
-    torch.testing.assert_close(seen[-1], expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(sparse, plain, atol=1e-5, rtol=0)
-    for step in undo:
-        step()
-    assert torch.equal(model(**arguments)[0], plain)
-
-
-@torch.no_grad()
-def test_queries_see_everyones_keys():
-    model = small_pipeline().transformer
-    adapter, call = ADAPTERS["WanTransformer3DModel"], Call()
-    seen = []
-    adapter.install(model, call, lambda rows: seen.append(rows) or rows)
-    arguments, index = inputs(model, False), random_index(8)
-    call.branch = Branch()
-    model(**arguments)
-    call.index = index
-
-    def rows():
-        model.proj_out.register_forward_hook(lambda m, a, out: seen.append(out))
-        with pytest.raises(RuntimeError):
-            model(**adapter.select(arguments, index))
-        return seen[-1]
-
-    with_cache = rows()
-    for cache in call.branch.kv.values():
-        key, value = torch.zeros(2, TOKENS, 2, 24), torch.zeros(2, TOKENS, 2, 24)
-        cache.update(key, value, None)
-    assert (rows() - with_cache).abs().max() > 1e-3
+    seamed = Seamed(model, inputs(model, kind == "per-token time"))
+    assert torch.equal(seamed.dense()[0], seamed.plain[0]), "a dense call that keeps K/V is the plain call"
+    index = seamed.random_index(count)
+    sparse = seamed.sparse(index)[0]
+    expected = seamed.held.gather(1, index[..., None].expand(-1, -1, seamed.held.shape[2]))
+    assert seamed.rows.shape == (2, count, seamed.held.shape[2])
+    torch.testing.assert_close(seamed.rows, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sparse, seamed.plain[0], atol=1e-5, rtol=0)
+    seamed.restore()
+    assert torch.equal(model(**seamed.inputs)[0], seamed.plain[0])
 
 
 def test_clean_tokens_are_those_at_time_zero():
-    adapter = ADAPTERS["WanTransformer3DModel"]
+    adapter = FAMILIES["WanTransformer3DModel"].adapter
     assert adapter.clean_tokens({"timestep": torch.tensor([5.0])}) is None
     assert adapter.clean_tokens({"timestep": torch.tensor([[0.0, 5.0]])}).tolist() == [[True, False]]
+
+
+@torch.no_grad()
+def test_a_control_video_shorter_than_the_video():
+    pipe = small_wan("wan2.1-vace")
+    model, g = pipe.transformer, torch.Generator().manual_seed(3)
+    arguments = inputs(model, False)
+    channels = model.config.vace_in_channels
+    arguments["control_hidden_states"] = torch.randn(2, channels, 2, 8, 8, generator=g)
+    seamed = Seamed(model, arguments)
+    assert torch.equal(seamed.dense()[0], seamed.plain[0])
+    torch.testing.assert_close(seamed.sparse(seamed.random_index(20))[0], seamed.plain[0], atol=1e-5, rtol=0)

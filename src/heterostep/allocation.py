@@ -11,21 +11,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
+# Counts between meetings come from this many sizes, so that compiled code and CUDA graphs can be reused.
+SIZES = 32
 
-def allocate(evaluations: int, num_tokens: int, num_steps: int, divisors: Sequence[int]) -> list[int]:
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens among which evaluations are shared out.
+
+    Attributes:
+        total: N.
+        clean: those that carry no noise (a given first frame): dense steps evaluate them, meeting steps need not.
+        least: tokens that every step evaluates at the least.
+    """
+
+    total: int
+    clean: int = 0
+    least: int = 0
+
+    @property
+    def live(self) -> int:
+        """Tokens that have a velocity."""
+        return self.total - self.clean
+
+    @property
+    def unit(self) -> int:
+        """Counts between meetings are multiples of this."""
+        return max(1, self.total // SIZES)
+
+
+def allocate(
+    evaluations: int,
+    tokens: Tokens,
+    num_steps: int,
+    divisors: Sequence[int],
+    restarts: Sequence[int] = (),
+    exact: bool = True,
+) -> list[int]:
     """Active tokens at each of the window's steps, spending exactly `evaluations` (as far as the divisors allow it).
 
     The first step is a meeting step. Of all pairs of adjacent divisors there is one whose all-d1 and all-d2 spending
     bracket the budget; what the meeting steps leave is spread evenly over the steps at multiples of d1.
 
     Args:
-        evaluations: token evaluations that may be spent, 0..num_tokens * num_steps.
-        num_tokens: N.
+        evaluations: token evaluations that may be spent, 0..N * num_steps.
+        tokens: how many there are.
         num_steps: steps of the window, or what is left of it.
         divisors: ascending, each a multiple of the one before.
+        restarts: steps at which another model takes over: dense, and a new cycle begins.
+        exact: let one count fall between the sizes, so that the last evaluation is spent; else spend up to a unit less.
 
     Returns:
         `num_steps` counts in 0..N. Their sum is `evaluations`, or the nearest that is possible: all tokens at the
@@ -34,35 +72,53 @@ def allocate(evaluations: int, num_tokens: int, num_steps: int, divisors: Sequen
     ladder = list(divisors)
     if len(ladder) == 1:
         ladder = ladder * 2
+    restarts = [step for step in restarts if 0 <= step < num_steps]
+    # Steps since the cycle began.
+    phase = [step - max((r for r in restarts if r <= step), default=0) for step in range(num_steps)]
+
+    def meetings_only(divisor: int) -> list[int]:
+        counts = [tokens.live if phase[step] % divisor == 0 else tokens.least for step in range(num_steps)]
+        for step in restarts:
+            counts[step] = tokens.total
+        return counts
+
     pairs = zip(ladder, ladder[1:])
-    affordable = (pair for pair in pairs if num_tokens * math.ceil(num_steps / pair[1]) <= evaluations)
+    affordable = (pair for pair in pairs if sum(meetings_only(pair[1])) <= evaluations)
     small, large = next(affordable, (ladder[-2], ladder[-1]))
-    meetings = set(range(0, num_steps, large))
-    between = [step for step in range(0, num_steps, small) if step not in meetings]
-    left = min(max(evaluations - num_tokens * len(meetings), 0), num_tokens * len(between))
-    counts = [num_tokens if step in meetings else 0 for step in range(num_steps)]
+    counts = meetings_only(large)
+    between = [step for step in range(num_steps) if phase[step] % small == 0 and phase[step] % large]
+    left = min(max(evaluations - sum(counts), 0), (tokens.live - tokens.least) * len(between))
+    if not exact:
+        left -= left % tokens.unit
     for position, step in enumerate(between):
-        counts[step] = left // len(between) + (position < left % len(between))
+        ahead = len(between) - position
+        extra = left if ahead == 1 else min(math.ceil(left / ahead / tokens.unit) * tokens.unit, left)
+        counts[step] = min(tokens.least + extra, tokens.live)
+        left -= counts[step] - tokens.least
+    # More than every live token at every step can take goes to the clean ones.
+    surplus = max(evaluations - sum(counts), 0) if all(count >= tokens.live for count in counts) else 0
+    for step in range(num_steps):
+        extra = min(tokens.total - counts[step], math.ceil(surplus / (num_steps - step)))
+        counts[step] += extra
+        surplus -= extra
     return counts
 
 
 def evaluations_within(
-    seconds: float, cost: Callable[[int], float], num_tokens: int, num_steps: int, divisors: Sequence[int]
+    seconds: float, cost: Callable[[int], float], most: int, plan: Callable[[int], Sequence[int]]
 ) -> int:
     """The most token evaluations whose steps take at most `seconds` together.
 
     Args:
-        seconds: what the window's steps may take.
+        seconds: what the steps may take.
         cost: active tokens of one step -> its seconds; must not fall as the count rises.
+        most: token evaluations of a dense run over these steps.
+        plan: token evaluations -> active tokens at each step.
     """
-
-    def takes(evaluations: int) -> float:
-        return sum(cost(count) for count in allocate(evaluations, num_tokens, num_steps, divisors))
-
-    low, high = 0, num_tokens * num_steps
+    low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        if takes(middle) <= seconds:
+        if sum(map(cost, plan(middle))) <= seconds:
             low = middle
         else:
             high = middle - 1

@@ -126,8 +126,10 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", help="Neither progress nor summary.")] = False,
 ) -> None:
     """Generate a video."""
+    from heterostep.schedule import Schedule
+
     config = _config(runtime, share, dense, both, solver.value)
-    config.check_feasible(steps)
+    Schedule(config, steps).check()
     _check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
     picture = _open_image(image) if image is not None else None
     with _silence():

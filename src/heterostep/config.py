@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,32 +90,3 @@ class HSAConfig:
             end = round(0.05 * num_steps) if self.target >= 0.4 else 0
         start = min(start, num_steps)
         return start, max(start, num_steps - end)
-
-    def lowest_share(self, num_steps: int) -> float:
-        """The smallest share that the window and the largest divisor allow in a run of `num_steps`."""
-        start, stop = self.window(num_steps)
-        return (num_steps - (stop - start) + math.ceil((stop - start) / self.divisors[-1])) / num_steps
-
-    def check_feasible(self, num_steps: int) -> None:
-        """Whether a run of `num_steps` can meet the target.
-
-        Raises:
-            HeterostepError: it cannot; the message names the lowest possible target.
-        """
-        if isinstance(self.share, tuple):
-            if len(self.share) != num_steps:
-                raise HeterostepError(f"share has {len(self.share)} active shares, but the run has {num_steps} steps")
-            if any(s < 1 for s in self.share[:2]):
-                raise HeterostepError(
-                    "the first two active shares must be 1: a velocity's change needs two evaluations"
-                )
-            return
-        lowest = self.lowest_share(num_steps)
-        if self.target < lowest:
-            name = "runtime" if self.runtime is not None else "share"
-            start, stop = self.window(num_steps)
-            raise HeterostepError(
-                f"{name}={self.target:g} is below the lowest possible {math.ceil(lowest * 1000) / 1000:g} for "
-                f"{num_steps} steps ({num_steps - stop + start} dense steps, then every {self.divisors[-1]}th): "
-                f"raise {name}, take more steps, or allow larger divisors"
-            )

@@ -51,3 +51,23 @@ class KVCache:
     def reset(self) -> None:
         """Free the memory."""
         self._keys = self._values = None
+
+
+class StaticKV:
+    """K/V that are the same at every step (of the text, of a given image): computed once, then kept.
+
+    Attributes:
+        tensors: whatever the attention made of them; None until it has.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.numel() * t.element_size() for t in self.tensors or ())
+
+    def reset(self) -> None:
+        """Free the memory."""
+        self.tensors = None

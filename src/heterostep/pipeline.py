@@ -14,13 +14,13 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from heterostep.adapters import ADAPTERS
+from heterostep.adapters import FAMILIES
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 from heterostep.reports import Report, StepInfo
 from heterostep.runner import Runner
 
-PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+PIPELINES = tuple(sorted(name for family in FAMILIES.values() for name in family.pipelines))
 
 
 class _Session:
@@ -31,13 +31,8 @@ class _Session:
         reference = weakref.ref(pipe)
         self.original_scheduler = pipe.scheduler
         self.own_scheduler = _euler(pipe.scheduler) if config.solver == "euler" else None
-        self.runner = Runner(
-            pipe.transformer,
-            ADAPTERS[type(pipe.transformer).__name__],
-            lambda: getattr(reference(), "scheduler", None),
-            config,
-            on_step,
-        )
+        models = _transformers(pipe)
+        self.runner = Runner(reference, models, FAMILIES[type(models[0]).__name__].adapter, config, on_step)
         if self.own_scheduler is not None:
             pipe.scheduler = self.own_scheduler
         self.runner.install()
@@ -80,17 +75,31 @@ def _euler(scheduler: Any) -> Any:
     return scheduler
 
 
+def _transformers(pipe: Any) -> list[Any]:
+    """The pipeline's transformers; Wan 2.2 A14B has two, and may be loaded with one of them."""
+    names = ("transformer", "transformer_2")
+    return [model for model in (getattr(pipe, name, None) for name in names) if model is not None]
+
+
 def _check_pipeline(pipe: Any) -> None:
-    if type(pipe).__name__ not in PIPELINES or type(pipe.transformer).__name__ not in ADAPTERS:
-        inner = type(getattr(pipe, "transformer", None)).__name__
-        hint = " (compile its blocks with compile_repeated_blocks() instead)" if inner == "OptimizedModule" else ""
-        raise HeterostepError(
-            f"{type(pipe).__name__} with {inner} is not supported{hint}; supported are {' and '.join(PIPELINES)} "
-            f"with {' or '.join(ADAPTERS)}"
-        )
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise HeterostepError("pipelines with two transformers (Wan 2.2 A14B) are not supported yet")
+    name, models = type(pipe).__name__, _transformers(pipe)
+    kinds = {type(model).__name__ for model in models}
+    if not kinds or any(kind not in FAMILIES or name not in FAMILIES[kind].pipelines for kind in kinds):
+        hint = " (compile its blocks with compile_repeated_blocks() instead)" if "OptimizedModule" in kinds else ""
+        inner = " and ".join(sorted(kinds)) or "no transformer"
+        raise HeterostepError(f"{name} with {inner} is not supported{hint}; supported are {', '.join(PIPELINES)}")
+    for model in models:
+        _check_model(model)
     _check_scheduler(pipe.scheduler)
+
+
+def _check_model(model: Any) -> None:
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise HeterostepError("the transformer is compiled as a whole: use compile_repeated_blocks() instead")
+    if getattr(model, "is_cache_enabled", False):
+        raise HeterostepError("another cache is enabled on the transformer: call its disable_cache() first")
+    if getattr(model, "_parallel_config", None) is not None:
+        raise HeterostepError("context parallelism (enable_parallelism) is not supported: run on one device")
 
 
 def enable(
@@ -105,7 +114,7 @@ def enable(
     Enabling again replaces the earlier options. Works before and after `enable_model_cpu_offload`.
 
     Args:
-        pipe: a `WanPipeline` or `WanImageToVideoPipeline`.
+        pipe: a diffusers pipeline of one of the supported families (`heterostep.pipeline.PIPELINES`).
         config: an `HSAConfig`; or give its fields as keywords: `enable(pipe, runtime=0.5)`.
         on_step: called after each denoising step with a `StepInfo`.
 

@@ -1,61 +1,70 @@
 """What one generation remembers: per guidance branch the held velocities and K/V, and for all branches who is active.
 
-Shapes: B batch, N tokens, C values a token.
+Shapes: B samples, N tokens, C values a token, b batch of a branch's calls (B times the guidance branches in one call).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from heterostep.kv_cache import KVCache
+from heterostep.kv_cache import KVCache, StaticKV
+from heterostep.schedule import Schedule
+
+if TYPE_CHECKING:
+    from heterostep.adapters import TokenGrid
 
 
 @dataclass
 class Branch:
     """One guidance branch (one of the transformer's calls in each step)."""
 
-    kv: dict[int, KVCache] = field(default_factory=dict)
-    # K/V of the text and image states do not depend on the step.
-    cross_kv: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
-    velocity: torch.Tensor | None = None  # [B, N, C], each token's last
-    scores: torch.Tensor | None = None  # [B, N], of the last step that evaluated every token
-    text: Any = None  # the states that `cross_kv` was made from
+    stores: Sequence[KVCache | StaticKV] = ()  # one for each attention of `expert` that keeps K and V
+    expert: int = -1  # which of the pipeline's transformers the stores belong to
+    velocity: torch.Tensor | None = None  # [b, N, C], each token's last
+    scores: torch.Tensor | None = None  # [b, N], of the last meeting step
+    text: Any = None  # the states that the static K/V were made from
     output: Any = None  # what the transformer returned last
     last_step: int = -1
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the self-attention and cross-attention K/V."""
-        held = sum(t.numel() * t.element_size() for kv in self.cross_kv.values() for t in kv)
-        return held + sum(cache.nbytes for cache in self.kv.values())
+        return sum(store.nbytes for store in self.stores)
 
     def free_kv(self) -> None:
         """Give the K/V memory back; velocities stay."""
-        for cache in self.kv.values():
-            cache.reset()
-        self.kv.clear()
-        self.cross_kv.clear()
+        for store in self.stores:
+            store.reset()
+
+    def forget_text(self) -> None:
+        """Drop the K/V that come from the text: it has changed."""
+        for store in self.stores:
+            if isinstance(store, StaticKV):
+                store.reset()
 
 
 @dataclass
 class Generation:
     """One run of the denoising loop."""
 
-    schedule: torch.Tensor  # the scheduler's timesteps: a new tensor marks a new generation
-    num_steps: int
-    grid: tuple[int, int, int]  # frames, height, width in tokens
-    batch: int
-    window: tuple[int, int]
+    timesteps: torch.Tensor  # the scheduler's: a new tensor marks a new generation
+    first: int  # the scheduler's step that this run begins with (above 0 in video-to-video)
+    grid: TokenGrid
+    samples: int  # B
+    schedule: Schedule
     counts: list[int]  # active tokens a step; what lies ahead may still be corrected
-    evaluations: torch.Tensor  # [B, N] int32, on the CPU
+    clean: torch.Tensor | None  # [B, N] bool, tokens without noise
+    evaluations: torch.Tensor  # [B, N] int32
     evaluated_at: torch.Tensor  # [B, N] sigma of each token's last evaluation
     elapsed: torch.Tensor  # [B, N] sigma between that and this step
     branches: list[Branch] = field(default_factory=list)
     step: int = -1
-    calls: int = 0  # the transformer's calls so far in this step
+    calls: int = 0  # the transformers' calls so far in this step
+    calls_before: int = 0  # and in the step before
     index: torch.Tensor | None = None  # the active tokens [B, n]; None where all are
     ranking: torch.Tensor | None = None  # [B, N]
     meetings: int = 0
@@ -63,12 +72,17 @@ class Generation:
     finished: bool = False
 
     @property
-    def num_tokens(self) -> int:
-        frames, height, width = self.grid
-        return frames * height * width
+    def is_meeting(self) -> bool:
+        """Whether this step evaluates every token that has a velocity."""
+        return self.step >= 0 and self.counts[self.step] >= self.schedule.tokens.live
 
     def branch(self, position: int) -> Branch:
         """The branch of the step's call number `position`."""
         while len(self.branches) <= position:
             self.branches.append(Branch())
         return self.branches[position]
+
+    def free_kv(self) -> None:
+        """Give all branches' K/V memory back."""
+        for branch in self.branches:
+            branch.free_kv()

@@ -1,8 +1,28 @@
-"""The model families that heterostep runs on, by the class name of their transformer."""
+"""The model families that heterostep runs on."""
 
-from heterostep.adapters.base import Adapter, Call
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from heterostep.adapters.attention import CachedAttention
+from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
 from heterostep.adapters.wan import WanAdapter
 
-ADAPTERS: dict[str, Adapter] = {"WanTransformer3DModel": WanAdapter()}
+__all__ = ["FAMILIES", "Adapter", "CachedAttention", "Call", "Family", "Seams", "TokenGrid"]
 
-__all__ = ["ADAPTERS", "Adapter", "Call"]
+
+@dataclass(frozen=True)
+class Family:
+    """A transformer's adapter and the pipelines, by class name, that it is known to work in."""
+
+    adapter: Adapter
+    pipelines: tuple[str, ...]
+
+
+# By the class name of the transformer: nothing of diffusers is imported for a family that is not used.
+FAMILIES: dict[str, Family] = {
+    "WanTransformer3DModel": Family(
+        WanAdapter(), ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
+    ),
+    "WanVACETransformer3DModel": Family(WanAdapter(), ("WanVACEPipeline",)),
+}

@@ -1,51 +1,114 @@
-"""What the runner needs to know of a model family. A family is one file beside this one and a row in `ADAPTERS`."""
+"""What the runner needs to know of a model family. A family is one file beside this one and a row in `FAMILIES`.
+
+Shapes: B batch of a call, N tokens, n active tokens, C values a token.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from heterostep.state import Branch
+from heterostep.adapters.attention import CachedAttention
+from heterostep.kernels import gather_rows
 
 
 @dataclass
 class Call:
-    """The transformer call under way, as hooks and attention processors see it.
+    """The transformer call under way, as hooks see it.
 
     Attributes:
-        branch: where this call's K/V are kept; None while the call runs as the plain model would.
         index: the active tokens, int64 [B, n]; None where all are.
+        num_tokens: N.
     """
 
-    branch: Branch | None = None
     index: torch.Tensor | None = None
+    num_tokens: int = 0
 
 
-class Adapter(Protocol):
-    """One model family. Hooks and processors read the `Call`; tokens are the rows of the output projection."""
+@dataclass(frozen=True)
+class TokenGrid:
+    """The video's tokens: a grid, row by row and frame by frame, then `extra` ones (given keyframes) behind it."""
 
-    def token_grid(self, model: Any, inputs: dict[str, Any]) -> tuple[int, int, int]:
-        """Frames, height and width of the token grid for these inputs."""
-        ...
+    frames: int
+    height: int
+    width: int
+    extra: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.frames, self.height, self.width
+
+    @property
+    def num_tokens(self) -> int:
+        return self.frames * self.height * self.width + self.extra
+
+
+@dataclass
+class Seams:
+    """What `Adapter.install` changed on a model.
+
+    Attributes:
+        attentions: the processors that keep K and V; the runner gives each its store before a call.
+        undo: what takes the changes back, in order.
+    """
+
+    attentions: list[CachedAttention] = field(default_factory=list)
+    undo: list[Callable[[], Any]] = field(default_factory=list)
+
+    def replace_processor(self, attn: Any, processor: CachedAttention) -> None:
+        """Set an attention module's processor; its own comes back on undo."""
+        original = attn.processor
+        attn.set_processor(processor)
+        self.attentions.append(processor)
+        self.undo.append(lambda: attn.set_processor(original))
+
+    def hook_output(self, module: torch.nn.Module, change: Callable[[Any], Any]) -> None:
+        """Let `change(output)` replace what a module returns, or leave it where it gives None."""
+        self.undo.append(module.register_forward_hook(lambda module, args, output: change(output)).remove)
+
+
+class Adapter(abc.ABC):
+    """One model family. Tokens are the rows of the output projection.
+
+    Attributes:
+        least_active: tokens that a step evaluates at the least; above 0 where a step does more than these tokens'
+            velocities, such as an audio stream.
+    """
+
+    least_active: int = 0
+
+    @abc.abstractmethod
+    def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
+        """The tokens that the forward makes of these inputs."""
+
+    @abc.abstractmethod
+    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> Seams:
+        """Set hooks and attention processors that do what `call` says.
+
+        `on_velocity(rows)` takes the output projection's rows [B, n, C] and returns those of all tokens [B, N, C], or
+        None to leave them.
+        """
+
+    def select(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
+        """The forward's inputs with everything that has one entry per token reduced to the active ones."""
+        timestep = inputs["timestep"]
+        if timestep.ndim == 2:
+            inputs = {**inputs, "timestep": gather_rows(timestep, index)}
+        return inputs
 
     def clean_tokens(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """bool [B, N]: tokens that carry no noise (a given first frame), or None where all do."""
-        ...
+        timestep = inputs["timestep"]
+        return timestep == 0 if timestep.ndim == 2 else None
 
-    def select(self, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
-        """The forward's inputs with everything that has one entry per token reduced to the active ones."""
-        ...
+    def guidance_copies(self, pipe: Any) -> int:
+        """How many guidance branches the pipeline's first call of a step has in its batch."""
+        return 1
 
-    def install(self, model: Any, call: Call, on_velocity: Any) -> list[Any]:
-        """Set hooks and processors; return what undoes each, in order, as callables.
-
-        `on_velocity(rows)` takes the output projection's rows [B, n, C] and returns those of all tokens [B, N, C].
-        """
-        ...
-
-    def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All of the forward's arguments by name."""
-        ...
+    def expert_switch(self, pipe: Any) -> int | None:
+        """The scheduler's step at which a second transformer takes over; None where there is one alone."""
+        return None

@@ -1,0 +1,52 @@
+"""What attention processors that keep K and V have in common.
+
+Shapes: B batch, N tokens, n active tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+from heterostep.kv_cache import KVCache, StaticKV
+
+
+class CachedAttention:
+    """A processor that is the one it replaces until it is given a store.
+
+    Attributes:
+        store: the kind of store that it wants, `KVCache` or `StaticKV`.
+        kv: this call's store, set by the runner; None while the call runs as the plain model would.
+    """
+
+    store: type[KVCache] | type[StaticKV] = KVCache
+
+    def __init__(self, original: Any, call: Any) -> None:
+        self.original, self.call = original, call
+        self.kv: Any = None
+
+    # diffusers sets these on the processor that it finds (`set_attention_backend`, context parallelism).
+    @property
+    def _attention_backend(self) -> Any:
+        return self.original._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.original._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> Any:
+        return self.original._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.original._parallel_config = config
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B, n, H, D] on [B, N, H, D] -> [B, n, H * D], by the backend that the user chose."""
+        out = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
+        return out.flatten(2, 3).type_as(query)

@@ -1,0 +1,158 @@
+"""What holds for every supported pipeline, each with small random weights and all of its guidance switched on."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+import heterostep
+from heterostep.kv_cache import KVCache
+from rows import ROWS, equal, transformers
+from seams import Seamed
+
+STEPS = 12
+
+
+@pytest.fixture(params=ROWS)
+def row(request):
+    return ROWS[request.param]
+
+
+def calls_of_a_step(row, pipe, step):
+    """The forwards of one denoising step: the model and its inputs by name."""
+    seen, undo = [], []
+
+    def keep(model, args, kwargs):
+        inputs = dict(inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments)
+        inputs.pop("self")
+        seen.append((inputs["timestep"].max().item(), model, inputs))
+
+    for model in transformers(pipe):
+        undo.append(model.register_forward_pre_hook(keep, with_kwargs=True))
+    row.run(pipe, steps=STEPS)
+    for handle in undo:
+        handle.remove()
+    times = sorted({time for time, _, _ in seen}, reverse=True)
+    return [(model, inputs) for time, model, inputs in seen if time == times[step]]
+
+
+def test_all_tokens_active_is_bit_identical(row):
+    pipe = row.build()
+    plain = row.run(pipe, steps=4)
+    with heterostep.enabled(pipe, share=1.0):
+        assert equal(row.run(pipe, steps=4), plain)
+    assert equal(row.run(pipe, steps=4), plain)
+
+
+@torch.no_grad()
+def test_rows_of_a_subset_equal_the_dense_rows(row):
+    """In each of a step's calls: with nothing stale, every subset gives its rows of the dense forward."""
+    pipe = row.build()
+    for model, inputs in calls_of_a_step(row, pipe, step=2):
+        seamed = Seamed(model, inputs)
+        assert equal(seamed.dense(), seamed.plain), "a dense call that keeps K/V is the plain call"
+        for count in (1, 7, seamed.num_tokens // 2, seamed.num_tokens):
+            for sparse, plain in zip(seamed.sparse(seamed.random_index(count)), seamed.plain, strict=True):
+                # Outputs of random weights are not of size one.
+                torch.testing.assert_close(sparse, plain, atol=1e-5 * plain.std().item(), rtol=0)
+        seamed.restore()
+        assert equal(model(**seamed.inputs), seamed.plain)
+
+
+@torch.no_grad()
+def test_sleeping_tokens_are_seen_by_every_attention_that_reads_video(row):
+    """Whatever keeps K and V of tokens matters to the output: with zeros in their place it changes."""
+    pipe = row.build()
+    for model, inputs in calls_of_a_step(row, pipe, step=2):
+        seamed = Seamed(model, inputs)
+        seamed.dense()
+        index = seamed.random_index(8)
+        # An attention that STG switches off, or that modality guidance leaves out, keeps nothing.
+        kept = [store for store in seamed.stores if isinstance(store, KVCache) and store.nbytes]
+        assert kept
+        for store in kept:
+            keys, values = store._keys.clone(), store._values.clone()
+            store._keys.zero_(), store._values.zero_()
+            changed = seamed.sparse(index)
+            moved = max((a - b).abs().max() for a, b in zip(changed, seamed.plain))
+            assert moved > 1e-5
+            store._keys.copy_(keys), store._values.copy_(values)
+        seamed.restore()
+
+
+def test_half_of_the_evaluations_are_spent_and_reported(row):
+    pipe = row.build()
+    dense = row.run(pipe, steps=STEPS)
+    heterostep.enable(pipe, share=0.5)
+    half = row.run(pipe, steps=STEPS)
+    report = heterostep.report(pipe)
+    steps, samples = report.num_inference_steps, len(report.steps_maps)
+    assert report.finished and report.pipeline == type(pipe).__name__
+    assert samples == 1 and len(report.active_share) == steps
+    # A video's grid may have given tokens behind it, which the map does not show.
+    assert report.steps.mean == pytest.approx(report.share.achieved * steps)
+    tokens = heterostep.pipeline._open[pipe].runner.generation.schedule.tokens.total
+    assert abs(report.share.achieved - 0.5) <= 1 / (tokens * steps)
+    assert report.steps_maps.min() < report.steps_maps.max() <= steps
+    assert sum(report.active_share) / steps == pytest.approx(report.share.achieved)
+    assert all(x.isfinite().all() and not torch.equal(x, y) for x, y in zip(half, dense))
+    assert equal(row.run(pipe, steps=STEPS), half), "a new generation starts with nothing of the last"
+    assert heterostep.report(pipe).memory.kv_cache_bytes == report.memory.kv_cache_bytes > 0
+    runner = heterostep.pipeline._open[pipe].runner
+    assert all(branch.kv_bytes == 0 for branch in runner.generation.branches)
+
+
+def test_a_runtime_run_ends_and_is_replayed(row):
+    pipe = row.build()
+    heterostep.enable(pipe, runtime=0.6)
+    first = row.run(pipe, steps=16)
+    report = heterostep.report(pipe)
+    assert report.finished and report.runtime.achieved is not None
+    heterostep.enable(pipe, share=report.active_share)
+    assert equal(row.run(pipe, steps=16), first)
+    assert heterostep.report(pipe).active_share == report.active_share
+
+
+def test_an_exception_leaves_nothing_behind(row):
+    pipe = row.build()
+    heterostep.enable(pipe, share=0.5)
+    clean = row.run(pipe, steps=STEPS)
+
+    def fail(pipe, step, timestep, tensors):
+        if step == 5:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        row.run(pipe, steps=STEPS, seed=9, callback_on_step_end=fail)
+    assert not heterostep.report(pipe).finished
+    assert equal(row.run(pipe, steps=STEPS), clean)
+
+
+def test_another_size_starts_anew(row):
+    pipe = row.build()
+    heterostep.enable(pipe, share=0.5)
+    clean = row.run(pipe, steps=STEPS)
+    shape = heterostep.report(pipe).steps_map.shape
+    row.run(pipe, steps=STEPS, **row.larger)
+    assert heterostep.report(pipe).steps_map.size > np.prod(shape)
+    assert equal(row.run(pipe, steps=STEPS), clean)
+    heterostep.disable(pipe)
+
+
+def test_disable_gives_the_models_back(row):
+    pipe = row.build()
+
+    def state():
+        return [
+            (name, len(module._forward_hooks), "forward" in module.__dict__, getattr(module, "processor", None))
+            for model in transformers(pipe)
+            for name, module in model.named_modules()
+        ]
+
+    before = state()
+    with heterostep.enabled(pipe, share=0.5):
+        row.run(pipe, steps=STEPS)
+        assert state() != before
+    assert state() == before
