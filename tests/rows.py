@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
+import small_hunyuan
+import small_ltx2
 import small_wan
 
 
@@ -30,7 +33,33 @@ def _wan(name: str) -> Row:
     return Row(lambda: small_wan.small_wan(name), run, larger=dict(height=96, width=96))
 
 
+def _ltx2(kind: str, version: str, options: Callable[[], dict[str, Any]]) -> Row:
+    def run(pipe: Any, **more: Any) -> tuple[torch.Tensor, ...]:
+        return small_ltx2.run_ltx2(pipe, **{**options(), **more})
+
+    return Row(lambda: small_ltx2.small_ltx2(kind, version), run, larger=dict(size=96))
+
+
+def _hunyuan(kind: str, larger: dict[str, Any]) -> Row:
+    def run(pipe: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        return (small_hunyuan.run_hunyuan(pipe, **options),)
+
+    return Row(lambda: small_hunyuan.small_hunyuan(kind), run, larger)
+
+
+def _conditions() -> dict[str, Any]:
+    """A first frame, and a keyframe that becomes tokens behind the grid."""
+    first, *_, last = small_wan.moving_square()
+    return {"conditions": [LTX2VideoCondition(first, index=0), LTX2VideoCondition(last, index=2, strength=0.7)]}
+
+
 ROWS = {name: _wan(name) for name in small_wan.ROWS}
+for version in ("2.0", "2.3"):
+    ROWS[f"ltx{version}-t2v"] = _ltx2("text", version, dict)
+    ROWS[f"ltx{version}-i2v"] = _ltx2("image", version, lambda: {"image": small_wan.moving_square()[0]})
+    ROWS[f"ltx{version}-condition"] = _ltx2("condition", version, _conditions)
+ROWS["hunyuan1.5-t2v"] = _hunyuan("text", dict(height=96, width=96))
+ROWS["hunyuan1.5-i2v"] = _hunyuan("image", dict(num_frames=17))
 
 
 def transformers(pipe: Any) -> list[Any]:

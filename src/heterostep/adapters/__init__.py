@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from heterostep.adapters.attention import CachedAttention
 from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
+from heterostep.adapters.hunyuan15 import HunyuanVideo15Adapter
+from heterostep.adapters.ltx2 import LTX2Adapter
 from heterostep.adapters.wan import WanAdapter
 
 __all__ = ["FAMILIES", "Adapter", "CachedAttention", "Call", "Family", "Seams", "TokenGrid"]
@@ -23,6 +25,12 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "WanTransformer3DModel": Family(
         WanAdapter(), ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
+    ),
+    "HunyuanVideo15Transformer3DModel": Family(
+        HunyuanVideo15Adapter(), ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")
+    ),
+    "LTX2VideoTransformer3DModel": Family(
+        LTX2Adapter(), ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline")
     ),
     "WanVACETransformer3DModel": Family(WanAdapter(), ("WanVACEPipeline",)),
 }

@@ -1,0 +1,85 @@
+"""HunyuanVideo 1.5: `HunyuanVideo15Transformer3DModel`, whose blocks attend to video and text as one sequence.
+
+Video tokens are reduced after the patch embedding; text tokens stay active at every step, for they change with the
+video. The K/V cache holds both, the video's rows first, so that nothing is joined in a sparse step.
+
+Shapes: B batch, N video tokens, n active ones, T text tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from heterostep.adapters.attention import CachedAttention
+from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
+from heterostep.kernels import gather_rows
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of neighbouring pairs: x [B, n, H, D], cos and sin [B or 1, n, 1, D] with each value twice."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+
+class JointAttention(CachedAttention):
+    """Queries of the active video tokens and of the text attend to K and V of everything."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        if self.kv is None:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        heads = (attn.heads, -1)
+        query, key, value = (
+            project(hidden_states).unflatten(2, heads) for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        rotary = [table[:, :, None] if table.ndim == 3 else table[None, :, None] for table in image_rotary_emb]
+        query, key = _rotate(attn.norm_q(query), *rotary), _rotate(attn.norm_k(key), *rotary)
+        text_query, text_key, text_value = (
+            project(encoder_hidden_states).unflatten(2, heads)
+            for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        )
+        if attn.norm_added_q is not None:
+            text_query = attn.norm_added_q(text_query)
+        if attn.norm_added_k is not None:
+            text_key = attn.norm_added_k(text_key)
+        query, key, value = (
+            torch.cat(pair, dim=1) for pair in ((query, text_query), (key, text_key), (value, text_value))
+        )
+        text, index = text_query.shape[1], self.call.index
+        if index is not None:
+            behind = torch.arange(text, device=index.device) + self.call.num_tokens
+            index = torch.cat([index, behind.expand(len(index), -1)], dim=1)
+        key, value = self.kv.update(key, value, index)
+        queries, keys = (
+            pad(attention_mask, (x.shape[1] - attention_mask.shape[1], 0), value=True).bool() for x in (query, key)
+        )
+        out = self.attend(query, key, value, queries[:, None, :, None] & keys[:, None, None, :])
+        video_out = attn.to_out[1](attn.to_out[0](out[:, :-text]))
+        return video_out, attn.to_add_out(out[:, -text:])
+
+
+class HunyuanVideo15Adapter(Adapter):
+    """See `heterostep.adapters.base.Adapter`."""
+
+    def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
+        patches = (model.config.patch_size_t, model.config.patch_size, model.config.patch_size)
+        return TokenGrid(*(size // patch for size, patch in zip(inputs["hidden_states"].shape[2:], patches)))
+
+    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> Seams:
+        def select_patches(output):
+            return None if call.index is None else gather_rows(output, call.index)
+
+        def select_rotary(output):
+            return None if call.index is None else tuple(table[call.index] for table in output)
+
+        seams = Seams()
+        seams.hook_output(model.x_embedder, select_patches)
+        seams.hook_output(model.rope, select_rotary)
+        seams.hook_output(model.proj_out, on_velocity)
+        for block in model.transformer_blocks:
+            seams.replace_processor(block.attn, JointAttention(block.attn.processor, call))
+        return seams

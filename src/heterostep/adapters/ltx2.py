@@ -1,0 +1,141 @@
+"""LTX-2: `LTX2VideoTransformer3DModel`, which makes video and audio together.
+
+Its inputs are tokens already, with a position each: they are reduced before the forward, and rotary tables and
+modulation follow from them. Video tokens are read by two attentions in each block, their own and the audio's, so both
+keep K and V. Audio tokens are few and stay active at every step.
+
+Shapes: B batch, N video tokens, n active ones, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from heterostep.adapters.attention import CachedAttention
+from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
+from heterostep.kernels import gather_rows
+from heterostep.kv_cache import StaticKV
+
+
+def _rotate(attn: Any, x: torch.Tensor, rotary_emb: Any) -> torch.Tensor:
+    """Rotary embedding of [B, n, H * D] in the model's own layout."""
+    from diffusers.models.transformers.transformer_ltx2 import apply_interleaved_rotary_emb, apply_split_rotary_emb
+
+    if rotary_emb is None:
+        return x
+    return {"interleaved": apply_interleaved_rotary_emb, "split": apply_split_rotary_emb}[attn.rope_type](x, rotary_emb)
+
+
+class VideoAttention(CachedAttention):
+    """Attention whose K and V are of the video: active tokens' rows are overwritten, all rows are read."""
+
+    # Its signature tells LTX2Attention to hand on STG's arguments.
+    def __call__(
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        query_rotary_emb=None,
+        key_rotary_emb=None,
+        perturbation_mask=None,
+        all_perturbed=None,
+    ):
+        perturbed = all_perturbed
+        if perturbed is None and perturbation_mask is not None:
+            perturbed = torch.all(perturbation_mask == 0)
+        # STG's perturbed blocks pass on each token's own value: nothing is attended to.
+        if self.kv is None or perturbed:
+            # Processors of models without perturbed attention do not know these arguments.
+            stg = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
+            stg = {} if perturbation_mask is None and all_perturbed is None else stg
+            return self.original(
+                attn, hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb, **stg
+            )
+        query = _rotate(attn, attn.norm_q(attn.to_q(hidden_states)), query_rotary_emb)
+        own_value, key, value = self.key_value(
+            attn,
+            hidden_states if encoder_hidden_states is None else encoder_hidden_states,
+            query_rotary_emb if key_rotary_emb is None else key_rotary_emb,
+        )
+        if attention_mask is not None:
+            # Rows are those of the queries, or one for all; columns are those of all keys.
+            attention_mask = attention_mask[:, None].expand(-1, attn.heads, -1, -1)
+        out = self.attend(query.unflatten(2, (attn.heads, -1)), key, value, attention_mask)
+        if perturbation_mask is not None:
+            out = torch.lerp(own_value, out, perturbation_mask)
+        if attn.to_gate_logits is not None:
+            gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
+            out = (out.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2, 3)
+        return attn.to_out[1](attn.to_out[0](out))
+
+    def key_value(self, attn: Any, states: torch.Tensor, rotary_emb: Any) -> tuple[torch.Tensor, ...]:
+        """The states' own V [B, n, H * D]; K and V to attend to, [B, N, H, D]."""
+        own_value = attn.to_v(states)
+        key = _rotate(attn, attn.norm_k(attn.to_k(states)), rotary_emb)
+        key, value = (x.unflatten(2, (attn.heads, -1)) for x in (key, own_value))
+        return own_value, *self.kv.update(key, value, self.call.index)
+
+
+class TextAttention(VideoAttention):
+    """Attention to text that no step modulates: K and V are computed in a dense step and kept."""
+
+    store = StaticKV
+
+    def key_value(self, attn: Any, states: torch.Tensor, rotary_emb: Any) -> tuple[torch.Tensor, ...]:
+        """As in `VideoAttention`; text states have no rotary embedding."""
+        if self.kv.tensors is None:
+            value = attn.to_v(states)
+            key = attn.norm_k(attn.to_k(states))
+            self.kv.tensors = value, *(x.unflatten(2, (attn.heads, -1)) for x in (key, value))
+        return self.kv.tensors
+
+
+class LTX2Adapter(Adapter):
+    """See `heterostep.adapters.base.Adapter`."""
+
+    # The audio's velocity is wanted at every step; a video token more or less costs nothing beside it.
+    least_active = 1
+
+    def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
+        num_tokens = inputs["hidden_states"].shape[1]
+        sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
+        if None in sizes:
+            return TokenGrid(1, 1, num_tokens)
+        patches = (model.config.patch_size_t, model.config.patch_size, model.config.patch_size)
+        frames, height, width = (size // patch for size, patch in zip(sizes, patches, strict=True))
+        return TokenGrid(frames, height, width, extra=num_tokens - frames * height * width)
+
+    def guidance_copies(self, pipe: Any) -> int:
+        # The first call has [without prompt, with prompt] in its batch; those for STG and modality guidance have one.
+        return 2 if pipe.do_classifier_free_guidance else 1
+
+    def select(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
+        hidden_states, coords = inputs["hidden_states"], inputs.get("video_coords")
+        if coords is None:
+            sizes = (inputs["num_frames"], inputs["height"], inputs["width"])
+            coords = model.rope.prepare_video_coords(
+                hidden_states.shape[0], *sizes, hidden_states.device, fps=inputs.get("fps", 24.0)
+            )
+        selected = {
+            "hidden_states": gather_rows(hidden_states, index),
+            "video_coords": gather_rows(coords.transpose(1, 2), index).transpose(1, 2),
+        }
+        for name in ("video_self_attention_mask", "video_keyframes_mask"):
+            if inputs.get(name) is not None:
+                selected[name] = gather_rows(inputs[name], index)
+        return super().select(model, {**inputs, **selected}, index)
+
+    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> Seams:
+        seams = Seams()
+        seams.hook_output(model.proj_out, on_velocity)
+        text_is_static = not (model.prompt_modulation and model.config.use_prompt_adaln_single)
+        for block in model.transformer_blocks:
+            for attn in (block.attn1, block.video_to_audio_attn):
+                seams.replace_processor(attn, VideoAttention(attn.processor, call))
+            if text_is_static:
+                seams.replace_processor(block.attn2, TextAttention(block.attn2.processor, call))
+        return seams

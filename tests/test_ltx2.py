@@ -1,0 +1,118 @@
+"""What LTX-2's transformer takes that its pipelines' default calls do not exercise."""
+
+import pytest
+import torch
+
+import heterostep
+from heterostep.kv_cache import KVCache
+from rows import ROWS
+from seams import Seamed
+from small_ltx2 import run_ltx2, small_ltx2
+
+TOKENS = 3 * 4 * 4
+
+
+def inputs(model, batch=2):
+    g = torch.Generator().manual_seed(3)
+    text = model.config.caption_channels if model.config.use_prompt_embeddings else model.config.cross_attention_dim
+    audio_text = text if model.config.use_prompt_embeddings else model.config.audio_cross_attention_dim
+    return {
+        "hidden_states": torch.randn(batch, TOKENS, model.config.in_channels, generator=g),
+        "audio_hidden_states": torch.randn(batch, 18, model.config.audio_in_channels, generator=g),
+        "encoder_hidden_states": torch.randn(batch, 16, text, generator=g),
+        "audio_encoder_hidden_states": torch.randn(batch, 16, audio_text, generator=g),
+        "timestep": torch.full((batch,), 700.0),
+        "sigma": torch.full((batch,), 700.0),
+        "num_frames": 3,
+        "height": 4,
+        "width": 4,
+        "audio_num_frames": 18,
+    }
+
+
+def padding(batch, states):
+    mask = torch.ones(batch, states)
+    mask[:, : states // 2] = 0
+    return mask
+
+
+EXTRAS = {
+    "no coordinates given": {},
+    "padded text": {"encoder_attention_mask": padding(2, 16), "audio_encoder_attention_mask": padding(2, 16)},
+    "masked video": {
+        "video_self_attention_mask": torch.rand(2, TOKENS, TOKENS, generator=torch.Generator().manual_seed(5)).round()
+    },
+    "one sample perturbed": {
+        "spatio_temporal_guidance_blocks": [1],
+        "perturbation_mask": torch.tensor([0.0, 1.0]),
+    },
+    "all perturbed": {"spatio_temporal_guidance_blocks": [0, 2]},
+    "modalities apart": {"isolate_modalities": True},
+    "a time for each token": {
+        "timestep": torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(6)) * 900,
+        "audio_timestep": torch.full((2,), 700.0),
+    },
+}
+
+
+# Perturbed attention is 2.3's.
+CASES = [(extra, version) for extra in EXTRAS for version in ("2.0", "2.3") if version == "2.3" or "pert" not in extra]
+
+
+@pytest.mark.parametrize("extra,version", CASES)
+@torch.no_grad()
+def test_rows_of_a_subset_equal_the_dense_rows(extra, version):
+    model = small_ltx2("text", version).transformer
+    plain_inputs = inputs(model)
+    seamed = Seamed(model, {**plain_inputs, **EXTRAS[extra]})
+    if extra != "no coordinates given":
+        assert not torch.equal(seamed.plain[0], model(**plain_inputs, return_dict=False)[0]), "the option does nothing"
+    for a, b in zip(seamed.dense(), seamed.plain, strict=True):
+        assert torch.equal(a, b)
+    for count in (1, 7, TOKENS):
+        for a, b in zip(seamed.sparse(seamed.random_index(count)), seamed.plain, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5 * b.std().item(), rtol=0)
+
+
+@torch.no_grad()
+def test_perturbed_blocks_keep_no_keys():
+    model = small_ltx2("text", "2.3").transformer
+    seamed = Seamed(model, {**inputs(model), "spatio_temporal_guidance_blocks": [1]})
+    seamed.dense()
+    kept = [store.nbytes > 0 for store in seamed.stores if isinstance(store, KVCache)]
+    # Two attentions a block, its own and the audio's: STG switches off the second block's own.
+    assert kept == [True, True, False, True, True, True]
+
+
+def test_audio_is_fresh_at_every_step():
+    """Also where no video token's turn has come: the audio's velocity changes at each step."""
+    pipe = small_ltx2("text", "2.3")
+    heterostep.enable(pipe, share=0.3, dense_start=2, dense_end=0)
+    audio = []
+    hook = pipe.transformer.register_forward_hook(lambda m, a, out: audio.append(out[1]))
+    run_ltx2(pipe, steps=24, stg_scale=0.0, audio_stg_scale=0.0, modality_scale=1.0, audio_modality_scale=1.0)
+    hook.remove()
+    counts = [round(share * TOKENS) for share in heterostep.report(pipe).active_share]
+    assert min(counts) == 1 and len(audio) == 24
+    assert all(not torch.equal(a, b) for a, b in zip(audio, audio[1:]))
+
+
+def test_given_frames_are_left_to_the_dense_steps():
+    for name, first in (("ltx2.3-i2v", 1), ("ltx2.3-condition", 1), ("wan2.2-ti2v-i2v", 1)):
+        row = ROWS[name]
+        pipe = row.build()
+        heterostep.enable(pipe, share=0.5)
+        row.run(pipe, steps=12)
+        report = heterostep.report(pipe)
+        dense = sum(share == 1 for share in report.active_share)
+        assert (report.steps_map[:first] == dense).all() and report.steps_map[first:].min() > dense
+
+
+def test_guidance_in_batches_counts_samples_once():
+    pipe = small_ltx2("text", "2.0")
+    heterostep.enable(pipe, share=0.5)
+    run_ltx2(pipe, prompt=["a red circle", "green square moving left"])
+    maps = heterostep.report(pipe).steps_maps
+    assert maps.shape == (2, 3, 4, 4) and (maps[0] != maps[1]).any()
+    run_ltx2(pipe, guidance_scale=1.0, audio_guidance_scale=1.0)
+    assert heterostep.report(pipe).steps_maps.shape == (1, 3, 4, 4)
