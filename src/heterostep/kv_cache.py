@@ -30,12 +30,9 @@ class KVCache:
             K and V of all tokens, [B, N, H, D].
         """
         if index is None:
-            if self._keys is None or self._keys.shape != key.transpose(1, 2).shape or self._keys.dtype != key.dtype:
-                self._keys = torch.empty_like(key.transpose(1, 2), memory_format=torch.contiguous_format)
-                self._values = torch.empty_like(value.transpose(1, 2), memory_format=torch.contiguous_format)
-            assert self._values is not None
-            self._keys.copy_(key.transpose(1, 2))
-            self._values.copy_(value.transpose(1, 2))
+            # New tensors rather than a write into the old ones: compiled code need not ask whether there are any.
+            self._keys = key.transpose(1, 2).contiguous()
+            self._values = value.transpose(1, 2).contiguous()
             return key, value
         if self._keys is None or self._values is None:
             raise RuntimeError("a sparse step needs a dense one before it: the K/V cache is empty")

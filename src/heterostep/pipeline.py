@@ -18,7 +18,7 @@ from heterostep.adapters import FAMILIES
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 from heterostep.reports import Report, StepInfo
-from heterostep.runner import Runner
+from heterostep.runner import Runner, check_model
 
 PIPELINES = tuple(sorted(name for family in FAMILIES.values() for name in family.pipelines))
 
@@ -89,17 +89,8 @@ def _check_pipeline(pipe: Any) -> None:
         inner = " and ".join(sorted(kinds)) or "no transformer"
         raise HeterostepError(f"{name} with {inner} is not supported{hint}; supported are {', '.join(PIPELINES)}")
     for model in models:
-        _check_model(model)
+        check_model(model)
     _check_scheduler(pipe.scheduler)
-
-
-def _check_model(model: Any) -> None:
-    if getattr(model, "_compiled_call_impl", None) is not None:
-        raise HeterostepError("the transformer is compiled as a whole: use compile_repeated_blocks() instead")
-    if getattr(model, "is_cache_enabled", False):
-        raise HeterostepError("another cache is enabled on the transformer: call its disable_cache() first")
-    if getattr(model, "_parallel_config", None) is not None:
-        raise HeterostepError("context parallelism (enable_parallelism) is not supported: run on one device")
 
 
 def enable(

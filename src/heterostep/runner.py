@@ -38,6 +38,23 @@ from heterostep.scoring import velocity_change
 from heterostep.state import Branch, Generation
 from heterostep.timing import StepClock, StepCost
 
+# Each guidance branch's plain, dense and sparse calls are graphs of their own; torch gives up after 8 of a function.
+RECOMPILE_LIMIT = 64
+
+
+def check_model(model: Any) -> None:
+    """Whether the runner can stand around this model's forward.
+
+    Raises:
+        HeterostepError: something else changes the forward in a way that does not go together; says what to do.
+    """
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise HeterostepError("the transformer is compiled as a whole: use compile_repeated_blocks() instead")
+    if getattr(model, "is_cache_enabled", False):
+        raise HeterostepError("another cache is enabled on the transformer: call its disable_cache() first")
+    if getattr(model, "_parallel_config", None) is not None:
+        raise HeterostepError("parallelism (enable_parallelism) is not supported: run the transformer on one device")
+
 
 @dataclass
 class _Expert:
@@ -79,6 +96,7 @@ class Runner:
         self._keep_scores = False
         self._experts: list[_Expert] = []
         self._active = False
+        self._recompile_limit: int | None = None  # as it was, where it had to be raised
 
     def install(self) -> None:
         """Put the runner around each model's forward, inside accelerate's offload hook where there is one."""
@@ -116,6 +134,8 @@ class Runner:
                 undo()
             expert.restore()
         self._experts = []
+        if self._recompile_limit is not None:
+            torch._dynamo.config.recompile_limit = self._recompile_limit
         if self.generation is not None:
             self.generation.free_kv()
 
@@ -208,6 +228,9 @@ class Runner:
             if old.timesteps is scheduler.timesteps and old.grid == grid and batch % old.samples == 0:
                 return old
             old.free_kv()
+        for model in self.models:
+            check_model(model)
+            self._allow_recompiles(model)
         pipe = self.pipeline()
         samples = batch // self.adapter.guidance_copies(pipe)
         first = self._scheduler_step(scheduler, inputs)
@@ -239,6 +262,12 @@ class Runner:
             elapsed=torch.zeros(samples, tokens.total, device=device),
         )
         return self.generation
+
+    def _allow_recompiles(self, model: torch.nn.Module) -> None:
+        if self._recompile_limit is None and any(m._compiled_call_impl is not None for m in model.modules()):
+            dynamo = torch._dynamo.config
+            self._recompile_limit = dynamo.recompile_limit
+            dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
 
     def _scheduler_step(self, scheduler: Any, inputs: dict[str, Any]) -> int:
         """The scheduler's step of this call. Schedulers count it themselves, but only from their first step on."""

@@ -87,7 +87,7 @@ class TextAttention(VideoAttention):
 
     def key_value(self, attn: Any, states: torch.Tensor, rotary_emb: Any) -> tuple[torch.Tensor, ...]:
         """As in `VideoAttention`; text states have no rotary embedding."""
-        if self.kv.tensors is None:
+        if self.call.index is None or self.kv.tensors is None:
             value = attn.to_v(states)
             key = attn.norm_k(attn.to_k(states))
             self.kv.tensors = value, *(x.unflatten(2, (attn.heads, -1)) for x in (key, value))

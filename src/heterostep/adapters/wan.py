@@ -57,7 +57,7 @@ class CrossAttention(CachedAttention):
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         if self.kv is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        if self.kv.tensors is None:
+        if self.call.index is None or self.kv.tensors is None:
             self.kv.tensors = self._project(attn, encoder_hidden_states)
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         key, value, *image = self.kv.tensors
