@@ -25,18 +25,11 @@ class Tokens:
 
     Attributes:
         total: N.
-        clean: those that carry no noise (a given first frame): dense steps evaluate them, meeting steps need not.
         least: tokens that every step evaluates at the least.
     """
 
     total: int
-    clean: int = 0
     least: int = 0
-
-    @property
-    def live(self) -> int:
-        """Tokens that have a velocity."""
-        return self.total - self.clean
 
     @property
     def unit(self) -> int:
@@ -77,30 +70,21 @@ def allocate(
     phase = [step - max((r for r in restarts if r <= step), default=0) for step in range(num_steps)]
 
     def meetings_only(divisor: int) -> list[int]:
-        counts = [tokens.live if phase[step] % divisor == 0 else tokens.least for step in range(num_steps)]
-        for step in restarts:
-            counts[step] = tokens.total
-        return counts
+        return [tokens.least if step % divisor else tokens.total for step in phase]
 
     pairs = zip(ladder, ladder[1:])
     affordable = (pair for pair in pairs if sum(meetings_only(pair[1])) <= evaluations)
     small, large = next(affordable, (ladder[-2], ladder[-1]))
     counts = meetings_only(large)
     between = [step for step in range(num_steps) if phase[step] % small == 0 and phase[step] % large]
-    left = min(max(evaluations - sum(counts), 0), (tokens.live - tokens.least) * len(between))
+    left = min(max(evaluations - sum(counts), 0), (tokens.total - tokens.least) * len(between))
     if not exact:
         left -= left % tokens.unit
     for position, step in enumerate(between):
         ahead = len(between) - position
         extra = left if ahead == 1 else min(math.ceil(left / ahead / tokens.unit) * tokens.unit, left)
-        counts[step] = min(tokens.least + extra, tokens.live)
+        counts[step] = min(tokens.least + extra, tokens.total)
         left -= counts[step] - tokens.least
-    # More than every live token at every step can take goes to the clean ones.
-    surplus = max(evaluations - sum(counts), 0) if all(count >= tokens.live for count in counts) else 0
-    for step in range(num_steps):
-        extra = min(tokens.total - counts[step], math.ceil(surplus / (num_steps - step)))
-        counts[step] += extra
-        surplus -= extra
     return counts
 
 

@@ -31,7 +31,6 @@ from heterostep import allocation
 from heterostep.adapters.base import Adapter, Call, Seams
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
-from heterostep.kernels import gather_rows
 from heterostep.reports import MemoryReport, Report, RuntimeReport, ShareReport, StepInfo, StepsReport
 from heterostep.schedule import Schedule
 from heterostep.scoring import velocity_change
@@ -206,16 +205,12 @@ class Runner:
         if branch is None or generation is None:
             return None
         index, held = self._call.index, branch.velocity
-        if self._keep_scores and held is not None:
-            elapsed = generation.elapsed.repeat(rows.shape[0] // generation.samples, 1)
-            if index is None:
-                branch.scores = velocity_change(rows, held, elapsed)
-            else:
-                scores = velocity_change(rows, gather_rows(held, index), gather_rows(elapsed, index))
-                branch.scores = torch.zeros_like(elapsed).scatter_(1, index, scores)
         if index is not None:
             assert held is not None
             rows = held.scatter(1, index[..., None].expand_as(rows), rows)
+        elif self._keep_scores and held is not None:
+            elapsed = generation.elapsed.repeat(rows.shape[0] // generation.samples, 1)
+            branch.scores = velocity_change(rows, held, elapsed)
         branch.velocity = rows
         return rows
 
@@ -240,11 +235,7 @@ class Runner:
         clean = self.adapter.clean_tokens(inputs)
         if clean is not None:
             clean = clean[:samples]
-        tokens = allocation.Tokens(
-            total=grid.num_tokens,
-            clean=0 if clean is None else int(clean.sum(1).min()),
-            least=self.adapter.least_active,
-        )
+        tokens = allocation.Tokens(grid.num_tokens, self.adapter.least_active)
         schedule = Schedule(self.config, num_steps, tokens, restarts)
         schedule.check()
         self._sigmas = scheduler.sigmas[first:].tolist()
@@ -288,7 +279,7 @@ class Runner:
             self._correct(generation)
         count, sigma = generation.counts[step], self._sigmas[step]
         generation.elapsed = generation.evaluated_at - sigma
-        if count == generation.schedule.tokens.total:
+        if generation.is_meeting:
             generation.index = None
             generation.evaluations += 1
             generation.evaluated_at = torch.full_like(generation.evaluated_at, sigma)
@@ -304,21 +295,18 @@ class Runner:
 
     def _rank(self, generation: Generation) -> None:
         """Rank the tokens by the scores of the meeting step that has just ended, the same for all branches."""
-        known = [branch.scores for branch in generation.branches if branch.scores is not None]
-        if known:
-            generation.meetings += 1
-            if (generation.meetings - 1) % self.config.regroup_every:
-                return
+        generation.meetings += 1
+        if generation.ranking is not None and (generation.meetings - 1) % self.config.regroup_every:
+            return
         if self.config.score == "random":
             generator = torch.Generator().manual_seed(generation.step)
             scores = torch.rand(generation.elapsed.shape, generator=generator).to(generation.elapsed.device)
-        elif known:
-            rows = torch.cat([scores.view(-1, *generation.elapsed.shape) for scores in known])
-            scores = rows.mean(0)
         else:
-            scores = torch.zeros_like(generation.elapsed)
+            known = [branch.scores for branch in generation.branches if branch.scores is not None]
+            scores = torch.cat([scores.view(-1, *generation.elapsed.shape) for scores in known]).mean(0)
         if generation.clean is not None:
-            # What is given needs no velocity: it comes last.
+            # What is given needs no velocity, so it comes last; at the meetings it runs too, for its K/V change with the
+            # other tokens'.
             scores = scores.masked_fill(generation.clean, -1.0)
         generation.ranking = allocation.rank(scores)
 

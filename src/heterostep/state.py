@@ -73,8 +73,8 @@ class Generation:
 
     @property
     def is_meeting(self) -> bool:
-        """Whether this step evaluates every token that has a velocity."""
-        return self.step >= 0 and self.counts[self.step] >= self.schedule.tokens.live
+        """Whether this step evaluates every token."""
+        return self.step >= 0 and self.counts[self.step] == self.schedule.tokens.total
 
     def branch(self, position: int) -> Branch:
         """The branch of the step's call number `position`."""
