@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import heterostep
 from heterostep.kv_cache import KVCache
@@ -116,3 +117,30 @@ def test_guidance_in_batches_counts_samples_once():
     assert maps.shape == (2, 3, 4, 4) and (maps[0] != maps[1]).any()
     run_ltx2(pipe, guidance_scale=1.0, audio_guidance_scale=1.0)
     assert heterostep.report(pipe).steps_maps.shape == (1, 3, 4, 4)
+
+
+@pytest.mark.parametrize("rescale,least,most", [(0.0, 0.0, 1e-5), (0.7, 1e-4, 0.01)])
+def test_guidance_rescale_moves_a_sleeping_tokens_velocity_a_little(rescale, least, most, monkeypatch):
+    """Without rescale the guided velocity is linear in the branches' held ones, so it is held too; with it, nearly."""
+    pipe = small_ltx2("text", "2.0")
+    heterostep.enable(pipe, share=0.4, dense_start=2, dense_end=0)
+    runner = heterostep.pipeline._open[pipe].runner
+    guided, sleeping = [], []
+    plain_step = FlowMatchEulerDiscreteScheduler.step
+
+    def step(self, velocity, *args, **kwargs):
+        if self is pipe.scheduler:
+            index = runner.generation.index
+            guided.append(velocity[0])
+            sleeping.append(set() if index is None else set(range(TOKENS)) - set(index[0].tolist()))
+        return plain_step(self, velocity, *args, **kwargs)
+
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", step)
+    run_ltx2(pipe, steps=40, guidance_rescale=rescale, audio_guidance_rescale=rescale)
+    changes = [
+        ((new[list(rows)] - old[list(rows)]).norm() / old[list(rows)].norm()).item()
+        for old, new, rows in zip(guided, guided[1:], sleeping[1:])
+        if rows
+    ]
+    assert len(changes) > 20
+    assert least <= sum(changes) / len(changes) <= most

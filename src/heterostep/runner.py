@@ -305,7 +305,7 @@ class Runner:
             known = [branch.scores for branch in generation.branches if branch.scores is not None]
             scores = torch.cat([scores.view(-1, *generation.elapsed.shape) for scores in known]).mean(0)
         if generation.clean is not None:
-            # What is given needs no velocity, so it comes last; at the meetings it runs too, for its K/V change with the
+            # What is given needs no velocity, so it comes last; it runs at the meetings, for its K/V change with the
             # other tokens'.
             scores = scores.masked_fill(generation.clean, -1.0)
         generation.ranking = allocation.rank(scores)
