@@ -57,8 +57,9 @@ def main() -> None:
         )
         row = rows[-1]
         print(
-            f"{caption[:60]:60} first frame {row['first_frame_psnr']:.1f} dB (dense {row['first_frame_psnr_dense']:.1f}), "
-            f"displacement {row['displacement']} px (dense {row['displacement_dense']})",
+            f"{caption[:60]:60} first frame {row['first_frame_psnr']:.1f} dB (dense "
+            f"{row['first_frame_psnr_dense']:.1f}), displacement {row['displacement']} px (dense "
+            f"{row['displacement_dense']})",
             flush=True,
         )
     seen = [row for row in rows if row["displacement"] is not None and row["displacement_dense"] is not None]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,12 @@ from PIL import Image
 
 import heterostep
 from heterostep import cli, tiny
+from heterostep.checkpoints import KINDS, kv_cache_bytes
 from heterostep.pipeline import disable
 from heterostep.video import read_video
 from small import small_pipeline
+from small_ltx2 import small_ltx2
+from small_wan import small_wan
 
 PROMPT = "a red circle moving right"
 SMALL = ["--steps", "12", "--frames", "9", "--height", "64", "--width", "64", "--device", "cpu"]
@@ -157,6 +161,40 @@ def test_a_saved_pipeline_loads(tmp_path, monkeypatch):
     assert cli.main([*common, "--out", "text.mp4"]) == 0
     assert cli.main([*common, "--out", "image.mp4", "--image", "first.png"]) == 0
     assert read_video("text.mp4")[0].shape == read_video("image.mp4")[0].shape == (9, 64, 64, 3)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_ltx2_makes_video_and_sound(tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.chdir(tmp_path)
+    small_ltx2().save_pretrained("model")
+    Image.new("RGB", (64, 64), "teal").save("first.png")
+    image = ["--image", "first.png"] if kind == "image" else []
+    arguments = ["--model", "model", "--steps", "12", "--frames", "17", "--height", "64", "--width", "64", *image]
+    assert cli.main(["generate", PROMPT, *arguments, "--device", "cpu", "--both", "--report", "report.json"]) == 0
+    frames, fps = read_video("video.mp4")
+    assert frames.shape == (17, 84, 128, 3) and fps == 24
+    with av.open("video.mp4") as container:
+        (sound,) = container.streams.audio
+        seconds = float(sound.duration * sound.time_base)
+    assert sound.rate == 24_000 and seconds == pytest.approx(17 / 24, abs=0.05)
+    report = json.loads(Path("report.json").read_text())
+    assert report["pipeline"] == ("LTX2ImageToVideoPipeline" if image else "LTX2Pipeline")
+    capsys.readouterr()
+    assert "must be a multiple of 8 plus 1" in only_line(fails(capsys, *arguments, "--frames", "16"))
+
+
+def test_two_experts_through_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_wan("wan2.2-i2v").save_pretrained("model")
+    Image.new("RGB", (64, 64), "teal").save("first.png")
+    arguments = ["--model", "model", "--image", "first.png", "--share", "0.6", "--report", "report.json", "--quiet"]
+    assert cli.main(["generate", PROMPT, *SMALL, *arguments]) == 0
+    assert json.loads(Path("report.json").read_text())["share"]["achieved"] == pytest.approx(0.6, abs=0.01)
+
+
+def test_every_pipeline_that_the_command_loads_is_supported():
+    loaded = {name for kind in KINDS.values() for name in (kind.text, kind.image) if name}
+    assert loaded <= set(heterostep.pipeline.PIPELINES)
 
 
 def test_scene_writes_a_first_frame(tmp_path, monkeypatch, capsys):
@@ -306,7 +344,7 @@ def test_the_k_v_cache_needs_what_it_was_said_to(pipes):
     assert cli.main(["generate", PROMPT, *SMALL, "--share", "0.75", "--report", "report.json", "--quiet"]) == 0
     sizes = {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": tiny.DEFAULTS["guidance_scale"]}
     report = json.loads(Path("report.json").read_text())
-    assert report["memory"]["kv_cache_bytes"] == cli.kv_cache_bytes(pipes[0], **sizes)
+    assert report["memory"]["kv_cache_bytes"] == kv_cache_bytes(pipes[0], **sizes)
 
 
 def test_ctrl_c_is_one_line_and_restores_the_pipeline(pipes, capsys, monkeypatch):

@@ -1,8 +1,9 @@
+import av
 import numpy as np
 import pytest
 
 from heterostep.metrics import psnr
-from heterostep.video import read_video, side_by_side, write_video
+from heterostep.video import Audio, read_video, side_by_side, write_video
 
 
 @pytest.fixture
@@ -17,6 +18,21 @@ def test_a_video_comes_back(clip, tmp_path):
     frames, fps = read_video(tmp_path / "clip.mp4")
     assert frames.shape == clip.shape and fps == 16
     assert psnr(frames, clip) > 35
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_sound_comes_back(clip, tmp_path, channels):
+    time = np.arange(16_000) / 16_000
+    tone = 0.5 * np.sin(2 * np.pi * 440 * time)
+    audio = Audio(np.stack([tone] * channels).astype(np.float32), 16_000)
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, clip, 5, audio)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        heard = np.concatenate([block.to_ndarray() for block in container.decode(audio=0)], axis=1)
+    assert len(heard) == channels and abs(heard.shape[1] - 16_000) < 2100
+    middle = heard[0, 4000:12_000]
+    assert abs(np.fft.rfft(middle)).argmax() == 440 // 2 and 0.4 < abs(middle).max() < 0.6
 
 
 def test_fractional_rates_are_kept(clip, tmp_path):

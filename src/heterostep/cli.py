@@ -20,7 +20,7 @@ from rich import filesize
 
 import heterostep
 from heterostep.config import HSAConfig
-from heterostep.errors import HeterostepError
+from heterostep.errors import HeterostepError, first_line
 from heterostep.files import replacing
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from heterostep.reports import Report
+    from heterostep.video import Audio
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-SIZES = ("height", "width", "num_frames", "guidance_scale")
 
 
 class Dtype(str, Enum):
@@ -44,10 +44,11 @@ class Dtype(str, Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One generation: its frames, uint8 [F, H, W, 3], and its account."""
+    """One generation: its frames, uint8 [F, H, W, 3], its account, and its sound where the model makes any."""
 
     clip: np.ndarray
     report: Report
+    audio: Audio | None = None
 
     @property
     def seconds(self) -> float:
@@ -112,7 +113,9 @@ def generate(
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
-    fps: Annotated[float, typer.Option(min=1, max=1000, help="Frames per second.")] = 16,
+    fps: Annotated[
+        float | None, typer.Option(min=1, max=1000, help="Frames per second.  [default: the model's]")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA where there is one.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 on CUDA.")] = Dtype.auto,
@@ -133,18 +136,24 @@ def generate(
     _check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
     picture = _open_image(image) if image is not None else None
     with _silence():
+        from heterostep import checkpoints
+
         place = _device(device)
         precision = _precision(dtype, place)
         pipe, defaults = _load(model, picture is not None, precision)
-        asked = zip(SIZES, (height, width, frames, guidance))
-        options: dict[str, Any] = {name: defaults[name] if value is None else value for name, value in asked}
-        _check_sizes(pipe, **options)
+        asked = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance, "fps": fps}
+        options: dict[str, Any] = {name: defaults[name] if value is None else value for name, value in asked.items()}
+        fps = options.pop("fps")
+        sizes = {name: options[name] for name in ("height", "width", "num_frames")}
+        checkpoints.check_sizes(pipe, **sizes)
         options |= {"prompt": prompt, "negative_prompt": negative, "num_inference_steps": steps}
+        if "frame_rate" in inspect.signature(type(pipe).__call__).parameters:
+            options["frame_rate"] = fps
         if picture is not None:
             from PIL import ImageOps
 
             options["image"] = ImageOps.fit(picture, (options["width"], options["height"]))
-        with _memory_advice(pipe, config, options):
+        with _memory_advice(pipe, config, sizes | {"guidance_scale": options["guidance_scale"]}):
             pipe.to(place)
             reference = _run(pipe, HSAConfig(share=1.0), options, seed, "dense", quiet) if both else None
             result = _run(pipe, config, options, seed, "dense" if dense else "sparse", quiet)
@@ -189,7 +198,7 @@ def _open_image(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(opened).convert("RGB")
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError and more for broken files.
-        raise HeterostepError(f"cannot read the image {path}: {_first_line(error)}") from error
+        raise HeterostepError(f"cannot read the image {path}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -240,64 +249,13 @@ def _load(model: str | None, with_image: bool, precision: Any) -> tuple[Any, dic
         pipe.transformer.to(precision)
         pipe.text_encoder.to(precision)
         return pipe, heterostep.tiny.DEFAULTS
-    import diffusers
-    import torch
+    from heterostep import checkpoints
 
-    from heterostep.pipeline import PIPELINES
-
-    try:
-        name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
-    except Exception as error:
-        # A folder, the hub and the network fail in many ways.
-        raise HeterostepError(f"{model} is no diffusers model folder or hub id: {_first_line(error)}") from error
-    if name not in PIPELINES:
-        raise HeterostepError(f"{model} is a {name}, which is not supported; supported are {' and '.join(PIPELINES)}")
-    if name == "WanImageToVideoPipeline" and not with_image:
-        raise HeterostepError(f"{model} makes videos from a first frame: give it with --image")
-    kind = diffusers.WanImageToVideoPipeline if with_image else diffusers.WanPipeline
-    try:
-        # Half precision in the VAE shows in the pixels, and the VAE is small.
-        pipe = kind.from_pretrained(model, dtype={"default": precision, "vae": torch.float32})
-    except Exception as error:
-        raise HeterostepError(f"cannot load {model}: {_first_line(error)}") from error
-    if with_image and name == "WanPipeline" and not pipe.config.expand_timesteps:
-        raise HeterostepError(f"{model} makes videos from text alone: leave out --image")
-    pipe.set_progress_bar_config(disable=True)
-    defaults = inspect.signature(kind.__call__).parameters
-    return pipe, {name: defaults[name].default for name in SIZES}
-
-
-def _multiple(pipe: Any) -> int:
-    """What height and width must be a multiple of: a token's pixels, and the 16 that Wan pipelines insist on."""
-    return math.lcm(16, *(pipe.vae_scale_factor_spatial * patch for patch in pipe.transformer.config.patch_size[1:]))
-
-
-def _token_grid(pipe: Any, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
-    """Frames, height and width of the token grid."""
-    patch_frames, patch_height, patch_width = pipe.transformer.config.patch_size
-    frames = ((num_frames - 1) // pipe.vae_scale_factor_temporal + 1) // patch_frames
-    spatial = pipe.vae_scale_factor_spatial
-    return frames, height // spatial // patch_height, width // spatial // patch_width
-
-
-def _check_sizes(pipe: Any, height: int, width: int, num_frames: int, **_: Any) -> None:
-    multiple, stride = _multiple(pipe), pipe.vae_scale_factor_temporal
-    for name, value in (("height", height), ("width", width)):
-        if value % multiple:
-            raise HeterostepError(f"--{name} must be a multiple of {multiple} for this model, not {value}")
-    if num_frames % stride != 1 % stride:
-        raise HeterostepError(
-            f"--frames must be a multiple of {stride} plus 1 for this model, such as "
-            f"{num_frames // stride * stride + 1}, not {num_frames}"
-        )
-    longest = pipe.transformer.config.rope_max_seq_len
-    for name, tokens in zip(("frames", "height", "width"), _token_grid(pipe, height, width, num_frames)):
-        if tokens > longest:
-            raise HeterostepError(f"--{name} is too large for this model: {tokens} tokens, of at most {longest}")
+    return checkpoints.load(model, with_image, precision)
 
 
 @contextlib.contextmanager
-def _memory_advice(pipe: Any, config: HSAConfig, options: dict[str, Any]) -> Iterator[None]:
+def _memory_advice(pipe: Any, config: HSAConfig, sizes: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -309,36 +267,31 @@ def _memory_advice(pipe: Any, config: HSAConfig, options: dict[str, Any]) -> Ite
         advice = "lower --height, --width or --frames, or take a smaller --dtype"
         if config.target == 1:
             raise HeterostepError(f"out of memory: {advice}") from error
-        needed = filesize.decimal(kv_cache_bytes(pipe, **options))
-        raise HeterostepError(
-            f"out of memory; the K/V cache alone needs {needed}: {advice}, or use --dense, which keeps no K/V"
-        ) from error
+        from heterostep.checkpoints import kv_cache_bytes
 
-
-def kv_cache_bytes(pipe: Any, height: int, width: int, num_frames: int, guidance_scale: float, **_: Any) -> int:
-    """Bytes of the K and V that a run keeps: every token and text state, in every layer, for each guidance branch."""
-    from heterostep.adapters.wan import TEXT_STATES
-
-    config = pipe.transformer.config
-    states = math.prod(_token_grid(pipe, height, width, num_frames)) + TEXT_STATES
-    values = config.num_layers * config.num_attention_heads * config.attention_head_dim
-    branches = 2 if guidance_scale > 1 else 1
-    return 2 * branches * states * values * pipe.transformer.dtype.itemsize
+        needed = kv_cache_bytes(pipe, **sizes)
+        cache = f"; the K/V cache alone needs {filesize.decimal(needed)}" if needed else ""
+        raise HeterostepError(f"out of memory{cache}: {advice}, or use --dense, which keeps no K/V") from error
 
 
 def _run(pipe: Any, config: HSAConfig, options: dict[str, Any], seed: int, name: str, quiet: bool) -> Result:
     import torch
 
     from heterostep.progress import RunProgress
+    from heterostep.video import Audio
 
     if pipe.device.type == "cuda":
         # Otherwise the peak of a dense run before this one would be reported again.
         torch.cuda.reset_peak_memory_stats(pipe.device)
     with RunProgress(name, config, quiet) as progress, heterostep.enabled(pipe, config=config, on_step=progress):
         generator = torch.Generator("cpu").manual_seed(seed)
-        frames = pipe(**options, generator=generator, output_type="np").frames[0]
+        output = pipe(**options, generator=generator, output_type="np")
         report = heterostep.report(pipe)
-    return Result((frames * 255).round().astype("uint8"), dataclasses.replace(report, seed=seed))
+    audio = None
+    if getattr(output, "audio", None) is not None:
+        audio = Audio(output.audio[0].float().cpu().numpy(), pipe.vocoder.config.output_sampling_rate)
+    clip = (output.frames[0] * 255).round().astype("uint8")
+    return Result(clip, dataclasses.replace(report, seed=seed), audio)
 
 
 def _write(
@@ -350,7 +303,7 @@ def _write(
     if reference is not None:
         labels = (f"dense {reference.seconds:.1f} s", f"heterostep {result.seconds:.1f} s")
         shown = video.side_by_side(reference.clip, result.clip, labels)
-    video.write_video(out, shown, fps)
+    video.write_video(out, shown, fps, result.audio)
     if heatmap is not None:
         from heterostep.viz import write_heatmap
 
@@ -389,10 +342,6 @@ def _summary(result: Result, reference: Result | None, files: Sequence[Path]) ->
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; every fault is one line on stderr.
 
@@ -402,9 +351,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(arguments, prog_name="heterostep", standalone_mode=False)
     except (HeterostepError, OSError) as error:
-        return _fail(_first_line(error), 2)
+        return _fail(first_line(error), 2)
     except typer.TyperException as error:
-        return _fail(_first_line(Exception(error.format_message())), 2)
+        return _fail(first_line(Exception(error.format_message())), 2)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:

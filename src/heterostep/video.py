@@ -6,6 +6,7 @@ Shapes: F frames, H height, W width.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from fractions import Fraction
 
 import av
@@ -16,12 +17,21 @@ from PIL import Image, ImageDraw, ImageFont
 from heterostep.files import replacing
 
 
-def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None:
-    """Write an MP4 (H.264, yuv420p). The same frames give the same bytes; the file appears when it is complete.
+@dataclass(frozen=True)
+class Audio:
+    """A clip's sound: samples, float [channels, samples] in -1..1, one or two channels; samples per second."""
+
+    samples: np.ndarray
+    rate: int
+
+
+def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, audio: Audio | None = None) -> None:
+    """Write an MP4 (H.264, yuv420p, AAC). The same frames give the same bytes; the file appears when it is complete.
 
     Args:
         frames: uint8 [F, H, W, 3]; H and W even.
         fps: frames per second.
+        audio: its sound, from the first frame on.
 
     Raises:
         ValueError: the frames have another type or shape, or an odd size.
@@ -41,9 +51,20 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float) -> None
         stream.options = {"crf": "16", "mbtree": "0"}
         stream.codec_context.thread_count = 1
         stream.codec_context.flags |= Flags.bitexact
+        sound = None
+        if audio is not None:
+            layout = "mono" if len(audio.samples) == 1 else "stereo"
+            sound = container.add_stream("aac", rate=audio.rate, layout=layout)
+            sound.codec_context.flags |= Flags.bitexact
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
+        if audio is not None and sound is not None:
+            samples = np.ascontiguousarray(audio.samples.clip(-1, 1), np.float32)
+            block = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
+            block.sample_rate = audio.rate
+            container.mux(sound.encode(block))
+            container.mux(sound.encode())
 
 
 def read_video(path: str | os.PathLike) -> tuple[np.ndarray, float]:

@@ -88,10 +88,10 @@ class TextAttention(VideoAttention):
     def key_value(self, attn: Any, states: torch.Tensor, rotary_emb: Any) -> tuple[torch.Tensor, ...]:
         """As in `VideoAttention`; text states have no rotary embedding."""
         if self.call.index is None or self.kv.tensors is None:
-            value = attn.to_v(states)
-            key = attn.norm_k(attn.to_k(states))
-            self.kv.tensors = value, *(x.unflatten(2, (attn.heads, -1)) for x in (key, value))
-        return self.kv.tensors
+            key, value = attn.norm_k(attn.to_k(states)), attn.to_v(states)
+            self.kv.tensors = tuple(x.unflatten(2, (attn.heads, -1)) for x in (key, value))
+        key, value = self.kv.tensors
+        return value.flatten(2, 3), key, value
 
 
 class LTX2Adapter(Adapter):

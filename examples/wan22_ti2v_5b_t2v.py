@@ -1,0 +1,42 @@
+"""Text to video with Wan-AI/Wan2.2-TI2V-5B-Diffusers: 5 s at 720p, in half the denoising time."""
+
+import sys
+
+import torch
+from diffusers import WanPipeline
+
+import heterostep
+from heterostep.video import write_video
+
+
+def main(
+    prompt="A cat walks through tall grass towards the camera, at dawn",
+    model="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    out="wan22_ti2v_5b_t2v.mp4",
+    runtime=0.5,
+    height=704,
+    width=1280,
+    num_frames=121,
+    num_inference_steps=50,
+):
+    # Half precision in the VAE shows in the pixels.
+    pipe = WanPipeline.from_pretrained(model, dtype={"default": torch.bfloat16, "vae": torch.float32})
+    pipe.enable_model_cpu_offload()
+    # Beside the weights, this keeps keys and values: 20 GB at the default size, in proportion to frames and pixels.
+    heterostep.enable(pipe, runtime=runtime)
+    frames = pipe(
+        prompt=prompt,
+        negative_prompt="blurry, overexposed, still, deformed, low quality",
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(0),
+    ).frames[0]
+    write_video(out, (frames * 255).round().astype("uint8"), fps=24)
+    print(heterostep.report(pipe).runtime)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

@@ -1,0 +1,125 @@
+"""What the command needs to know of a model: which pipeline to load it as, its defaults, the sizes that it can make."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+
+from heterostep.adapters.wan import TEXT_STATES
+from heterostep.errors import HeterostepError, first_line
+
+SIZES = ("height", "width", "num_frames", "guidance_scale")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The pipelines that make a video from text alone and from a first frame; None where a checkpoint cannot."""
+
+    text: str | None
+    image: str | None
+    fps: float
+
+
+# By the pipeline that a checkpoint was saved as.
+KINDS = {
+    "WanPipeline": Kind("WanPipeline", "WanImageToVideoPipeline", 16),
+    "WanImageToVideoPipeline": Kind(None, "WanImageToVideoPipeline", 16),
+    "LTX2Pipeline": Kind("LTX2Pipeline", "LTX2ImageToVideoPipeline", 24),
+    "LTX2ImageToVideoPipeline": Kind("LTX2Pipeline", "LTX2ImageToVideoPipeline", 24),
+}
+
+
+def load(model: str, with_image: bool, precision: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A diffusers folder or hub id as a pipeline on the CPU, and its default sizes, guidance and frames per second.
+
+    Raises:
+        HeterostepError: it is no model, one that this command does not know, or cannot do what is asked; says which.
+    """
+    try:
+        name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
+    except Exception as error:
+        # A folder, the hub and the network fail in many ways.
+        raise HeterostepError(f"{model} is no diffusers model folder or hub id: {first_line(error)}") from error
+    if name not in KINDS:
+        raise HeterostepError(
+            f"{model} is a {name}, which this command does not run; it runs {', '.join(KINDS)}. More pipelines are "
+            "supported in Python: see heterostep.enable"
+        )
+    kind = KINDS[name]
+    wanted = kind.image if with_image else kind.text
+    if wanted is None:
+        raise HeterostepError(f"{model} makes videos from a first frame: give it with --image")
+    pipeline = getattr(diffusers, wanted)
+    # Half precision in Wan's VAE shows in the pixels, and the VAE is small.
+    dtype: Any = {"default": precision, "vae": torch.float32} if wanted.startswith("Wan") else precision
+    try:
+        pipe = pipeline.from_pretrained(model, dtype=dtype)
+    except Exception as error:
+        raise HeterostepError(f"cannot load {model}: {first_line(error)}") from error
+    if with_image and name == "WanPipeline" and not pipe.config.expand_timesteps:
+        raise HeterostepError(f"{model} makes videos from text alone: leave out --image")
+    pipe.set_progress_bar_config(disable=True)
+    parameters = inspect.signature(pipeline.__call__).parameters
+    defaults = {size: parameters[size].default for size in SIZES} | {"fps": kind.fps}
+    if defaults["num_frames"] is None:
+        # LTX-2 leaves it open, for later checkpoints predict it from the prompt.
+        defaults["num_frames"] = 121
+    return pipe, defaults
+
+
+def check_sizes(pipe: Any, height: int, width: int, num_frames: int) -> None:
+    """Whether the pipeline makes videos of this size (pixels, frames).
+
+    Raises:
+        HeterostepError: it does not; says which sizes it makes.
+    """
+    multiple, stride = _strides(pipe)
+    for name, value in (("height", height), ("width", width)):
+        if value % multiple:
+            raise HeterostepError(f"--{name} must be a multiple of {multiple} for this model, not {value}")
+    if num_frames % stride != 1 % stride:
+        raise HeterostepError(
+            f"--frames must be a multiple of {stride} plus 1 for this model, such as "
+            f"{num_frames // stride * stride + 1}, not {num_frames}"
+        )
+    longest = pipe.transformer.config.get("rope_max_seq_len", math.inf)
+    if longest < math.inf:
+        for name, tokens in zip(("frames", "height", "width"), wan_token_grid(pipe, height, width, num_frames)):
+            if tokens > longest:
+                raise HeterostepError(f"--{name} is too large for this model: {tokens} tokens, of at most {longest}")
+
+
+def _strides(pipe: Any) -> tuple[int, int]:
+    """What height and width must be a multiple of, and a number of frames less one."""
+    if hasattr(pipe, "vae_spatial_compression_ratio"):
+        return pipe.vae_spatial_compression_ratio, pipe.vae_temporal_compression_ratio
+    # A token's pixels, and the 16 that Wan pipelines insist on.
+    patches = (pipe.vae_scale_factor_spatial * patch for patch in pipe.transformer.config.patch_size[1:])
+    return math.lcm(16, *patches), pipe.vae_scale_factor_temporal
+
+
+def wan_token_grid(pipe: Any, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
+    """Frames, height and width of a Wan pipeline's token grid."""
+    patch_frames, patch_height, patch_width = pipe.transformer.config.patch_size
+    frames = ((num_frames - 1) // pipe.vae_scale_factor_temporal + 1) // patch_frames
+    spatial = pipe.vae_scale_factor_spatial
+    return frames, height // spatial // patch_height, width // spatial // patch_width
+
+
+def kv_cache_bytes(pipe: Any, height: int, width: int, num_frames: int, guidance_scale: float) -> int | None:
+    """Bytes of the K and V that a Wan run keeps: every token and text state, in every layer, for each guidance branch.
+
+    None for other families.
+    """
+    config = pipe.transformer.config
+    if "rope_max_seq_len" not in config:
+        return None
+    states = math.prod(wan_token_grid(pipe, height, width, num_frames)) + TEXT_STATES
+    values = config.num_layers * config.num_attention_heads * config.attention_head_dim
+    branches = 2 if guidance_scale > 1 else 1
+    return 2 * branches * states * values * pipe.transformer.dtype.itemsize
