@@ -10,6 +10,7 @@ import torch
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
 import small_hunyuan
+import small_ltx
 import small_ltx2
 import small_wan
 
@@ -18,19 +19,29 @@ import small_wan
 class Row:
     """build() -> pipeline; run(pipe, steps=, seed=, **options) -> latents, video first, audio where there is any.
 
-    `larger` are options that make more tokens.
+    `larger` are options that make more tokens than the usual `grid`.
     """
 
     build: Callable[[], Any]
     run: Callable[..., tuple[torch.Tensor, ...]]
     larger: dict[str, Any]
+    grid: tuple[int, int, int] = (3, 4, 4)
 
 
 def _wan(name: str) -> Row:
     def run(pipe: Any, **options: Any) -> tuple[torch.Tensor, ...]:
         return (small_wan.run_wan(name, pipe, **options),)
 
-    return Row(lambda: small_wan.small_wan(name), run, larger=dict(height=96, width=96))
+    # A reference image becomes a frame of its own.
+    grid = (4, 4, 4) if name == "wan2.1-vace" else (3, 4, 4)
+    return Row(lambda: small_wan.small_wan(name), run, dict(height=96, width=96), grid)
+
+
+def _ltx(kind: str, options: Callable[[], dict[str, Any]]) -> Row:
+    def run(pipe: Any, **more: Any) -> tuple[torch.Tensor, ...]:
+        return (small_ltx.run_ltx(pipe, **{**options(), **more}),)
+
+    return Row(lambda: small_ltx.small_ltx(kind), run, larger=dict(size=96))
 
 
 def _ltx2(kind: str, version: str, options: Callable[[], dict[str, Any]]) -> Row:
@@ -58,6 +69,8 @@ for version in ("2.0", "2.3"):
     ROWS[f"ltx{version}-t2v"] = _ltx2("text", version, dict)
     ROWS[f"ltx{version}-i2v"] = _ltx2("image", version, lambda: {"image": small_wan.moving_square()[0]})
     ROWS[f"ltx{version}-condition"] = _ltx2("condition", version, _conditions)
+ROWS["ltx0.9-t2v"] = _ltx("text", dict)
+ROWS["ltx0.9-i2v"] = _ltx("image", lambda: {"image": small_wan.moving_square()[0]})
 ROWS["hunyuan1.5-t2v"] = _hunyuan("text", dict(height=96, width=96))
 ROWS["hunyuan1.5-i2v"] = _hunyuan("image", dict(num_frames=17))
 

@@ -19,7 +19,7 @@ class Seamed:
         self.num_tokens = self.adapter.token_grid(model, inputs).num_tokens
         self.call, self.rows, self.held = Call(num_tokens=self.num_tokens), None, None
         self.seams = self.adapter.install(model, self.call, self._velocity)
-        self.stores = [attention.store() for attention in self.seams.attentions]
+        self.stores = [processor.store() for _, processor in self.seams.attentions]
 
     def _velocity(self, rows: torch.Tensor) -> torch.Tensor:
         self.rows = rows
@@ -38,12 +38,12 @@ class Seamed:
 
     def _run(self, index: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         self.call.index = index
-        for attention, store in zip(self.seams.attentions, self.stores):
-            attention.kv = store
+        for (_, processor), store in zip(self.seams.attentions, self.stores):
+            processor.kv = store
         inputs = self.inputs if index is None else self.adapter.select(self.model, self.inputs, index)
         out = self.model(**inputs)
-        for attention in self.seams.attentions:
-            attention.kv = None
+        for _, processor in self.seams.attentions:
+            processor.kv = None
         return out
 
     def random_index(self, count: int, seed: int = 4) -> torch.Tensor:

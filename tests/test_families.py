@@ -91,6 +91,7 @@ def test_half_of_the_evaluations_are_spent_and_reported(row):
     assert report.finished and report.pipeline == type(pipe).__name__
     assert samples == 1 and len(report.active_share) == steps
     # A video's grid may have given tokens behind it, which the map does not show.
+    assert report.steps_map.shape == row.grid
     assert report.steps.mean == pytest.approx(report.share.achieved * steps)
     tokens = heterostep.pipeline._open[pipe].runner.generation.schedule.tokens.total
     assert abs(report.share.achieved - 0.5) <= 1 / (tokens * steps)

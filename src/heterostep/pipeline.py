@@ -18,7 +18,8 @@ from heterostep.adapters import FAMILIES
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 from heterostep.reports import Report, StepInfo
-from heterostep.runner import Runner, check_model
+from heterostep.runner import Runner
+from heterostep.wrapping import is_wrapped
 
 PIPELINES = tuple(sorted(name for family in FAMILIES.values() for name in family.pipelines))
 
@@ -28,14 +29,22 @@ class _Session:
 
     def __init__(self, pipe: DiffusionPipeline, config: HSAConfig, on_step: Callable[[StepInfo], None] | None) -> None:
         self.name = type(pipe).__name__
-        reference = weakref.ref(pipe)
+        self._pipe = weakref.ref(pipe)
         self.original_scheduler = pipe.scheduler
         self.own_scheduler = _euler(pipe.scheduler) if config.solver == "euler" else None
-        models = _transformers(pipe)
-        self.runner = Runner(reference, models, FAMILIES[type(models[0]).__name__].adapter, config, on_step)
         if self.own_scheduler is not None:
             pipe.scheduler = self.own_scheduler
-        self.runner.install()
+        models = _transformers(pipe)
+        adapter = FAMILIES[type(models[0]).__name__].adapter
+        self.runner = Runner(self._pipe, models, adapter, config, self._check, on_step)
+        # Whoever drops the pipeline may go on with its transformer.
+        weakref.finalize(pipe, self.runner.uninstall)
+
+    def _check(self) -> None:
+        pipe: Any = self._pipe()
+        _check_pipeline(pipe)
+        if self.own_scheduler is not None and pipe.scheduler is not self.own_scheduler:
+            raise HeterostepError("the scheduler was replaced, but solver='euler' needs its own: enable again")
 
     def close(self, pipe: DiffusionPipeline) -> None:
         self.runner.uninstall()
@@ -52,7 +61,8 @@ def _check_scheduler(scheduler: Any) -> None:
     flow = (
         scheduler.config.get("use_flow_sigmas", False) and scheduler.config.get("prediction_type") == "flow_prediction"
     )
-    if isinstance(scheduler, UniPCMultistepScheduler | DPMSolverMultistepScheduler) and flow:
+    stochastic = "sde" in scheduler.config.get("algorithm_type", "")
+    if isinstance(scheduler, UniPCMultistepScheduler | DPMSolverMultistepScheduler) and flow and not stochastic:
         return
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.get(
         "stochastic_sampling", False
@@ -60,7 +70,7 @@ def _check_scheduler(scheduler: Any) -> None:
         return
     raise HeterostepError(
         f"the scheduler {type(scheduler).__name__} is not supported as it is configured: use UniPCMultistepScheduler "
-        "or DPMSolverMultistepScheduler with use_flow_sigmas=True and prediction_type='flow_prediction', or "
+        "or DPMSolverMultistepScheduler with use_flow_sigmas=True and prediction_type='flow_prediction' (no sde), or "
         "FlowMatchEulerDiscreteScheduler without stochastic_sampling"
     )
 
@@ -89,8 +99,17 @@ def _check_pipeline(pipe: Any) -> None:
         inner = " and ".join(sorted(kinds)) or "no transformer"
         raise HeterostepError(f"{name} with {inner} is not supported{hint}; supported are {', '.join(PIPELINES)}")
     for model in models:
-        check_model(model)
+        _check_model(model)
     _check_scheduler(pipe.scheduler)
+
+
+def _check_model(model: Any) -> None:
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise HeterostepError("the transformer is compiled as a whole: use compile_repeated_blocks() instead")
+    if getattr(model, "is_cache_enabled", False):
+        raise HeterostepError("another cache is enabled on the transformer: call its disable_cache() first")
+    if getattr(model, "_parallel_config", None) is not None:
+        raise HeterostepError("parallelism (enable_parallelism) is not supported: run the transformer on one device")
 
 
 def enable(
@@ -102,7 +121,9 @@ def enable(
 ) -> None:
     """Let the pipeline's next generations spend steps where the video moves.
 
-    Enabling again replaces the earlier options. Works before and after `enable_model_cpu_offload`.
+    Enabling again replaces the earlier options. Works before and after offload is enabled. Of pipelines that share a
+    transformer only this one is changed. K/V are given back at a generation's end, and after an interrupted one by the
+    next or by `disable`. With solver="euler", `pipe.scheduler` is another one until then.
 
     Args:
         pipe: a diffusers pipeline of one of the supported families (`heterostep.pipeline.PIPELINES`).
@@ -122,6 +143,8 @@ def enable(
         raise HeterostepError(f"no such option: {unknown}; the options are {known}") from error
     _check_pipeline(pipe)
     disable(pipe)
+    if any(is_wrapped(model) for model in _transformers(pipe)):
+        raise HeterostepError("the transformer is enabled through another pipeline: call heterostep.disable on that")
     _open[pipe] = _last[pipe] = _Session(pipe, config, on_step)
 
 

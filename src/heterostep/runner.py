@@ -15,14 +15,13 @@ Shapes: B samples, b batch of a call, N tokens, n active tokens, C values a toke
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,34 +35,29 @@ from heterostep.schedule import Schedule
 from heterostep.scoring import velocity_change
 from heterostep.state import Branch, Generation
 from heterostep.timing import StepClock, StepCost
+from heterostep.wrapping import WrappedForward
 
 # Each guidance branch's plain, dense and sparse calls are graphs of their own; torch gives up after 8 of a function.
 RECOMPILE_LIMIT = 64
 
 
-def check_model(model: Any) -> None:
-    """Whether the runner can stand around this model's forward.
-
-    Raises:
-        HeterostepError: something else changes the forward in a way that does not go together; says what to do.
-    """
-    if getattr(model, "_compiled_call_impl", None) is not None:
-        raise HeterostepError("the transformer is compiled as a whole: use compile_repeated_blocks() instead")
-    if getattr(model, "is_cache_enabled", False):
-        raise HeterostepError("another cache is enabled on the transformer: call its disable_cache() first")
-    if getattr(model, "_parallel_config", None) is not None:
-        raise HeterostepError("parallelism (enable_parallelism) is not supported: run the transformer on one device")
-
-
 @dataclass
 class _Expert:
-    """One transformer of the pipeline, with its forward as it was and what was changed on it."""
+    """One transformer of the pipeline, and what was changed on it."""
 
     model: torch.nn.Module
-    forward: Callable
+    wrapped: WrappedForward
     signature: inspect.Signature
     seams: Seams
-    restore: Callable[[], None]
+
+    def check(self) -> None:
+        """Whether the processors are those that were set.
+
+        Raises:
+            HeterostepError: somebody has set others since, so active tokens would attend to each other alone.
+        """
+        if any(attn.processor is not processor for attn, processor in self.seams.attentions):
+            raise HeterostepError("the attention processors were replaced: call heterostep.enable again")
 
 
 class Runner:
@@ -74,8 +68,13 @@ class Runner:
         models: its transformers, in the order in which they take over.
         adapter: their family.
         config: the dial and options.
+        check: called before each generation; raises where the pipeline is not what it was.
         on_step: called with a `StepInfo` after each denoising step.
     """
+
+    # The runners that need more graphs than torch allows, and what it allowed before the first of them.
+    _compiled: ClassVar[set[int]] = set()
+    _recompile_limit: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -83,9 +82,10 @@ class Runner:
         models: Sequence[torch.nn.Module],
         adapter: Adapter,
         config: HSAConfig,
+        check: Callable[[], None],
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> None:
-        self.pipeline, self.models, self.adapter, self.config = pipeline, models, adapter, config
+        self.pipeline, self.adapter, self.config, self.check = pipeline, adapter, config, check
         self.on_step = on_step
         self.generation: Generation | None = None
         self._clock: StepClock | None = None
@@ -93,60 +93,37 @@ class Runner:
         self._call = Call()
         self._branch: Branch | None = None
         self._keep_scores = False
-        self._experts: list[_Expert] = []
-        self._active = False
-        self._recompile_limit: int | None = None  # as it was, where it had to be raised
-
-    def install(self) -> None:
-        """Put the runner around each model's forward, inside accelerate's offload hook where there is one."""
-        self._active = True
-        for position, model in enumerate(self.models):
-            self._experts.append(self._wrap(position, model))
+        self._experts = [self._wrap(position, model) for position, model in enumerate(models)]
 
     def _wrap(self, position: int, model: torch.nn.Module) -> _Expert:
-        # Offload hooks come and go with every generation and put `_old_forward` back: what is inside them stays.
-        name = "_old_forward" if "_old_forward" in model.__dict__ else "forward"
-        inner = getattr(model, name)
-        own = name in model.__dict__
-
-        @functools.wraps(inner)
-        def forward(*args, **kwargs):
-            return self._forward(position, args, kwargs) if self._active else inner(*args, **kwargs)
-
-        def restore() -> None:
-            for place in ("forward", "_old_forward"):
-                if model.__dict__.get(place) is forward:
-                    if own or place == "_old_forward":
-                        setattr(model, place, inner)
-                    else:
-                        delattr(model, place)
-
-        setattr(model, name, forward)
-        signature = inspect.signature(type(model).forward)
-        return _Expert(model, inner, signature, self.adapter.install(model, self._call, self._on_velocity), restore)
+        seams = self.adapter.install(model, self._call, self._on_velocity)
+        wrapped = WrappedForward(model, lambda *args, **kwargs: self._forward(position, args, kwargs))
+        return _Expert(model, wrapped, inspect.signature(type(model).forward), seams)
 
     def uninstall(self) -> None:
-        """Give the models back as they were, and the memory."""
-        self._active = False
+        """Give the models back as they were, and the memory. The report stays."""
         for expert in self._experts:
             for undo in reversed(expert.seams.undo):
                 undo()
-            expert.restore()
+            expert.wrapped.restore()
         self._experts = []
-        if self._recompile_limit is not None:
-            torch._dynamo.config.recompile_limit = self._recompile_limit
+        if id(self) in self._compiled:
+            self._compiled.remove(id(self))
+            if not self._compiled:
+                torch._dynamo.config.recompile_limit = self._recompile_limit
         if self.generation is not None:
-            self.generation.free_kv()
+            self.generation.branches.clear()
 
     def _forward(self, position: int, args: tuple, kwargs: dict[str, Any]):
         expert = self._experts[position]
-        scheduler = getattr(self.pipeline(), "scheduler", None)
-        if getattr(scheduler, "timesteps", None) is None:
-            return expert.forward(*args, **kwargs)
+        pipe = self.pipeline()
+        # Pipelines tell their loop's timestep. Without one this is another's call, of a pipeline that shares the model.
+        if getattr(pipe, "_current_timestep", None) is None:
+            return expert.wrapped.inner(*args, **kwargs)
         inputs = dict(expert.signature.bind(expert.model, *args, **kwargs).arguments)
         inputs.pop("self")
-        generation = self._current(expert, scheduler, inputs)
-        step = self._scheduler_step(scheduler, inputs) - generation.first
+        generation = self._current(expert, pipe, inputs)
+        step = self._scheduler_step(pipe) - generation.first
         if step != generation.step:
             self._start_step(generation, step)
         branch = generation.branch(generation.calls)
@@ -154,14 +131,17 @@ class Runner:
         if branch.expert != position:
             # Another model's K/V are of no use to this one.
             branch.free_kv()
-            branch.stores = [attention.store() for attention in expert.seams.attentions]
+            branch.stores = [processor.store() for _, processor in expert.seams.attentions]
             branch.expert, branch.last_step = position, -1
         try:
             return self._run(expert, generation, branch, inputs)
+        except BaseException:
+            generation.free_kv()
+            raise
         finally:
             self._call.index = self._branch = None
-            for attention in expert.seams.attentions:
-                attention.kv = None
+            for _, processor in expert.seams.attentions:
+                processor.kv = None
 
     def _run(self, expert: _Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]):
         step, total = generation.step, generation.schedule.tokens.total
@@ -173,24 +153,21 @@ class Runner:
             output = branch.output
         else:
             keep = step + 1 < generation.schedule.num_steps and generation.counts[step + 1] < total
-            if branch.text is not inputs.get("encoder_hidden_states"):
-                branch.forget_text()
-                branch.text = inputs.get("encoder_hidden_states")
+            branch.follow_text(inputs.get("encoder_hidden_states"))
             self._branch, self._keep_scores = branch, keep and generation.is_meeting
             self._call.index, self._call.num_tokens = index, total
             if index is not None or keep:
-                for attention, store in zip(expert.seams.attentions, branch.stores, strict=True):
-                    attention.kv = store
+                for (_, processor), store in zip(expert.seams.attentions, branch.stores, strict=True):
+                    processor.kv = store
             else:
                 branch.free_kv()
             if index is not None:
                 inputs = self.adapter.select(expert.model, inputs, index)
-            output = branch.output = expert.forward(**inputs)
+            output = branch.output = expert.wrapped.inner(**inputs)
             generation.kv_bytes_peak = max(generation.kv_bytes_peak, sum(b.kv_bytes for b in generation.branches))
         if step == generation.schedule.num_steps - 1:
             branch.free_kv()
-            if generation.calls >= generation.calls_before:
-                self._finish(generation)
+            self._finish(generation)
         return output
 
     @staticmethod
@@ -214,21 +191,21 @@ class Runner:
         branch.velocity = rows
         return rows
 
-    def _current(self, expert: _Expert, scheduler: Any, inputs: dict[str, Any]) -> Generation:
+    def _current(self, expert: _Expert, pipe: Any, inputs: dict[str, Any]) -> Generation:
         """The generation under way, or a new one: schedulers make new timesteps for each, also after an exception."""
         grid = self.adapter.token_grid(expert.model, inputs)
         batch, device = inputs["hidden_states"].shape[0], inputs["hidden_states"].device
-        old = self.generation
+        old, scheduler = self.generation, pipe.scheduler
         if old is not None:
             if old.timesteps is scheduler.timesteps and old.grid == grid and batch % old.samples == 0:
                 return old
             old.free_kv()
-        for model in self.models:
-            check_model(model)
-            self._allow_recompiles(model)
-        pipe = self.pipeline()
+        self.check()
+        for each in self._experts:
+            each.check()
+            self._allow_recompiles(each.model)
         samples = batch // self.adapter.guidance_copies(pipe)
-        first = self._scheduler_step(scheduler, inputs)
+        first = self._scheduler_step(pipe)
         num_steps = len(scheduler.timesteps) - first
         switch = self.adapter.expert_switch(pipe)
         restarts = () if switch is None or not first < switch < first + num_steps else (switch - first,)
@@ -255,17 +232,19 @@ class Runner:
         return self.generation
 
     def _allow_recompiles(self, model: torch.nn.Module) -> None:
-        if self._recompile_limit is None and any(m._compiled_call_impl is not None for m in model.modules()):
+        if any(module._compiled_call_impl is not None for module in model.modules()):
             dynamo = torch._dynamo.config
-            self._recompile_limit = dynamo.recompile_limit
-            dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
+            if not self._compiled:
+                Runner._recompile_limit = dynamo.recompile_limit
+                dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
+            self._compiled.add(id(self))
 
-    def _scheduler_step(self, scheduler: Any, inputs: dict[str, Any]) -> int:
+    @staticmethod
+    def _scheduler_step(pipe: Any) -> int:
         """The scheduler's step of this call. Schedulers count it themselves, but only from their first step on."""
-        if scheduler.step_index is not None:
-            return scheduler.step_index
-        timesteps = scheduler.timesteps
-        return int((timesteps.float() - inputs["timestep"].max().float().to(timesteps.device)).abs().argmin())
+        if pipe.scheduler.step_index is not None:
+            return pipe.scheduler.step_index
+        return int((pipe.scheduler.timesteps - pipe._current_timestep).abs().argmin())
 
     def _start_step(self, generation: Generation, step: int) -> None:
         assert self._clock is not None
@@ -356,10 +335,17 @@ class Runner:
         )
 
     def _finish(self, generation: Generation) -> None:
+        """After each call of the last step: nobody says which of them is the last."""
         assert self._clock is not None
-        self._clock.mark()
-        if not generation.finished:
-            generation.finished = True
+        self._clock.mark(again=generation.finished)
+        generation.finished = True
+        if generation.calls >= generation.calls_before:
+            self._close(generation)
+
+    def _close(self, generation: Generation) -> None:
+        generation.free_kv()
+        if not generation.closed:
+            generation.closed = True
             self._notify(generation)
 
     def report(self, pipeline: str) -> Report:
@@ -370,7 +356,11 @@ class Runner:
         """
         generation = self.generation
         if generation is None or self._clock is None:
-            raise HeterostepError("nothing to report yet: call the pipeline first")
+            raise HeterostepError(
+                "nothing to report yet: call the pipeline first (after replacing its transformer, enable again)"
+            )
+        if generation.finished:
+            self._close(generation)
         num_steps, total = generation.schedule.num_steps, generation.schedule.tokens.total
         fitted = self._cost(generation)
         seconds, dense_seconds = 0.0, None

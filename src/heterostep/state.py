@@ -27,6 +27,7 @@ class Branch:
     velocity: torch.Tensor | None = None  # [b, N, C], each token's last
     scores: torch.Tensor | None = None  # [b, N], of the last meeting step
     text: Any = None  # the states that the static K/V were made from
+    text_version: int | None = None
     output: Any = None  # what the transformer returned last
     last_step: int = -1
 
@@ -40,11 +41,14 @@ class Branch:
         for store in self.stores:
             store.reset()
 
-    def forget_text(self) -> None:
-        """Drop the K/V that come from the text: it has changed."""
-        for store in self.stores:
-            if isinstance(store, StaticKV):
-                store.reset()
+    def follow_text(self, text: Any) -> None:
+        """Drop the K/V that come from the text where it is another tensor than before, or has been written to."""
+        version = None if text is None or text.is_inference() else text._version
+        if text is not self.text or version != self.text_version:
+            self.text, self.text_version = text, version
+            for store in self.stores:
+                if isinstance(store, StaticKV):
+                    store.reset()
 
 
 @dataclass
@@ -70,6 +74,7 @@ class Generation:
     meetings: int = 0
     kv_bytes_peak: int = 0
     finished: bool = False
+    closed: bool = False  # finished, and told so
 
     @property
     def is_meeting(self) -> bool:

@@ -15,8 +15,10 @@ class StepClock:
         self._cuda = device.type == "cuda"
         self._marks: list = []
 
-    def mark(self) -> None:
-        """A step begins (or the last one has ended)."""
+    def mark(self, again: bool = False) -> None:
+        """A step begins (or the last one has ended); `again` moves the last mark to now."""
+        if again:
+            self._marks.pop()
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()

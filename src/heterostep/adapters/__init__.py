@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from heterostep.adapters.attention import CachedAttention
 from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
 from heterostep.adapters.hunyuan15 import HunyuanVideo15Adapter
+from heterostep.adapters.ltx import LTXAdapter
 from heterostep.adapters.ltx2 import LTX2Adapter
 from heterostep.adapters.wan import WanAdapter
 
@@ -32,5 +33,6 @@ FAMILIES: dict[str, Family] = {
     "LTX2VideoTransformer3DModel": Family(
         LTX2Adapter(), ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline")
     ),
+    "LTXVideoTransformer3DModel": Family(LTXAdapter(), ("LTXPipeline", "LTXImageToVideoPipeline")),
     "WanVACETransformer3DModel": Family(WanAdapter(), ("WanVACEPipeline",)),
 }

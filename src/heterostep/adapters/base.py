@@ -52,23 +52,30 @@ class Seams:
     """What `Adapter.install` changed on a model.
 
     Attributes:
-        attentions: the processors that keep K and V; the runner gives each its store before a call.
+        attentions: attention modules and their processors that keep K and V; the runner gives each its store before a
+            call.
         undo: what takes the changes back, in order.
     """
 
-    attentions: list[CachedAttention] = field(default_factory=list)
+    attentions: list[tuple[Any, CachedAttention]] = field(default_factory=list)
     undo: list[Callable[[], Any]] = field(default_factory=list)
 
     def replace_processor(self, attn: Any, processor: CachedAttention) -> None:
         """Set an attention module's processor; its own comes back on undo."""
         original = attn.processor
         attn.set_processor(processor)
-        self.attentions.append(processor)
-        self.undo.append(lambda: attn.set_processor(original))
+        self.attentions.append((attn, processor))
+        # A processor that the user has set since is theirs to keep.
+        self.undo.append(lambda: attn.set_processor(original) if attn.processor is processor else None)
 
     def hook_output(self, module: torch.nn.Module, change: Callable[[Any], Any]) -> None:
         """Let `change(output)` replace what a module returns, or leave it where it gives None."""
         self.undo.append(module.register_forward_hook(lambda module, args, output: change(output)).remove)
+
+
+def _per_token(timestep: torch.Tensor) -> bool:
+    """Whether there is one timestep a token, [B, N]; [B, 1] is one for all."""
+    return timestep.ndim == 2 and timestep.shape[1] > 1
 
 
 class Adapter(abc.ABC):
@@ -96,14 +103,14 @@ class Adapter(abc.ABC):
     def select(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
         """The forward's inputs with everything that has one entry per token reduced to the active ones."""
         timestep = inputs["timestep"]
-        if timestep.ndim == 2:
+        if _per_token(timestep):
             inputs = {**inputs, "timestep": gather_rows(timestep, index)}
         return inputs
 
     def clean_tokens(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """bool [B, N]: tokens that carry no noise (a given first frame), or None where all do."""
         timestep = inputs["timestep"]
-        return timestep == 0 if timestep.ndim == 2 else None
+        return timestep == 0 if _per_token(timestep) else None
 
     def guidance_copies(self, pipe: Any) -> int:
         """How many guidance branches the pipeline's first call of a step has in its batch."""

@@ -1,0 +1,63 @@
+"""Standing around a model's forward, inside of whatever offloading puts around it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from heterostep.errors import HeterostepError
+
+
+def _places(model: Any) -> list[tuple[Any, str]]:
+    """Where a model's forward may be kept, as (object, attribute): the model, accelerate's hook, diffusers' hooks."""
+    references = getattr(model.__dict__.get("_diffusers_hook"), "_fn_refs", [])
+    places = [(reference, name) for reference in references for name in ("original_forward", "forward")]
+    return places + [(model, name) for name in ("_old_forward", "forward") if name in model.__dict__]
+
+
+class WrappedForward:
+    """Called in place of a model's forward until it is taken back.
+
+    Hooks of accelerate and diffusers come and go with every generation, and restore what they found when they came. So
+    this stands where the model's own forward is kept, beneath them, whichever came first.
+
+    Args:
+        model: the module.
+        instead: called with the forward's arguments.
+
+    Attributes:
+        inner: the forward as it was.
+    """
+
+    def __init__(self, model: Any, instead: Callable[..., Any]) -> None:
+        self._model, self._instead, self._active = model, instead, True
+        places = _places(model)
+        own = (place for place in places if getattr(getattr(*place), "__func__", None) is type(model).forward)
+        holder, name = next(own, places[-2] if "_old_forward" in model.__dict__ else (model, "forward"))
+        self._was_in_class = holder is model and name not in model.__dict__
+        self.inner: Callable[..., Any] = getattr(holder, name)
+        functools.update_wrapper(self, self.inner)
+        setattr(holder, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._instead(*args, **kwargs) if self._active else self.inner(*args, **kwargs)
+
+    def restore(self) -> None:
+        """Put the forward back; where another wrapper hides this one, it passes everything on from now."""
+        self._active = False
+        for holder, name in _places(self._model):
+            if getattr(holder, name) is self:
+                if self._was_in_class and (holder, name) == (self._model, "forward"):
+                    delattr(holder, name)
+                else:
+                    setattr(holder, name, self.inner)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise HeterostepError("a transformer cannot be copied while heterostep is enabled: call disable first")
+
+
+def is_wrapped(model: Any) -> bool:
+    """Whether a forward is being wrapped now."""
+    values = (getattr(*place) for place in _places(model))
+    return any(isinstance(value, WrappedForward) and value._active for value in values)

@@ -1,0 +1,111 @@
+"""On a CUDA device alone: real offload, streams, kernels and compiled code. Skipped elsewhere."""
+
+import pytest
+import torch
+
+import heterostep
+from rows import ROWS, transformers
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+NAMES = ("wan2.1-t2v", "wan2.1-i2v", "wan2.2-t2v", "wan2.1-vace", "ltx2.3-t2v", "ltx0.9-t2v", "hunyuan1.5-t2v")
+STEPS = 12
+
+
+@pytest.fixture(params=NAMES)
+def row(request):
+    return ROWS[request.param]
+
+
+def close(a, b, tolerance=1e-3):
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x.float().cpu(), y.float().cpu(), atol=tolerance, rtol=tolerance)
+
+
+def test_all_active_is_bit_identical_and_half_is_the_cpus(row):
+    pipe = row.build()
+    with heterostep.enabled(pipe, share=0.5):
+        expected = row.run(pipe, steps=STEPS)
+    pipe.to("cuda")
+    plain = row.run(pipe, steps=4)
+    with heterostep.enabled(pipe, share=1.0):
+        assert all(torch.equal(a, b) for a, b in zip(row.run(pipe, steps=4), plain))
+    with heterostep.enabled(pipe, share=0.5):
+        close(row.run(pipe, steps=STEPS), expected, 0.05)
+        assert heterostep.report(pipe).share.achieved == pytest.approx(0.5, abs=0.001)
+    with heterostep.enabled(pipe, runtime=0.7):
+        row.run(pipe, steps=STEPS)
+        assert heterostep.report(pipe).memory.peak_bytes > 0
+
+
+@pytest.mark.parametrize("enable_first", [True, False])
+@pytest.mark.parametrize("kind", ["model", "sequential", "blocks", "leaves with a stream"])
+def test_offload(row, kind, enable_first):
+    pipe = row.build().to("cuda")
+    with heterostep.enabled(pipe, share=0.5):
+        expected = row.run(pipe, steps=STEPS)
+    pipe = row.build()
+    if enable_first:
+        heterostep.enable(pipe, share=0.5)
+    if kind == "model":
+        pipe.enable_model_cpu_offload()
+    elif kind == "sequential":
+        pipe.enable_sequential_cpu_offload()
+    else:
+        streams = "stream" in kind
+        # Transformers by groups, everything else on the device.
+        models = transformers(pipe)
+        for name, component in pipe.components.items():
+            if isinstance(component, torch.nn.Module) and component not in models:
+                getattr(pipe, name).to("cuda")
+        for model in models:
+            model.enable_group_offload(
+                onload_device=torch.device("cuda"),
+                offload_device=torch.device("cpu"),
+                offload_type="leaf_level" if streams else "block_level",
+                use_stream=streams,
+                **({} if streams else {"num_blocks_per_group": 1}),
+            )
+    if not enable_first:
+        heterostep.enable(pipe, share=0.5)
+    for _ in range(2):
+        close(row.run(pipe, steps=STEPS), expected)
+    heterostep.disable(pipe)
+    assert all(x.isfinite().all() for x in row.run(pipe, steps=2))
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_cudnn", "_native_flash", "_native_efficient"])
+def test_attention_backends_in_bfloat16(row, backend):
+    pipe = row.build().to("cuda", torch.bfloat16)
+    for model in transformers(pipe):
+        model.set_attention_backend(backend)
+    try:
+        plain = row.run(pipe, steps=4)
+    except (RuntimeError, ValueError) as error:
+        pytest.skip(f"the plain pipeline cannot: {error}")
+    with heterostep.enabled(pipe, share=1.0):
+        assert all(torch.equal(a, b) for a, b in zip(row.run(pipe, steps=4), plain))
+    with heterostep.enabled(pipe, share=0.5):
+        assert all(x.isfinite().all() for x in row.run(pipe, steps=STEPS))
+
+
+def test_layerwise_casting(row):
+    pipe = row.build().to("cuda", torch.bfloat16)
+    for model in transformers(pipe):
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    plain = row.run(pipe, steps=4)
+    with heterostep.enabled(pipe, share=1.0):
+        assert all(torch.equal(a, b) for a, b in zip(row.run(pipe, steps=4), plain))
+    with heterostep.enabled(pipe, share=0.5):
+        assert all(x.isfinite().all() for x in row.run(pipe, steps=STEPS))
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v", "hunyuan1.5-t2v"])
+def test_compiled_blocks(name):
+    row = ROWS[name]
+    pipe = row.build().to("cuda")
+    with heterostep.enabled(pipe, share=0.5):
+        expected = row.run(pipe, steps=STEPS)
+    for model in transformers(pipe):
+        model.compile_repeated_blocks(fullgraph=True)
+    with heterostep.enabled(pipe, share=0.5):
+        close(row.run(pipe, steps=STEPS), expected, 0.05)

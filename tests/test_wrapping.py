@@ -1,0 +1,199 @@
+"""Who shares, copies, drops or bypasses an enabled pipeline gets right results or one clear line."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanVideoToVideoPipeline,
+)
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+
+import heterostep
+from heterostep.errors import HeterostepError
+from rows import ROWS, equal
+from small_ltx2 import run_ltx2, small_ltx2
+from small_wan import moving_square, run_wan, small_wan
+
+TEXT = ROWS["wan2.1-t2v"]
+
+
+@pytest.fixture
+def pipe():
+    return TEXT.build()
+
+
+def sharing(pipe):
+    """A video-to-video pipeline of the same parts."""
+    parts = {name: pipe.components[name] for name in ("tokenizer", "text_encoder", "transformer", "vae")}
+    scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    other = WanVideoToVideoPipeline(**parts, scheduler=scheduler)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+@pytest.mark.parametrize("run_first", [False, True])
+def test_a_pipeline_that_shares_the_transformer_runs_plainly(pipe, run_first):
+    other = sharing(pipe)
+    plain = run_wan("wan2.1-v2v", other)
+    heterostep.enable(pipe, share=0.5)
+    if run_first:
+        TEXT.run(pipe)
+    assert torch.equal(run_wan("wan2.1-v2v", other), plain)
+    with pytest.raises(HeterostepError, match="another pipeline"):
+        heterostep.enable(other, share=0.5)
+    heterostep.disable(pipe)
+    with heterostep.enabled(other, share=0.5):
+        assert not torch.equal(run_wan("wan2.1-v2v", other), plain)
+    assert "forward" not in vars(pipe.transformer)
+    assert isinstance(pipe.transformer.blocks[0].attn1.processor, WanAttnProcessor)
+
+
+def test_the_transformer_by_itself_is_plain(pipe):
+    seen = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    TEXT.run(pipe, steps=2)
+    hook.remove()
+    with torch.no_grad():
+        expected = pipe.transformer(**seen[0])[0]
+        heterostep.enable(pipe, share=0.5)
+        assert torch.equal(pipe.transformer(**seen[0])[0], expected)
+        TEXT.run(pipe)
+        assert torch.equal(pipe.transformer(**seen[0])[0], expected)
+
+
+def test_disable_gives_memory_back_and_a_dropped_pipeline_its_model(pipe):
+    heterostep.enable(pipe, share=0.5)
+    TEXT.run(pipe)
+    heterostep.disable(pipe)
+    model = weakref.ref(pipe.transformer)
+    pipe.transformer = None
+    gc.collect()
+    assert model() is None
+    assert heterostep.report(pipe).share.achieved == 0.5
+
+    dropped = TEXT.build()
+    model = dropped.transformer
+    heterostep.enable(dropped, share=0.5)
+    del dropped
+    gc.collect()
+    assert "forward" not in vars(model) and isinstance(model.blocks[0].attn1.processor, WanAttnProcessor)
+
+
+@pytest.mark.parametrize("off_after", [1, 6, 10])
+def test_guidance_switched_off_on_the_way(pipe, off_after):
+    def switch_off(pipe, step, timestep, tensors):
+        if step == off_after:
+            pipe._guidance_scale = 1.0
+        return {}
+
+    seen = []
+    heterostep.enable(pipe, share=0.5, on_step=seen.append)
+    TEXT.run(pipe, steps=12, callback_on_step_end=switch_off)
+    report = heterostep.report(pipe)
+    assert report.finished and report.runtime.achieved is not None
+    assert [info.step for info in seen] == list(range(12))
+    runner = heterostep.pipeline._open[pipe].runner
+    assert all(branch.kv_bytes == 0 for branch in runner.generation.branches)
+
+
+@pytest.mark.parametrize("guidance_scale_2", [1.0, 3.0])
+def test_experts_with_guidance_of_their_own(guidance_scale_2):
+    row = ROWS["wan2.2-t2v"]
+    pipe = row.build()
+    heterostep.enable(pipe, share=0.5)
+    row.run(pipe, steps=12, guidance_scale_2=guidance_scale_2)
+    report = heterostep.report(pipe)
+    # The second expert takes over at the fifth step (a test of small_wan's grid), dense.
+    assert report.finished and report.active_share[4] == 1
+    assert report.share.achieved == pytest.approx(0.5, abs=0.001)
+
+
+def test_the_first_experts_keys_are_freed_when_the_second_takes_over():
+    row = ROWS["wan2.2-t2v"]
+    pipe = row.build()
+    heterostep.enable(pipe, share=0.5)
+    runner, held = heterostep.pipeline._open[pipe].runner, []
+
+    def look(model, args):
+        # Before the second expert's first block computes anything, no K/V of the first are left in this branch.
+        branch = runner.generation.branches[runner.generation.calls - 1]
+        held.append((branch.expert, branch.kv_bytes))
+
+    hook = pipe.transformer_2.patch_embedding.register_forward_pre_hook(look)
+    row.run(pipe, steps=12)
+    hook.remove()
+    assert held[0] == (1, 0) and held[1] == (1, 0)
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.8, 1.0])
+def test_ltx2_with_every_token_conditioned_begins_at_its_first_step(strength):
+    pipe = small_ltx2("condition", "2.0")
+    conditions = [LTX2VideoCondition(moving_square() + moving_square()[:8], index=0, strength=strength)]
+    plain = run_ltx2(pipe, steps=12, conditions=conditions)
+    with heterostep.enabled(pipe, share=1.0):
+        assert equal(run_ltx2(pipe, steps=12, conditions=conditions), plain)
+    assert heterostep.report(pipe).num_inference_steps == 12
+
+
+def test_a_copy_of_an_enabled_transformer_is_refused(pipe):
+    heterostep.enable(pipe, share=0.5)
+    with pytest.raises(HeterostepError, match="disable first"):
+        copy.deepcopy(pipe.transformer)
+    heterostep.disable(pipe)
+    assert copy.deepcopy(pipe.transformer) is not pipe.transformer
+
+
+def test_what_is_replaced_while_enabled_is_noticed(pipe):
+    heterostep.enable(pipe, share=0.5)
+    pipe.transformer.set_attn_processor(WanAttnProcessor())
+    with pytest.raises(HeterostepError, match="processors were replaced"):
+        TEXT.run(pipe)
+    heterostep.disable(pipe)
+    original = pipe.scheduler
+    heterostep.enable(pipe, share=0.5)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    with pytest.raises(HeterostepError, match="stochastic"):
+        TEXT.run(pipe)
+    pipe.scheduler = original
+    heterostep.enable(pipe, share=0.5, solver="euler")
+    pipe.scheduler = original
+    with pytest.raises(HeterostepError, match="enable again"):
+        TEXT.run(pipe)
+    heterostep.disable(pipe)
+    pipe.scheduler = DPMSolverMultistepScheduler(
+        algorithm_type="sde-dpmsolver++", use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    with pytest.raises(HeterostepError, match="no sde"):
+        heterostep.enable(pipe, share=0.5)
+    small = small_wan("wan2.1-t2v")
+    heterostep.enable(small, share=0.5)
+    small.transformer = pipe.transformer
+    run_wan("wan2.1-t2v", small, steps=2)
+    with pytest.raises(HeterostepError, match="enable again"):
+        heterostep.report(small)
+
+
+def test_prompt_states_written_to_in_place_are_noticed(pipe):
+    other = pipe.encode_prompt("green square", max_sequence_length=512, device="cpu")[0]
+
+    def write(pipe, step, timestep, tensors):
+        if step == 4:
+            tensors["prompt_embeds"].copy_(other)
+        return {}
+
+    def replace(pipe, step, timestep, tensors):
+        return {"prompt_embeds": other} if step == 4 else {}
+
+    heterostep.enable(pipe, share=0.5)
+    written, replaced = (
+        TEXT.run(pipe, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+        for change in (write, replace)
+    )
+    assert equal(written, replaced)
