@@ -52,7 +52,7 @@ class Schedule:
             switch = ", one more where the second transformer takes over" if self.restarts else ""
             raise HeterostepError(
                 f"{name}={config.target:g} is below the lowest possible {math.ceil(self.lowest_share * 1000) / 1000:g} "
-                f"for {num_steps} steps ({num_steps - stop + start} dense steps, then every {config.divisors[-1]}th"
+                f"for {num_steps} steps (dense ones: {num_steps - stop + start}, then every {config.divisors[-1]}th"
                 f"{switch}): raise {name}, take more steps, or allow larger divisors"
             )
 
