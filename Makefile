@@ -1,15 +1,21 @@
 PYTHON ?= python3
 PROMPT ?= a red circle moving right over blue stripes
 
-.PHONY: demo test lint format clean
+COMPARE ?= --count 2 --points 2 --runtimes 1,0.5,0.25 --methods heterostep,steps,uniform,easycache,first-block-cache
+
+.PHONY: compare demo test lint format clean
 
 demo: .venv/.installed
 	mkdir -p demo
 	.venv/bin/heterostep generate "$(PROMPT)" --runtime 0.5 --both --heatmap demo/heatmap.png --report demo/report.json --out demo/video.mp4
 	@echo "The video is demo/video.mp4, the heat map demo/heatmap.png, the report demo/report.json"
 
+compare: .venv/.installed
+	.venv/bin/heterostep compare $(COMPARE) --out report
+	@echo "The page is report/index.html, every number report/results.json"
+
 test: lint
-	.venv/bin/pytest
+	.venv/bin/pytest -n 2
 
 lint: .venv/.installed
 	.venv/bin/ruff check
@@ -21,7 +27,7 @@ format: .venv/.installed
 	.venv/bin/ruff format
 
 clean:
-	rm -rf .venv demo .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv demo report .mypy_cache .pytest_cache .ruff_cache
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

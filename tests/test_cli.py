@@ -408,3 +408,35 @@ def test_the_module_runs_as_a_command(tmp_path):
     assert "ends at" in lines[-1] and "(promised 0.50)" in lines[-1]
     assert video.is_file()
     assert _python("-m", "heterostep", "generate", PROMPT, "--runtime", "7").returncode == 2
+
+
+def test_compare_writes_a_page(pipes, capsys):
+    arguments = [*SMALL, "--count", "1", "--runtimes", "1,0.6", "--methods", "heterostep,steps", "--out", "report"]
+    assert cli.main(["compare", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert "runtime 0.6 of dense" in out and "report/index.html" in out and "4/4" in err
+    results = json.loads(Path("report/results.json").read_text())
+    assert results["complete"] and {r["method"] for r in results["generations"]} == {"heterostep", "steps"}
+    assert results["generations"][0]["caption"] is not None
+    page = Path("report/index.html").read_text()
+    assert results["prompts"][0]["prompt"] in page
+    # Again: nothing is left to do. Another one does not mix with it.
+    assert cli.main(["compare", *arguments, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    assert cli.main(["compare", *arguments, "--repeats", "2"]) == 2
+    assert "another comparison" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--runtimes", "fast"], "--runtimes"),
+        (["--runtimes", "0,1"], "--runtimes"),
+        (["--methods", "heterostep,magic"], "no such method: magic; the methods are heterostep"),
+        (["--prompts", "none.txt"], "no file none.txt"),
+    ],
+)
+def test_compare_used_wrongly(pipes, capsys, arguments, message):
+    before = files()
+    assert cli.main(["compare", *SMALL, *arguments]) == 2
+    assert message in only_line(capsys.readouterr().err) and files() == before

@@ -22,6 +22,7 @@ from heterostep.errors import HeterostepError
         {"share": 0.5, "regroup_every": 0},
         {"share": 0.5, "solver": "heun"},
         {"share": 0.5, "score": "psychic"},
+        {"share": 0.5, "sync": "never"},
     ],
 )
 def test_wrong_options_are_refused_in_one_line(options):

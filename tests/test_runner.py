@@ -284,3 +284,23 @@ def test_an_impossible_share_stops_the_run_before_its_first_step(pipe):
         run(pipe)
     heterostep.disable(pipe)
     run(pipe)
+
+
+def test_fresh_keys_are_those_of_a_dense_step(pipe):
+    """What is taken at a step equals the dense step's rows; what is not taken is held."""
+    outputs, plain = [], []
+    heterostep.enable(pipe, share=[1, 1, 0.5, 1, 1, 1], sync="fresh")
+    hook = pipe.transformer.register_forward_hook(lambda m, args, out: outputs.append(out[0]))
+    inner = heterostep.pipeline._open[pipe].runner._experts[0].wrapped.inner
+    inputs = []
+    look = pipe.transformer.register_forward_pre_hook(lambda m, a, kwargs: inputs.append(kwargs), with_kwargs=True)
+    run(pipe, steps=6, guidance_scale=1.0)
+    report = heterostep.report(pipe)
+    assert report.memory.kv_cache_bytes == 0 and report.share.achieved == pytest.approx(5.5 / 6)
+    hook.remove(), look.remove()
+    heterostep.disable(pipe)
+    with torch.no_grad():
+        plain = inner(**inputs[2])[0]
+    same = (outputs[2] == plain).flatten(0, 1).all(0)
+    held = (outputs[2] == outputs[1]).flatten(0, 1).all(0)
+    assert (same ^ held).all() and same.float().mean() == 0.5

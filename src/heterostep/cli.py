@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import json
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -160,6 +162,99 @@ def generate(
     _write(result, reference, out, report, heatmap, fps)
     if not quiet:
         typer.echo(_summary(result, reference, [path for path in (out, report, heatmap) if path is not None]))
+
+
+@app.command()
+def compare(
+    out: Annotated[Path, typer.Option(help="Folder; a comparison that was stopped goes on.")] = Path("report"),
+    prompts: Annotated[
+        Path | None, typer.Option(help="File, a prompt a line.  [default: held-out captions of the bundled model]")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Held-out captions, without --prompts.")] = 2,
+    image_to_video: Annotated[
+        bool, typer.Option("--image-to-video", help="From first frames; in --prompts after a tab.")
+    ] = False,
+    runtimes: Annotated[str, typer.Option(help="Over the dense loop's, comma-separated.")] = "1,0.75,0.5,0.25",
+    methods: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
+    points: Annotated[int, typer.Option(min=1, help="Dial values of methods that are not set by a budget.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="How often everything is timed.")] = 1,
+    videos: Annotated[int, typer.Option(min=0, help="Prompts whose videos are shown.")] = 2,
+    model: Annotated[str | None, typer.Option(help="Diffusers folder or hub id.  [default: the bundled model]")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the dense run.")] = 40,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first prompt's noise.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA where there is one.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 on CUDA.")] = Dtype.auto,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Neither progress nor table.")] = False,
+) -> None:
+    """Draw the quality-runtime frontier of heterostep and its peers on one model."""
+    wanted = _runtimes(runtimes)
+    if out.exists() and not out.is_dir():
+        raise HeterostepError(f"{out} is no folder")
+    if prompts is not None and not prompts.is_file():
+        raise HeterostepError(f"there is no file {prompts}")
+    if prompts is None and model is not None:
+        raise HeterostepError("give --prompts: the held-out captions are the bundled model's")
+    if importlib.util.find_spec("torchmetrics") is None:
+        raise HeterostepError("the comparison wants torchmetrics: pip install 'heterostep[compare]'")
+    from heterostep import checkpoints
+    from heterostep.compare import page, peers, table
+    from heterostep.compare import prompts as source
+    from heterostep.compare.catalogue import METHODS
+    from heterostep.compare.run import Comparison, Settings
+
+    chosen = _methods(methods, METHODS)
+    with _silence():
+        place = _device(device)
+        pipe, defaults = _load(model, image_to_video, _precision(dtype, place))
+        asked = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance}
+        options: dict[str, Any] = {name: defaults[name] if value is None else value for name, value in asked.items()}
+        checkpoints.check_sizes(pipe, **{name: options[name] for name in ("height", "width", "num_frames")})
+        peers.calibrate_with(pipe, **options)
+        options["num_inference_steps"] = steps
+        if prompts is None:
+            todo = source.held_out(count, seed, image_to_video)
+        else:
+            todo = source.read_prompts(prompts, seed, (options["width"], options["height"]) if image_to_video else None)
+        settings = Settings(
+            model="the bundled model" if model is None else model,
+            mode="image" if image_to_video else "text",
+            options=options,
+            runtimes=wanted,
+            fps=defaults["fps"],
+            repeats=repeats,
+            points=points,
+            shown=videos,
+            judged=model is None and prompts is None,
+        )
+        command = "heterostep " + " ".join(map(shlex.quote, sys.argv[1:]))
+        tell = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
+        results = Comparison(pipe.to(place), todo, chosen, settings, out, command, tell).run()
+        written = page.write_page(out)
+    if not quiet:
+        table.show(results)
+        typer.echo(f"{written}")
+
+
+def _runtimes(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(sorted({float(part) for part in text.split(",")}, reverse=True))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value <= 1 for value in values):
+        raise HeterostepError(f"--runtimes wants numbers above 0 and at most 1, as in 1,0.5,0.25, not {text}")
+    return values
+
+
+def _methods(text: str, known: dict[str, Any]) -> list[Any]:
+    names = list(known) if text == "all" else [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise HeterostepError(f"no such method: {', '.join(unknown)}; the methods are {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names)]
 
 
 def _config(runtime: float | None, share: float | None, dense: bool, both: bool, solver: str) -> HSAConfig:

@@ -9,6 +9,7 @@ from heterostep.errors import HeterostepError
 
 SOLVERS = ("pipeline", "euler")
 SCORES = ("velocity", "random")
+SYNCS = ("hold", "fresh")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class HSAConfig:
         solver: "pipeline" feeds held velocities to the scheduler that the pipeline has; "euler" is the paper's update,
             a first-order step on the same sigma grid.
         score: "velocity" ranks tokens by how fast their velocity changes; "random" is a control for experiments.
+        sync: "hold" keeps the K/V of sleeping tokens as they were; "fresh" recomputes them at every step for nothing, a
+            bound for experiments: it tells what stale K/V cost, and is no faster than dense.
 
     Raises:
         HeterostepError: a value is out of its range.
@@ -40,6 +43,7 @@ class HSAConfig:
     regroup_every: int = 1
     solver: str = "pipeline"
     score: str = "velocity"
+    sync: str = "hold"
 
     def __post_init__(self) -> None:
         if (self.runtime is None) == (self.share is None):
@@ -70,6 +74,8 @@ class HSAConfig:
             raise HeterostepError(f"solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
         if self.score not in SCORES:
             raise HeterostepError(f"score must be one of {', '.join(SCORES)}, not {self.score!r}")
+        if self.sync not in SYNCS:
+            raise HeterostepError(f"sync must be one of {', '.join(SYNCS)}, not {self.sync!r}")
 
     @property
     def target(self) -> float:

@@ -31,7 +31,7 @@ class _Session:
         self.name = type(pipe).__name__
         self._pipe = weakref.ref(pipe)
         self.original_scheduler = pipe.scheduler
-        self.own_scheduler = _euler(pipe.scheduler) if config.solver == "euler" else None
+        self.own_scheduler = first_order(pipe.scheduler) if config.solver == "euler" else None
         if self.own_scheduler is not None:
             pipe.scheduler = self.own_scheduler
         models = _transformers(pipe)
@@ -75,7 +75,7 @@ def _check_scheduler(scheduler: Any) -> None:
     )
 
 
-def _euler(scheduler: Any) -> Any:
+def first_order(scheduler: Any) -> Any:
     """First-order steps on the scheduler's own sigma grid."""
     if isinstance(scheduler, UniPCMultistepScheduler):
         steps = list(range(scheduler.config.num_train_timesteps))

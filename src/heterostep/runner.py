@@ -30,6 +30,7 @@ from heterostep import allocation
 from heterostep.adapters.base import Adapter, Call, Seams
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
+from heterostep.kernels import gather_rows
 from heterostep.reports import MemoryReport, Report, RuntimeReport, ShareReport, StepInfo, StepsReport
 from heterostep.schedule import Schedule
 from heterostep.scoring import velocity_change
@@ -92,6 +93,7 @@ class Runner:
         self._sigmas: list[float] = []
         self._call = Call()
         self._branch: Branch | None = None
+        self._active: torch.Tensor | None = None  # tokens whose velocities are to be taken; None where all are
         self._keep_scores = False
         self._experts = [self._wrap(position, model) for position, model in enumerate(models)]
 
@@ -139,7 +141,7 @@ class Runner:
             generation.free_kv()
             raise
         finally:
-            self._call.index = self._branch = None
+            self._call.index = self._branch = self._active = None
             for _, processor in expert.seams.attentions:
                 processor.kv = None
 
@@ -147,14 +149,16 @@ class Runner:
         step, total = generation.step, generation.schedule.tokens.total
         # A branch that missed a step (guidance switched off for a while) has stale K/V: it starts again, dense.
         stale = branch.last_step < 0 or branch.last_step < step - 1
-        index = None if stale else self._rows(generation.index, generation, inputs)
+        active = None if stale else self._rows(generation.index, generation, inputs)
+        index = active if self.config.sync == "hold" else None
         branch.last_step = step
         if generation.counts[step] == 0 and not stale:
             output = branch.output
         else:
-            keep = step + 1 < generation.schedule.num_steps and generation.counts[step + 1] < total
+            rest_is_dense = step + 1 == generation.schedule.num_steps or generation.counts[step + 1] == total
+            keep = not rest_is_dense and self.config.sync == "hold"
             branch.follow_text(inputs.get("encoder_hidden_states"))
-            self._branch, self._keep_scores = branch, keep and generation.is_meeting
+            self._branch, self._active, self._keep_scores = branch, active, not rest_is_dense and generation.is_meeting
             self._call.index, self._call.num_tokens = index, total
             if index is not None or keep:
                 for (_, processor), store in zip(expert.seams.attentions, branch.stores, strict=True):
@@ -181,10 +185,12 @@ class Runner:
         branch, generation = self._branch, self.generation
         if branch is None or generation is None:
             return None
-        index, held = self._call.index, branch.velocity
-        if index is not None:
+        active, held = self._active, branch.velocity
+        if active is not None:
             assert held is not None
-            rows = held.scatter(1, index[..., None].expand_as(rows), rows)
+            if self._call.index is None:
+                rows = gather_rows(rows, active)
+            rows = held.scatter(1, active[..., None].expand_as(rows), rows)
         elif self._keep_scores and held is not None:
             elapsed = generation.elapsed.repeat(rows.shape[0] // generation.samples, 1)
             branch.scores = velocity_change(rows, held, elapsed)

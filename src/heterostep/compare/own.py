@@ -1,0 +1,48 @@
+"""heterostep itself, its controls, and plain sampling with fewer steps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from heterostep.compare.method import Method
+from heterostep.pipeline import enabled, first_order
+
+BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2)
+
+
+def _heterostep(name: str, label: str, diagnostic: bool = False, **options: Any) -> Method:
+    @contextlib.contextmanager
+    def apply(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
+        with enabled(pipe, share=value, **options):
+            yield {}
+
+    return Method(
+        name, label, "share of token evaluations", BUDGETS, apply, budget=True, maps=True, diagnostic=diagnostic
+    )
+
+
+@contextlib.contextmanager
+def _fewer_steps(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
+    yield {"num_inference_steps": max(1, round(value * num_steps))}
+
+
+@contextlib.contextmanager
+def _fewer_euler_steps(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
+    scheduler = pipe.scheduler
+    pipe.scheduler = first_order(scheduler)
+    try:
+        yield {"num_inference_steps": max(1, round(value * num_steps))}
+    finally:
+        pipe.scheduler = scheduler
+
+
+OWN = (
+    _heterostep("heterostep", "heterostep"),
+    _heterostep("heterostep-euler", "heterostep, first-order update", solver="euler"),
+    _heterostep("heterostep-random", "heterostep, tokens picked at random (control)", score="random"),
+    _heterostep("heterostep-fresh", "heterostep with everyone's K/V fresh (bound, not faster)", True, sync="fresh"),
+    Method("steps", "fewer steps, the pipeline's solver", "share of the steps", BUDGETS, _fewer_steps, budget=True),
+    Method("steps-euler", "fewer steps, Euler", "share of the steps", BUDGETS, _fewer_euler_steps, budget=True),
+)

@@ -1,0 +1,1051 @@
+"""The comparison as one file: `results.json` and the videos that it names -> `index.html`, which needs no network.
+
+`docs/compare.md` describes every key of `results.json`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import shlex
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from heterostep.compare.summary import IDENTICAL_DB
+from heterostep.errors import HeterostepError
+from heterostep.files import replacing
+
+SCHEMA = 1
+Record = dict[str, Any]
+_OURS = "heterostep"
+_MEDIA_TYPES = {".mp4": "video/mp4", ".png": "image/png"}
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """A figure of merit: its key in the results, how it is written, and dense's own where that is given."""
+
+    key: str
+    name: str
+    unit: str
+    digits: int
+    higher_is_better: bool
+    dense: float | None
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+
+    @property
+    def heading(self) -> str:
+        return f"{self.name}, {self.unit}" if self.unit else self.name
+
+    @property
+    def direction(self) -> str:
+        side = "higher" if self.higher_is_better else "lower"
+        return f"{side} is better" if self.dense is None else f"{side} is nearer to dense"
+
+    def text(self, value: float | None) -> str:
+        if value is None:
+            return "–"
+        return "identical" if math.isinf(value) else f"{value:.{self.digits}f}"
+
+
+_PSNR = _Metric("psnr", "PSNR", "dB", 1, True, math.inf)
+_SSIM = _Metric("ssim", "SSIM", "", 3, True, 1.0, (0, 1))
+_LPIPS = _Metric("lpips", "LPIPS", "", 3, False, 0.0, (0, math.inf))
+_CAPTION = _Metric("caption", "Caption score", "", 2, True, None, (0, 1))
+_MOTION = _Metric("motion", "Motion distance", "", 2, False, 0.0, (0, math.inf))
+_METRICS = (_PSNR, _SSIM, _LPIPS, _CAPTION, _MOTION)
+_RUNTIME, _EVALUATIONS = "runtime", "evaluations"
+_CAPTION_PARTS = ("colour", "direction", "kind", "background")
+_AXES = {_RUNTIME: "runtime, dense = 1", _EVALUATIONS: "token evaluations, dense = 1"}
+_PLOTS = (
+    (_RUNTIME, _PSNR),
+    (_EVALUATIONS, _PSNR),
+    (_RUNTIME, _SSIM),
+    (_RUNTIME, _CAPTION),
+    (_RUNTIME, _MOTION),
+    (_RUNTIME, _LPIPS),
+)
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A mean and its spread; the spread is None where nobody knows it."""
+
+    mean: float
+    spread: float | None = None
+
+
+def write_page(folder: Path) -> Path:
+    """Write `index.html` from `results.json` in a folder, and return its path.
+
+    A video that is named but not there is noted on the page.
+
+    Raises:
+        HeterostepError: `results.json` is of another schema, or no JSON.
+        OSError: `results.json` cannot be read, or the page cannot be written.
+    """
+    folder = Path(folder)
+    source = folder / "results.json"
+    try:
+        data = json.loads(source.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise HeterostepError(f"{source} is no JSON: {error}") from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise HeterostepError(f"{source} has schema {schema}, and this heterostep reads schema {SCHEMA}")
+    page = folder / "index.html"
+    html = _Report(data, folder).html()
+    with replacing(page) as part:
+        part.write_text(html, encoding="utf-8", newline="\n")
+    return page
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _value(entry: Any) -> _Value | None:
+    """A mean with its spread, or a bare number."""
+    if isinstance(entry, dict):
+        mean = _number(entry.get("mean"))
+        return None if mean is None else _Value(mean, _number(entry.get("spread")))
+    mean = _number(entry)
+    return None if mean is None else _Value(mean)
+
+
+def _metric_value(metric: _Metric, entry: Any) -> _Value | None:
+    """A curve's or frontier row's entry; a PSNR of videos identical to dense is infinite."""
+    value = _value(entry)
+    if metric is _PSNR and (value is None or value.mean >= IDENTICAL_DB):
+        return _Value(math.inf)
+    return value
+
+
+def _of(values: Iterable[float | None]) -> _Value | None:
+    """Mean and sample standard deviation of those that are known."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return None
+    return _Value(statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None)
+
+
+def _caption_part(part: str, record: Record) -> str:
+    return _fixed((record.get("caption") or {}).get(part), 2)
+
+
+def _caption_score(record: Record) -> float | None:
+    parts = [_number((record.get("caption") or {}).get(part)) for part in _CAPTION_PARTS]
+    known = [part for part in parts if part is not None]
+    return statistics.mean(known) if known else None
+
+
+def _with_spread(metric: _Metric, value: _Value | None) -> str:
+    if value is None:
+        return "–"
+    if value.spread is None or math.isinf(value.mean):
+        return metric.text(value.mean)
+    return f'{metric.text(value.mean)} <span class="spread">± {value.spread:.{metric.digits}f}</span>'
+
+
+def _plain(value: Any) -> str:
+    """A setting or a version, for people."""
+    if value is None:
+        return "none"
+    if isinstance(value, list):
+        return ", ".join(_plain(v) for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _reason(method: Record) -> str:
+    return str(method.get("reason") or "no reason was given")
+
+
+def _list(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _table(label: str, head: list[str], bodies: list[str]) -> str:
+    """A table in a box of its own that scrolls sideways, by keyboard too."""
+    columns = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}"><table>'
+        f"<thead><tr>{columns}</tr></thead>{''.join(f'<tbody>{body}</tbody>' for body in bodies if body)}"
+        f"</table></div>"
+    )
+
+
+def _row(head: str, cells: list[str], kind: str = "") -> str:
+    opened = f'<tr class="{kind}">' if kind else "<tr>"
+    return f'{opened}<th scope="row">{head}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+
+
+class _Report:
+    """What is in `results.json`, section by section."""
+
+    def __init__(self, data: Record, folder: Path) -> None:
+        self.data = data
+        self.folder = folder
+        self.prompts: list[Record] = data.get("prompts") or []
+        self.settings: Record = data.get("settings") or {}
+        self.dense: list[Record] = data.get("dense") or []
+        self.chance: list[Record] = data.get("chance") or []
+        self.generations: list[Record] = data.get("generations") or []
+        self.frontier: list[Record] = data.get("frontier") or []
+        self.methods: dict[str, Record] = {method["name"]: method for method in data.get("methods") or []}
+        self.curves: dict[str, list[Record]] = {c["method"]: c["points"] for c in data.get("curves") or []}
+        if len(self.prompts) < 2:
+            # Of one prompt there is no spread, not one of 0.
+            for entry in (e for points in self.curves.values() for p in points for e in p.values()):
+                if isinstance(entry, dict):
+                    entry["spread"] = None
+        ran = [name for name, method in self.methods.items() if method["status"] == "ran"]
+        self.ordinary = [name for name in ran if not self.methods[name].get("diagnostic")]
+        self.diagnostic = [name for name in ran if self.methods[name].get("diagnostic")]
+        self.series = {name: i for i, name in enumerate(self.ordinary + self.diagnostic)}
+        self.metrics = [metric for metric in _METRICS if metric is _PSNR or self._is_present(metric)]
+
+    def _is_present(self, metric: _Metric) -> bool:
+        entries = [point.get(metric.key) for points in self.curves.values() for point in points]
+        entries += [row.get(metric.key) for at in self.frontier for row in at["rows"]]
+        return any(_value(entry) is not None for entry in entries)
+
+    def _label(self, name: str) -> str:
+        return escape(str(self.methods.get(name, {}).get("label") or name))
+
+    def _mark(self, name: str) -> str:
+        """A method's line and marker, as in the plots."""
+        index = self.series.get(name)
+        if index is None:
+            return ""
+        kind = " diagnostic" if name in self.diagnostic else ""
+        return (
+            f'<svg class="mark s{index % 8}{kind}" viewBox="0 0 34 16" aria-hidden="true">'
+            f'<path class="line" d="M1 8H33"/>{_marker(index, 17, 8)}</svg>'
+        )
+
+    def _named(self, name: str) -> str:
+        return f'<div class="named">{self._mark(name)}<span>{self._label(name)}</span></div>'
+
+    def html(self) -> str:
+        model = escape(str(self.settings.get("model", "")))
+        script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+        # Nothing may be fetched, and no script but the one below may run, whatever a prompt says.
+        policy = (
+            "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
+            f"script-src 'sha256-{script}'; base-uri 'none'; form-action 'none'"
+        )
+        # A style sheet can hide the lines that are not ticked; a browser that is too old for that shows them all.
+        hide = "".join(f"#plots:has(#show{i}:not(:checked)) .m{i} {{ display:none }}\n" for i in self.series.values())
+        sections = [
+            ("verdict", "Verdict", self._verdicts()),
+            ("plots", "Quality against cost", self._plots()),
+            ("tables", "At each runtime", self._tables()),
+            ("videos", "Side by side", self._videos()),
+            ("chance", "What chance scores", self._chance()),
+            ("run", "The run", self._run()),
+            ("numbers", "Every number", self._numbers()),
+            ("reading", "How to read this page", self._reading()),
+        ]
+        shown = [(key, title, body) for key, title, body in sections if body]
+        links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in shown)
+        main = "".join(f'<section id="{key}"><h2>{title}</h2>{body}</section>' for key, title, body in shown)
+        return (
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            '<meta name="color-scheme" content="light dark">'
+            f"<title>heterostep compare: {model}</title><style>{_STYLE}{hide}</style></head>\n"
+            f"<body><header><h1>heterostep compare: {model}</h1>{self._summary()}"
+            f'<nav aria-label="Sections">{links}</nav></header>\n<main>{main}</main>\n'
+            f"<script>{_SCRIPT}</script></body></html>\n"
+        )
+
+    def _summary(self) -> str:
+        get = self.settings.get
+        mode = {"text": "text-to-video", "image": "image-to-video"}.get(str(get("mode")), str(get("mode")))
+        count = len(self.prompts)
+        words = [
+            mode,
+            f"{get('width')} x {get('height')} pixels, {get('num_frames')} frames",
+            f"{get('num_inference_steps')} steps",
+            f"{count} prompt{'s' if count != 1 else ''}",
+        ]
+        seconds = [s for record in self.dense for s in record.get("seconds") or []]
+        if seconds:
+            words.append(f"dense takes {statistics.median(seconds):.3g} s in the denoising loop")
+        html = f'<p class="summary">{escape("; ".join(words))}.</p>'
+        if not self.data.get("complete"):
+            html += (
+                '<p class="warning"><strong>Incomplete.</strong> The run has not finished, or was stopped: what is '
+                "shown is what was measured until then.</p>"
+            )
+        return html
+
+    # Verdicts and tables
+
+    def _rows(self, at: Record, metric: _Metric) -> dict[str, _Value]:
+        """The values at an asked runtime of the methods that reach it, by name; diagnostic ones left out."""
+        found = {}
+        for row in at["rows"]:
+            value = self._cell(row, at["runtime"], metric)
+            if value is not None and row["method"] not in self.diagnostic:
+                found[row["method"]] = value
+        return found
+
+    def _cell(self, row: Record, runtime: float, metric: _Metric) -> _Value | None:
+        if not row.get("reached"):
+            return None
+        value = _metric_value(metric, row.get(metric.key))
+        if value is not None and value.spread is None and math.isfinite(value.mean):
+            value = _Value(value.mean, self._spread_at(row["method"], runtime, metric))
+        return value
+
+    def _spread_at(self, name: str, runtime: float, metric: _Metric) -> float | None:
+        """The spread of a method's points, linear in runtime between them; its nearest point's outside of them."""
+        known = []
+        for point in self.curves.get(name, []):
+            x, y = _value(point.get(_RUNTIME)), _value(point.get(metric.key))
+            if x is not None and y is not None and y.spread is not None:
+                known.append((x.mean, y.spread))
+        known.sort()
+        if not known:
+            return None
+        for (x0, y0), (x1, y1) in zip(known, known[1:]):
+            if x0 <= runtime <= x1:
+                return y0 if x0 == x1 else y0 + (y1 - y0) * (runtime - x0) / (x1 - x0)
+        return min(known, key=lambda pair: abs(pair[0] - runtime))[1]
+
+    def _winners(self, at: Record, metric: _Metric) -> list[str]:
+        """The methods to mark as best: the winner, and whoever cannot be told from it at the digits shown."""
+        values = self._rows(at, metric)
+        if not values:
+            return []
+        named = (at.get("winners") or {}).get(metric.key)
+        identical = [name for name, value in values.items() if math.isinf(value.mean)]
+        if identical:
+            return identical
+        if named not in values:
+            pick = max if metric.higher_is_better else min
+            named = pick(values, key=lambda name: values[name].mean)
+        shown = metric.text(values[named].mean)
+        return [named, *(n for n, value in values.items() if n != named and metric.text(value.mean) == shown)]
+
+    def _verdicts(self) -> str:
+        items = []
+        for at in self.frontier:
+            parts = [self._verdict(at, _PSNR)]
+            if _CAPTION in self.metrics:
+                parts.append(self._verdict(at, _CAPTION))
+            note = " <small>(dense itself takes no longer)</small>" if at["runtime"] >= 1 else ""
+            head = f'<strong class="runtime">At {at["runtime"]:g} of dense\'s runtime{note}</strong>'
+            items.append(f"<li>{head} {' '.join(parts)}</li>")
+        return f'<ul class="verdicts">{"".join(items)}</ul>' if items else ""
+
+    def _verdict(self, at: Record, metric: _Metric) -> str:
+        """One metric at one runtime in one sentence: who wins, and by how much heterostep wins or loses."""
+        by = {_PSNR.key: "PSNR", _CAPTION.key: "Caption score"}[metric.key]
+        values, winners = self._rows(at, metric), self._winners(at, metric)
+        own = _OURS in self.ordinary
+        ours = _OURS if _OURS in values else None
+        if not winners:
+            return f'<span class="open">{by}: no method reaches it.</span>'
+        best = values[winners[0]]
+        score = self._score(metric, best)
+        names = _list([f"<b>{self._label(name)}</b>" for name in winners])
+        if ours in winners and len(winners) > 1:
+            if len(winners) > 3:
+                names = f"<b>{self._label(_OURS)}</b> and {len(winners) - 1} of {len(values) - 1} others"
+            return f'<span class="tie">{by}: level, {score}: {names}.</span>'
+        if ours in winners:
+            others = [name for name in values if name != ours]
+            if not others:
+                return f'<span class="win">{by}: {names} alone reaches it, {score}.</span>'
+            second = max(others, key=lambda name: values[name].mean)
+            gap, note = self._gap(metric, best, values[second])
+            lead = f"{gap} above {self._label(second)}{note}" if gap else f"before {self._label(second)}"
+            return f'<span class="win">{by}: {names} wins, {score}, {lead}.</span>'
+        if len(winners) > 3:
+            names = f"{len(winners)} of {len(values)} methods"
+        wins = "wins" if len(winners) == 1 else "win"
+        if ours is None:
+            kind = "loss" if own else "open"
+            missed = f"; {_OURS} does not reach it" if own else ""
+            return f'<span class="{kind}">{by}: {names} {wins}, {score}{missed}.</span>'
+        gap, note = self._gap(metric, best, values[ours])
+        behind = f"by {gap}{note}" if gap else f"with {self._score(metric, values[ours])}"
+        return f'<span class="loss">{by}: {names} {wins}, {score}; {self._label(ours)} loses {behind}.</span>'
+
+    @staticmethod
+    def _score(metric: _Metric, value: _Value) -> str:
+        if math.isinf(value.mean):
+            return "identical to dense"
+        return f"{metric.text(value.mean)}{' ' + metric.unit if metric.unit else ''}"
+
+    @classmethod
+    def _gap(cls, metric: _Metric, best: _Value, other: _Value) -> tuple[str, str]:
+        """How far the best is above another and what to say of it; nothing where the best is identical to dense."""
+        if math.isinf(best.mean):
+            return "", ""
+        gap = best.mean - other.mean
+        small = gap < max(best.spread or 0, other.spread or 0)
+        return cls._score(metric, _Value(gap)), " (less than the spread)" if small else ""
+
+    def _tables(self) -> str:
+        return "".join(
+            f"<h3>{at['runtime']:g} of dense's runtime</h3>{self._frontier_table(at)}" for at in self.frontier
+        )
+
+    def _frontier_table(self, at: Record) -> str:
+        winners = {metric.key: self._winners(at, metric) for metric in self.metrics if metric.key in at["winners"]}
+        rows = {row["method"]: row for row in at["rows"]}
+        names = list(dict.fromkeys([*self.ordinary, *(n for n in rows if n not in self.diagnostic)]))
+        reached = self._rows(at, _PSNR)
+        # Of equals the one named first; those that were not reached last.
+        names.sort(key=lambda name: -reached[name].mean if name in reached else math.inf)
+        head = ["Method", *(f"{m.heading}<small>{m.direction}</small>" for m in self.metrics), "How it was found"]
+        bodies = ["".join(self._frontier_row(name, rows.get(name), at["runtime"], winners) for name in names)]
+        if self.dense:
+            cells = [_with_spread(metric, self._dense_value(metric)) for metric in self.metrics]
+            bodies[0] += _row("dense, for reference", [*cells, "at runtime 1"], "reference")
+        if self.diagnostic:
+            group = f'<th scope="rowgroup" colspan="{len(head)}">Diagnostic: bounds, not results</th>'
+            found = [self._frontier_row(name, rows.get(name), at["runtime"], {}) for name in self.diagnostic]
+            bodies.append(f'<tr class="group">{group}</tr>{"".join(found)}')
+        absent = [method for method in self.methods.values() if method["status"] != "ran"]
+        bodies.append(
+            "".join(
+                self._unmeasured(self._named(method["name"]), f"{method['status']}: {escape(_reason(method))}")
+                for method in absent
+            )
+        )
+        return _table(f"Methods at {at['runtime']:g} of dense's runtime", head, bodies)
+
+    def _frontier_row(self, name: str, row: Record | None, runtime: float, winners: dict[str, list[str]]) -> str:
+        head = self._named(name)
+        if row is None or not row.get("reached"):
+            return self._unmeasured(head, f"not reached{self._range(name)}")
+        cells = []
+        for metric in self.metrics:
+            text = _with_spread(metric, self._cell(row, runtime, metric))
+            best = name in winners.get(metric.key, [])
+            cells.append(f'<strong class="best">{text} <span class="badge">best</span></strong>' if best else text)
+        means = self._runtimes(name)
+        found = "interpolated" if row.get("interpolated") else "measured"
+        if means and runtime > 1.01 * max(means):
+            found = f"its slowest point, at {max(means):.2f}"
+        return _row(head, [*cells, found])
+
+    def _unmeasured(self, head: str, why: str) -> str:
+        span = len(self.metrics) + 1
+        return f'<tr class="absent"><th scope="row">{head}</th><td colspan="{span}"><div>{why}</div></td></tr>'
+
+    def _range(self, name: str) -> str:
+        means = self._runtimes(name)
+        return f" (its points: {min(means):.2f} to {max(means):.2f})" if means else ""
+
+    def _runtimes(self, name: str) -> list[float]:
+        return [x.mean for p in self.curves.get(name, []) if (x := _value(p.get(_RUNTIME))) is not None]
+
+    # Plots
+
+    def _plots(self) -> str:
+        shown = [name for name in [*self.ordinary, *self.diagnostic] if self.curves.get(name)]
+        if not shown:
+            return ""
+        bound = " (diagnostic: a bound, not a result)"
+        key = "".join(
+            f'<li><label><input type="checkbox" id="show{self.series[name]}" checked> {self._mark(name)} '
+            f"<span><b>{self._label(name)}</b>{bound if name in self.diagnostic else ''}"
+            f"<small>{escape(str(self.methods[name].get('dial') or ''))}</small></span></label></li>"
+            for name in shown
+        )
+        figures = "".join(self._figure(x_key, metric, shown) for x_key, metric in _PLOTS if metric in self.metrics)
+        return (
+            f'<ul class="key">{key}</ul><div class="figures">{figures}</div>'
+            "<p>A point is the mean over prompts at one setting of a method's dial, its whiskers the standard "
+            "deviation. Further left is cheaper.</p>"
+        )
+
+    def _figure(self, x_key: str, metric: _Metric, names: list[str]) -> str:
+        chart = _Chart(x_key, metric)
+        for name in names:
+            points = [(_value(p.get(x_key)), _metric_value(metric, p.get(metric.key))) for p in self.curves[name]]
+            chart.add(name, self._label(name), self.series[name], name in self.diagnostic, points)
+        dense = self._dense_value(metric)
+        chart.dense = dense.mean if dense else None
+        chance = _of(_record_value(metric, r, self.dense) for r in self.chance)
+        chart.chance = chance.mean if chance and metric in (_PSNR, _SSIM, _LPIPS) else None
+        chart.asked = [at["runtime"] for at in self.frontier] if x_key == _RUNTIME else []
+        svg, notes = chart.svg()
+        legend = "".join(f"<li class='m{self.series[name]}'>{self._mark(name)} {escape(name)}</li>" for name in names)
+        note = f" {' '.join(notes)}" if notes else ""
+        return (
+            f"<figure><h3>{metric.name} against {_AXES[x_key].split(',')[0]}</h3>{svg}<figcaption>"
+            f"<p>{metric.direction.capitalize()}.{note}</p>"
+            f'<ul class="legend" aria-hidden="true">{legend}</ul></figcaption></figure>'
+        )
+
+    def _dense_value(self, metric: _Metric) -> _Value | None:
+        if metric.dense is not None:
+            return _Value(metric.dense)
+        return _of(_record_value(metric, record, self.dense) for record in self.dense)
+
+    # Videos
+
+    def _videos(self) -> str:
+        kept = [record for record in self.generations if record.get("video")]
+        target = self._shown_runtime(kept)
+        html = ""
+        for index, prompt in enumerate(self.prompts):
+            tiles = [self._tile(r, index) for r in self.dense if r["prompt"] == index and r.get("video")]
+            heat = []
+            for name in [*self.ordinary, *self.diagnostic]:
+                own = [r for r in kept if r["prompt"] == index and r["method"] == name]
+                if not own:
+                    continue
+                record = min(own, key=lambda r: abs((_number(r.get("runtime")) or 0) - (target or 0)))
+                tiles.append(self._tile(record, index))
+                if record.get("heatmap"):
+                    heat.append(self._heat(record, index))
+            if not tiles:
+                continue
+            tiles += [self._tile(r, index, "dense, another seed") for r in self.chance if r["prompt"] == index][:1]
+            html += (
+                f'<article class="clips"><h3>Prompt {index + 1}</h3><blockquote>{escape(str(prompt["prompt"]))}'
+                f'</blockquote><p class="controls"><span>Seed {escape(str(prompt["seed"]))}</span>'
+                '<button type="button" hidden>Play all in step</button>'
+                '<input type="range" min="0" max="1" step="any" value="0" aria-label="Moment, all videos" hidden></p>'
+                f'<div class="tiles">{"".join(tiles)}</div>{self._heats(heat)}</article>'
+            )
+        if not html:
+            return ""
+        where = f" The methods' videos are those nearest to {target:g} of dense's runtime." if target else ""
+        return f"<p>Dense and every method from the same noise.{where}</p>{html}"
+
+    def _shown_runtime(self, kept: list[Record]) -> float | None:
+        """The asked runtime that the kept videos are about."""
+        runtimes = [r for record in kept if (r := _number(record.get("runtime"))) is not None]
+        asked = [at["runtime"] for at in self.frontier] or list(self.settings.get("runtimes") or [])
+        if not runtimes or not asked:
+            return None
+        middle = statistics.median(runtimes)
+        return min(asked, key=lambda runtime: abs(runtime - middle))
+
+    def _tile(self, record: Record, index: int, label: str | None = None) -> str:
+        if label is not None and not record.get("video"):
+            return ""
+        dense = record["method"] == "dense"
+        title = label or ("dense" if dense else self._label(record["method"]))
+        facts = []
+        if not dense and label is None:
+            facts.append(f"runtime {_plain(_number(record.get('runtime')) and round(record['runtime'], 2))}")
+        if not dense or label:
+            psnr = _record_value(_PSNR, record, self.dense)
+            facts.append("identical to dense" if psnr is None else f"{psnr:.1f} dB to dense")
+        score = _caption_score(record)
+        if score is not None:
+            facts.append(f"caption score {score:.2f}")
+        if not dense and label is None:
+            dial = self.methods.get(record["method"], {}).get("dial")
+            facts.append(f"{escape(str(dial or 'dial'))}: {record['value']:g}")
+        media = self._media(record["video"], f"Video of prompt {index + 1} by {title}")
+        return f"<figure>{media}<figcaption><b>{title}</b><small>{'<br>'.join(facts)}</small></figcaption></figure>"
+
+    def _heat(self, record: Record, index: int) -> str:
+        label = self._label(record["method"])
+        media = self._media(
+            record["heatmap"], f"Map of the evaluations that each token of prompt {index + 1} got, {label}"
+        )
+        return (
+            f'<figure class="heat">{media}<figcaption>Where <b>{label}</b> spent its evaluations: '
+            "dark few, bright many.</figcaption></figure>"
+        )
+
+    @staticmethod
+    def _heats(heat: list[str]) -> str:
+        """The first heat map, which is heterostep's, and the others folded away."""
+        rest = (
+            f"<details><summary>The same of {len(heat) - 1} more</summary>{''.join(heat[1:])}</details>"
+            if heat[1:]
+            else ""
+        )
+        return "".join(heat[:1]) + rest
+
+    def _media(self, name: str, alt: str) -> str:
+        """A video or picture, inlined; `alt` is HTML already."""
+        path = (self.folder / name).resolve()
+        kind = _MEDIA_TYPES.get(path.suffix.lower())
+        # A page that was sent to somebody must not carry files from elsewhere on the machine.
+        if kind is None or not path.is_relative_to(self.folder.resolve()) or not path.is_file():
+            return f'<p class="missing">{alt}: {escape(name)} is not there.</p>'
+        data = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        if kind == "image/png":
+            return f'<img src="{data}" alt="{alt}">'
+        return f'<video src="{data}" aria-label="{alt}" controls loop muted playsinline preload="auto"></video>'
+
+    # The rest
+
+    def _chance(self) -> str:
+        if not self.chance:
+            return ""
+        rows = []
+        for metric in self.metrics:
+            second = _of(_record_value(metric, r, self.dense) for r in self.chance)
+            if second is None:
+                continue
+            reference = _with_spread(metric, self._dense_value(metric))
+            rows.append(
+                _row(f"{metric.heading}<small>{metric.direction}</small>", [reference, _with_spread(metric, second)])
+            )
+        table = _table("Dense against a second seed", ["Metric", "dense", "dense, another seed"], ["".join(rows)])
+        return (
+            "<p>The same prompts, dense, from other noise: two videos that are equally good and have nothing else in "
+            "common. A method that scores no better than this against dense has kept the prompt and lost the video.</p>"
+            f"{table}"
+        )
+
+    def _run(self) -> str:
+        blocks = []
+        for title, entries in (
+            ("Machine", self.data.get("machine")),
+            ("Versions", self.data.get("versions")),
+            ("Settings", self.settings),
+        ):
+            pairs = "".join(
+                f"<div><dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(_plain(value))}</dd></div>"
+                for key, value in (entries or {}).items()
+            )
+            blocks.append(f"<div><h3>{title}</h3><dl>{pairs}</dl></div>")
+        prompts = "".join(
+            f"<li>{escape(str(p['prompt']))} <small>seed {escape(str(p['seed']))}</small></li>" for p in self.prompts
+        )
+        command = self.data.get("command") or ""
+        command = shlex.join(command) if isinstance(command, list) else str(command)
+        return (
+            f'<h3>Command</h3><pre tabindex="0"><code>{escape(command)}</code></pre>'
+            f'<div class="facts">{"".join(blocks)}</div><h3>Prompts</h3><ol class="prompts">{prompts}</ol>'
+        )
+
+    def _numbers(self) -> str:
+        """Every record, folded away: also what the plots say, for those who cannot see them."""
+        records = [*self.dense, *self.generations, *self.chance]
+        if not records:
+            return ""
+        peak = any(r.get("peak_bytes") for r in records)
+        columns: list[tuple[str, Callable[[Record], str]]] = [
+            ("Prompt", lambda r: str(r["prompt"] + 1)),
+            ("Dial", lambda r: f"{r['value']:g}"),
+            ("Seconds", lambda r: ", ".join(f"{s:.3g}" for s in r.get("seconds") or [])),
+            ("Runtime, dense = 1", lambda r: _fixed(r.get("runtime"), 3)),
+            ("Evaluations, dense = 1", lambda r: _fixed(r.get("evaluations"), 3)),
+        ]
+        if peak:
+            columns.append(
+                ("Peak memory, MiB", lambda r: _fixed((_number(r.get("peak_bytes")) or math.nan) / 2**20, 0))
+            )
+        columns.append(
+            (_PSNR.heading, lambda r: _fixed(r.get("psnr"), 2) if r.get("psnr") is not None else "identical")
+        )
+        columns.append((_SSIM.heading, lambda r: _fixed(r.get("ssim"), 4)))
+        if _LPIPS in self.metrics:
+            columns.append((_LPIPS.heading, lambda r: _fixed(r.get("lpips"), 4)))
+        if any(r.get("caption") for r in records):
+            columns += [(f"Caption: {part}", partial(_caption_part, part)) for part in _CAPTION_PARTS]
+        if any(r.get("displacement") is not None for r in records):
+            columns.append(("Displacement, px", lambda r: _fixed(r.get("displacement"), 1)))
+        if any(r.get("flicker") is not None for r in records):
+            columns.append(("Flicker, grey levels", lambda r: _fixed(r.get("flicker"), 2)))
+        chance = {id(record) for record in self.chance}
+        rows = [
+            _row(
+                "dense, another seed" if id(r) in chance else self._label(r["method"]),
+                [escape(write(r)) for _, write in columns],
+            )
+            for r in records
+        ]
+        table = _table("Every generation", ["Method", *(title for title, _ in columns)], ["".join(rows)])
+        return f"<details><summary>All {len(records)} generations</summary>{table}</details>"
+
+    def _reading(self) -> str:
+        items = [
+            "<b>Runtime</b> is the median time of the denoising loop over dense's on the same machine, in the same "
+            "process; text encoding and decoding are not in it. <b>Token evaluations</b> count how often the "
+            "transformer evaluated a token, over dense's: they do not depend on the machine and know no overhead.",
+            "<b>PSNR</b> and <b>SSIM</b> say how near a video is to dense's from the same noise: whether it is the "
+            "same video, not whether it is a good one. “Identical” means bit for bit.",
+        ]
+        if _LPIPS in self.metrics:
+            items.append("<b>LPIPS</b> is the distance of the two videos in a network's features.")
+        if _CAPTION in self.metrics:
+            items.append(
+                "The <b>caption score</b> (0 to 1) is the share of what the caption says that classical vision finds "
+                "in the video: colours, directions, kinds, background. It does not look at dense's video, so a "
+                "method may score above dense."
+            )
+        if _MOTION in self.metrics:
+            items.append(
+                "<b>Motion distance</b> is how far the shapes' displacement is from dense's, as a share of it: 0 moves "
+                "as far, 1 stands still or goes twice as far. A frozen video can have a good PSNR; here it shows."
+            )
+        items += [
+            "<b>±</b> is the standard deviation over prompts. Prompts often differ more than methods do on one prompt, "
+            "so a gap below it can still be real; it can also be luck. With few prompts, believe large gaps only.",
+            "At an asked runtime a method is <b>measured</b> where one of its points lies there, else "
+            "<b>interpolated</b> between its two neighbouring points, and so is its spread. A method that is done "
+            "sooner has its slowest point; one that cannot be made so fast has <b>not reached</b> it.",
+            "<b>Best</b> is marked on every method that cannot be told from the winner at the digits shown. "
+            "<b>Diagnostic</b> methods spend more than they save, to show a bound: they stand at the "
+            "budget that they were set to, whatever they cost, and never win.",
+        ]
+        return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
+
+
+def _record_value(metric: _Metric, record: Record, dense: list[Record]) -> float | None:
+    """A metric of one generation; the motion distance is taken to the same prompt's dense record."""
+    if metric is _CAPTION:
+        return _caption_score(record)
+    if metric is not _MOTION:
+        return _number(record.get(metric.key))
+    own = _number(record.get("displacement"))
+    base = next((_number(r.get("displacement")) for r in dense if r["prompt"] == record["prompt"]), None)
+    return abs(own / base - 1) if own is not None and base else None
+
+
+def _fixed(value: Any, digits: int) -> str:
+    number = _number(value)
+    return "–" if number is None else f"{number:.{digits}f}"
+
+
+_MARKERS = (
+    "M{0} {1}m-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",  # circle
+    "M{0} {1}m-4.2 -4.2h8.4v8.4h-8.4z",  # square
+    "M{0} {1}m0 -5.4l5.2 9.4h-10.4z",  # triangle
+    "M{0} {1}m0 -6l5 6l-5 6l-5 -6z",  # diamond
+    "M{0} {1}m0 5.4l5.2 -9.4h-10.4z",  # triangle on its tip
+    "M{0} {1}m-1.7 -5.2h3.4v3.5h3.5v3.4h-3.5v3.5h-3.4v-3.5h-3.5v-3.4h3.5z",  # plus
+    "M{0} {1}m0 -5.8l1.6 4h4.2l-3.2 2.8l1.2 4.2l-3.8 -2.5l-3.8 2.5l1.2 -4.2l-3.2 -2.8h4.2z",  # star
+    "M{0} {1}m-5.4 -3.2h10.8v6.4h-10.8z",  # bar
+)
+
+
+def _marker(index: int, x: float, y: float) -> str:
+    """Colours repeat after eight methods; the marker is another one then."""
+    shape = _MARKERS[(index + index // len(_MARKERS)) % len(_MARKERS)]
+    return f'<path class="point" d="{shape.format(f"{x:.1f}", f"{y:.1f}")}"/>'
+
+
+def _ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """Round numbers within a range, about as many as asked."""
+    step = 10.0 ** math.floor(math.log10((high - low) / count))
+    step *= next(m for m in (1, 2, 2.5, 5, 10) if (high - low) / (step * m) <= count)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+@dataclass(frozen=True)
+class _Line:
+    name: str
+    label: str
+    index: int
+    diagnostic: bool
+    points: list[tuple[_Value, _Value]]
+
+
+class _Chart:
+    """One plot as inline SVG; colours, fonts and dashes are the style sheet's."""
+
+    width, height = 460, 320
+    left, right, top, bottom = 66, 450, 16, 270
+    # A diagnostic method may cost many times dense; it must not squeeze the others together.
+    most = 1.2
+
+    def __init__(self, x_key: str, metric: _Metric) -> None:
+        self.x_key, self.metric = x_key, metric
+        self.lines: list[_Line] = []
+        self.asked: list[float] = []
+        self.dense: float | None = None
+        self.chance: float | None = None
+
+    def add(
+        self, name: str, label: str, index: int, diagnostic: bool, points: list[tuple[_Value | None, _Value | None]]
+    ) -> None:
+        """A method's points (x, y); those that were not measured are left out."""
+        known = [(x, y) for x, y in points if x is not None and y is not None]
+        self.lines.append(_Line(name, label, index, diagnostic, known))
+
+    def svg(self) -> tuple[str, list[str]]:
+        """The picture, and what has to be said beneath it."""
+        notes = []
+        x_high = max(
+            [1.0, *(x.mean + (x.spread or 0) for line in self.lines if not line.diagnostic for x, _ in line.points)]
+        )
+        extra = [x.mean for line in self.lines if line.diagnostic for x, _ in line.points]
+        x_high = max([x_high, *(x for x in extra if x <= self.most)]) * 1.04
+        hidden = sum(x > x_high for x in extra)
+        if hidden:
+            notes.append(
+                f"{hidden} diagnostic point{'s' if hidden > 1 else ''} lie{'' if hidden > 1 else 's'} further right."
+            )
+        low, high = self._y_range(x_high)
+        if self.chance is not None and not low <= self.chance <= high:
+            notes.append(f"Dense of another seed, at {self.metric.text(self.chance)}, lies outside.")
+
+        def at_x(x: float) -> float:
+            return self.left + (self.right - self.left) * x / x_high
+
+        # Above the scale of a PSNR lies a band for what has none: videos identical to dense.
+        roof = self.top + (24 if self.metric is _PSNR else 0)
+
+        def at_y(y: float) -> float:
+            return self.top + 6 if math.isinf(y) else self.bottom - (self.bottom - roof) * (y - low) / (high - low)
+
+        parts = []
+        for tick in _ticks(low, high):
+            y = at_y(tick)
+            parts.append(f'<path class="grid" d="M{self.left} {y:.1f}H{self.right}"/>')
+            parts.append(f'<text x="{self.left - 7}" y="{y + 4.5:.1f}" text-anchor="end">{tick:g}</text>')
+        for runtime in self.asked:
+            if runtime <= x_high:
+                parts.append(f'<path class="asked" d="M{at_x(runtime):.1f} {self.top}V{self.bottom}"/>')
+        for tick in _ticks(0, x_high):
+            parts.append(f'<text x="{at_x(tick):.1f}" y="{self.bottom + 18}" text-anchor="middle">{tick:g}</text>')
+        parts.append(f'<path class="axis" d="M{self.left} {self.top}V{self.bottom}H{self.right}"/>')
+        middle = (self.left + self.right) / 2
+        parts.append(f'<text x="{middle:g}" y="{self.bottom + 40}" text-anchor="middle">{_AXES[self.x_key]}</text>')
+        turned = f'transform="translate(13 {(self.top + self.bottom) / 2:g}) rotate(-90)"'
+        parts.append(f'<text {turned} text-anchor="middle">{self.metric.heading}</text>')
+        for value, kind, text in ((self.chance, "chance", "dense, another seed"), (self.dense, "dense", "dense")):
+            if value is not None and (math.isinf(value) or low <= value <= high):
+                y = at_y(value)
+                parts.append(f'<path class="{kind}" d="M{self.left} {y:.1f}H{self.right}"/>')
+                below = y - self.top < 18 or (kind == "dense" and y < self.bottom - 40)
+                text = "dense (identical)" if math.isinf(value) else text
+                parts.append(
+                    f'<text class="name" x="{self.left + 6}" y="{y + (14 if below else -5):.1f}">{text}</text>'
+                )
+        # The last ones first, that is beneath the others: diagnostic methods are last of all.
+        for line in sorted(self.lines, key=lambda line: -line.index):
+            parts.append(self._line(line, at_x, at_y, x_high, low, high))
+        label = (
+            f"{self.metric.name} against {_AXES[self.x_key].split(',')[0]}, {self.metric.direction}. {self._words()}"
+        )
+        frame = f'viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{label}"'
+        return f'<svg class="chart" {frame}>{"".join(parts)}</svg>', notes
+
+    def _y_range(self, x_high: float) -> tuple[float, float]:
+        values = [self.dense] if self.dense is not None and math.isfinite(self.dense) else []
+        for line in self.lines:
+            for x, y in line.points:
+                if math.isfinite(y.mean) and x.mean <= x_high:
+                    values += [y.mean - (y.spread or 0), y.mean + (y.spread or 0)]
+        floor, ceiling = self.metric.bounds
+        values = [min(max(v, floor), ceiling) for v in values] or [0.0, 1.0]
+        low, high = min(values), max(values)
+        if self.chance is not None:
+            # Chance may be so far off that the methods would lie on one another.
+            wider = min(low, self.chance), max(high, self.chance)
+            if wider[1] - wider[0] <= 1.6 * (high - low):
+                low, high = wider
+        room = 0.07 * (high - low) or 0.05 * abs(high) or 0.5
+        return low - room, high + room
+
+    def _line(
+        self,
+        line: _Line,
+        at_x: Callable[[float], float],
+        at_y: Callable[[float], float],
+        x_high: float,
+        low: float,
+        high: float,
+    ) -> str:
+        floor, ceiling = max(low, self.metric.bounds[0]), min(high, self.metric.bounds[1])
+        inside = [(x, y) for x, y in line.points if x.mean <= x_high]
+        places = [(at_x(x.mean), at_y(y.mean)) for x, y in inside]
+        parts = []
+        if len(places) > 1:
+            parts.append(f'<path class="line" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in places)}"/>')
+        for (x, y), (px, py) in zip(inside, places):
+            if x.spread:
+                x0, x1 = at_x(max(x.mean - x.spread, 0)), at_x(min(x.mean + x.spread, x_high))
+                parts.append(f'<path class="whisker" d="M{x0:.1f} {py:.1f}H{x1:.1f}"/>')
+            if y.spread and math.isfinite(y.mean):
+                y0, y1 = at_y(max(y.mean - y.spread, floor)), at_y(min(y.mean + y.spread, ceiling))
+                parts.append(f'<path class="whisker" d="M{px:.1f} {y0:.1f}V{y1:.1f}"/>')
+        for (x, y), (px, py) in zip(inside, places):
+            title = f"{line.label}: {self.metric.text(y.mean)} at {x.mean:.2f}"
+            parts.append(f"<g><title>{title}</title>{_marker(line.index, px, py)}</g>")
+        return (
+            f'<g class="m{line.index} s{line.index % 8}{" diagnostic" if line.diagnostic else ""}">{"".join(parts)}</g>'
+        )
+
+    def _words(self) -> str:
+        said = []
+        for line in self.lines:
+            points = [f"{self.metric.text(y.mean)} at {x.mean:.2f}" for x, y in line.points]
+            if points:
+                said.append(f"{line.label}: {', '.join(points)}.")
+        return " ".join(said)
+
+
+# Okabe and Ito's hues, which the colour-blind can tell apart, made darker on white and lighter on black.
+_STYLE = """
+:root {
+  color-scheme:light dark; --bg:#fff; --fg:#1b1f24; --soft:#57606a; --rule:#d5dae0; --box:#f5f7f9; --link:#0b5cad;
+  --good:#00694d; --bad:#a33b00; --on:#fff;
+}
+.s0 { --c:#0072b2 }
+.s1 { --c:#c04e00 }
+.s2 { --c:#00805e }
+.s3 { --c:#a8497f }
+.s4 { --c:#b07500 }
+.s5 { --c:#3f97cc }
+.s6 { --c:#6a6a6a }
+.s7 { --c:#857600 }
+@media (prefers-color-scheme: dark) {
+  :root {
+    --bg:#13171b; --fg:#e7eaee; --soft:#a3adb8; --rule:#3a424b; --box:#1c2229; --link:#7db8f0; --good:#4cd3a5;
+    --bad:#ff9a63; --on:#13171b;
+  }
+  .s0 { --c:#56aeee }
+  .s1 { --c:#ff8a4c }
+  .s2 { --c:#2fc79b }
+  .s3 { --c:#e89bcb }
+  .s4 { --c:#f0b030 }
+  .s5 { --c:#a9dbf7 }
+  .s6 { --c:#b5b5b5 }
+  .s7 { --c:#f0e442 }
+}
+* { box-sizing:border-box }
+body {
+  margin:0 auto; padding:1.5rem 1rem 4rem; max-width:70rem; background:var(--bg); color:var(--fg);
+  font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif; overflow-wrap:anywhere;
+}
+h1 { font-size:1.7rem; line-height:1.2; margin:0 0 .5rem }
+h2 { font-size:1.35rem; margin:2.5rem 0 .75rem }
+h3 { font-size:1.05rem; margin:1.5rem 0 .5rem }
+a { color:var(--link) }
+nav { display:flex; flex-wrap:wrap; gap:.25rem 1rem }
+.summary { color:var(--soft); margin:.25rem 0 .75rem }
+small { font-size:.82rem; color:var(--soft); font-weight:400 }
+.warning { border-left:4px solid var(--bad); background:var(--box); padding:.5rem .75rem }
+.verdicts { list-style:none; padding:0; display:grid; gap:.5rem }
+.verdicts li { background:var(--box); border-radius:6px; padding:.6rem .8rem }
+.runtime { display:block }
+.verdicts span { display:block; padding-left:1.5em; text-indent:-1.5em }
+.verdicts span::before { display:inline-block; width:1.5em; text-indent:0; font-weight:700 }
+.win::before { content:"\\2713"; color:var(--good) }
+.loss::before { content:"\\2717"; color:var(--bad) }
+.tie::before { content:"="; color:var(--soft) }
+.open::before { content:"\\2013"; color:var(--soft) }
+.key,.legend { list-style:none; padding:0; margin:0; display:flex; flex-wrap:wrap }
+.key { gap:.5rem 1.75rem }
+.key label { display:flex; gap:.5rem }
+.key input { margin:6px 0 auto; accent-color:var(--link) }
+.key small { display:block }
+.legend { gap:.1rem .9rem; font-size:.85rem }
+.mark { width:34px; height:16px; flex:none; vertical-align:-2px }
+.key .mark { margin-top:4px }
+.figures { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr)); gap:.5rem 2rem }
+figure { margin:0; min-width:0 }
+figcaption p { margin:.25rem 0; font-size:.9rem; color:var(--soft) }
+.chart { display:block; width:100%; height:auto }
+.chart text { font-size:13.5px; fill:var(--fg) }
+.chart .name { fill:var(--soft); font-size:12.5px }
+.grid { stroke:var(--rule); stroke-width:1 }
+.asked { stroke:var(--rule); stroke-width:1; stroke-dasharray:1 3 }
+.axis { stroke:var(--soft); fill:none }
+.dense { stroke:var(--fg); stroke-width:1.5 }
+.chance { stroke:var(--soft); stroke-width:1.5; stroke-dasharray:1 4; stroke-linecap:round }
+.line { stroke:var(--c); stroke-width:2; fill:none }
+.whisker { stroke:var(--c); stroke-width:1.5; opacity:.4 }
+.m0 .line { stroke-width:3 }
+.point { fill:var(--c); stroke:var(--bg); stroke-width:1 }
+.diagnostic .line,.diagnostic.mark .line { stroke-dasharray:5 4; stroke-width:1.5 }
+.diagnostic .point { fill:var(--bg); stroke:var(--c); stroke-width:1.5 }
+.scroll { overflow-x:auto; border:1px solid var(--rule); border-radius:6px }
+table {
+  border-collapse:collapse; width:100%; font-size:.93rem; font-variant-numeric:tabular-nums; overflow-wrap:normal;
+}
+th,td { padding:.4rem .7rem; text-align:left; vertical-align:top; border-top:1px solid var(--rule) }
+thead th { border-top:0; background:var(--box); vertical-align:bottom }
+th small { display:block; white-space:nowrap }
+td { white-space:nowrap }
+tbody th { font-weight:500; min-width:9rem }
+tbody th,thead th:first-child { position:sticky; left:0 }
+tbody th { background:var(--bg) }
+.named { display:flex; gap:.5rem }
+.named span { min-width:6.5rem; max-width:18rem; overflow-wrap:break-word }
+.named .mark { margin-top:4px }
+.absent td { white-space:normal }
+.absent td div { width:max-content; max-width:min(44rem,calc(100vw - 14rem)); overflow-wrap:anywhere }
+.absent,.reference { color:var(--soft) }
+.reference th { font-style:italic }
+.group th { background:var(--box); font-size:.85rem; color:var(--soft) }
+.spread { color:var(--soft); font-weight:400 }
+.badge {
+  background:var(--good); color:var(--on); border-radius:4px; padding:0 .35em; font-size:.75rem; margin-left:.2em;
+}
+.tiles { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(47%,12rem),1fr)); gap:1rem .75rem }
+video,img { display:block; max-width:100%; width:100%; height:auto; border-radius:4px; background:#000 }
+.tiles small { display:block }
+.heat { margin-top:1rem }
+.heat video { max-width:min(100%,40rem) }
+blockquote { margin:.25rem 0; padding-left:.8rem; border-left:3px solid var(--rule) }
+.clips+.clips { margin-top:2rem }
+.missing { border:1px dashed var(--rule); padding:.5rem; margin:0; font-size:.85rem }
+.controls { display:flex; flex-wrap:wrap; align-items:center; gap:.5rem 1rem }
+.controls input { flex:0 1 20rem; min-width:0; accent-color:var(--link) }
+button {
+  font:inherit; padding:.25rem .8rem; border:1px solid var(--soft); border-radius:6px; background:var(--box);
+  color:var(--fg); cursor:pointer;
+}
+:focus-visible { outline:2px solid var(--link); outline-offset:2px }
+pre { background:var(--box); padding:.7rem; border-radius:6px; overflow-x:auto; margin:0 }
+.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,18rem),1fr)); gap:0 2rem }
+dl { margin:0 }
+dl div { display:flex; gap:.75rem; border-top:1px solid var(--rule); padding:.2rem 0 }
+dt { color:var(--soft); flex:0 0 45% }
+dd { margin:0; min-width:0 }
+summary { cursor:pointer; margin-bottom:.5rem }
+li { margin:.25rem 0 }
+"""
+
+# The first video of a prompt leads: the others follow where it is sought to, and where it starts anew. The browser's
+# own controls would cover small videos, so they wait for the pointer; without scripts they are always there.
+_SCRIPT = """
+for (const clips of document.querySelectorAll(".clips")) {
+  const videos = [...clips.querySelectorAll("video")];
+  if (videos.length < 2) continue;
+  const [lead, ...others] = videos, button = clips.querySelector("button"), slider = clips.querySelector("input");
+  let playing = false;
+  const show = () => { button.textContent = playing ? "Pause all" : "Play all in step"; };
+  button.hidden = slider.hidden = false;
+  for (const video of videos) {
+    video.controls = false;
+    video.addEventListener("pointerenter", () => { video.controls = true; });
+    video.addEventListener("pointerleave", () => { video.controls = false; });
+  }
+  button.addEventListener("click", () => {
+    playing = !playing;
+    show();
+    for (const video of videos) playing ? video.play() : video.pause();
+    lead.currentTime = lead.currentTime;
+  });
+  slider.addEventListener("input", () => {
+    playing = false;
+    show();
+    for (const video of videos) { video.pause(); video.currentTime = slider.value * (video.duration || 0); }
+  });
+  lead.addEventListener("seeked", () => {
+    if (playing) for (const video of others) { video.currentTime = lead.currentTime; video.play(); }
+  });
+  lead.addEventListener("timeupdate", () => { if (playing) slider.value = lead.currentTime / lead.duration; });
+}
+"""

@@ -1,0 +1,797 @@
+"""The training-free accelerators that a user would pick instead: diffusers' caches, cache-dit, EasyCache, TeaCache.
+
+Those of a package run as the package has them; where no diffusers hook exists the published rule stands here. All skip
+work for every token at once. Their skipped blocks may still be *called* (diffusers' hooks and cache-dit stand inside or
+around a block's forward), so evaluations are counted on the layers in a block, not on the block.
+
+Shapes: B batch of a call, N tokens, C values a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib.util
+import inspect
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import heterostep
+from heterostep.adapters import FAMILIES
+from heterostep.allocation import Tokens
+from heterostep.compare.method import Method
+from heterostep.compare.own import BUDGETS
+from heterostep.config import HSAConfig
+from heterostep.errors import HeterostepError
+from heterostep.pipeline import _check_pipeline, _transformers
+from heterostep.schedule import Schedule
+from heterostep.wrapping import WrappedForward
+
+NEUTRAL_PROMPT = "a video"
+
+
+@dataclass
+class _Calls:
+    """Which call of which step of which generation a transformer's call is.
+
+    Attributes:
+        pipe: the pipeline.
+        num_steps: steps of the generation under way.
+        step: its step, from 0.
+        branch: the call's place in its step: a guidance branch is called at the same place in each.
+    """
+
+    pipe: Any
+    num_steps: int = 0
+    step: int = -1
+    branch: int = -1
+    _timesteps: Any = None
+    _first: int = 0
+
+    def enter(self) -> bool:
+        """Take note of a call; whether it is a generation's first. Schedulers make new timesteps for each."""
+        scheduler = self.pipe.scheduler
+        step = scheduler.step_index
+        if step is None:
+            step = int((scheduler.timesteps - self.pipe._current_timestep).abs().argmin())
+        begins = self._timesteps is not scheduler.timesteps or step - self._first < self.step
+        if begins:
+            self._timesteps, self._first, self.step = scheduler.timesteps, step, -1
+            self.num_steps = len(scheduler.timesteps) - step
+        self.branch = self.branch + 1 if step - self._first == self.step else 0
+        self.step = step - self._first
+        return begins
+
+
+@contextlib.contextmanager
+def _around(pipe: Any, instead: Callable[[int, Any, Callable[..., Any], tuple, dict[str, Any]], Any]) -> Iterator[None]:
+    """Let instead(position, model, forward, args, kwargs) answer the calls of the pipeline's transformers."""
+    wrapped: list[WrappedForward] = []
+
+    def answer(position: int, model: Any, *args: Any, **kwargs: Any) -> Any:
+        forward = wrapped[position].inner
+        # Pipelines tell their loop's timestep. Without one this is another's call, of a pipeline that shares the model.
+        if getattr(pipe, "_current_timestep", None) is None:
+            return forward(*args, **kwargs)
+        return instead(position, model, forward, args, kwargs)
+
+    try:
+        for position, model in enumerate(_transformers(pipe)):
+            wrapped.append(WrappedForward(model, functools.partial(answer, position, model)))
+        yield
+    finally:
+        for each in wrapped:
+            each.restore()
+
+
+def _blocks(model: Any) -> tuple[str, torch.nn.ModuleList]:
+    """The transformer's blocks, and the attribute that has them."""
+    name = "blocks" if hasattr(model, "blocks") else "transformer_blocks"
+    return name, getattr(model, name)
+
+
+def _relative_change(new: torch.Tensor, old: torch.Tensor) -> float:
+    """|new - old|_1 / |old|_1."""
+    return float((new.float() - old.float()).abs().mean() / old.float().abs().mean())
+
+
+def _refuses_unknown(pipe: Any) -> str | None:
+    """Why heterostep does not know the pipeline: what steps and branches are is known of its own pipelines alone."""
+    try:
+        _check_pipeline(pipe)
+    except HeterostepError as error:
+        return str(error)
+    return None
+
+
+def _refuses_unnamed(pipe: Any, name: str) -> str | None:
+    """Why a cache of diffusers that keeps a state for each guidance branch does not run."""
+    if "cache_context" not in inspect.getsource(inspect.unwrap(type(pipe).__call__)):
+        return f"{type(pipe).__name__} does not name its guidance branches (cache_context), which {name} tells apart"
+    return None
+
+
+def _refuses_control(pipe: Any, name: str) -> str | None:
+    if any(type(model).__name__ == "WanVACETransformer3DModel" for model in _transformers(pipe)):
+        return f"{name} skips blocks, but VACE adds its control hints between them: they would count twice"
+    return None
+
+
+# Uniform steps: heterostep without telling tokens apart.
+
+
+def _restarts(pipe: Any, num_steps: int) -> tuple[int, ...]:
+    """Steps at which a second transformer takes over."""
+    if getattr(pipe, "transformer_2", None) is None or pipe.transformer is None:
+        return ()
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(num_steps)
+    adapter = FAMILIES[type(pipe.transformer).__name__].adapter
+    switch = adapter.expert_switch(
+        SimpleNamespace(
+            config=pipe.config, transformer=pipe.transformer, transformer_2=pipe.transformer_2, scheduler=scheduler
+        )
+    )
+    return () if switch is None or not 0 < switch < num_steps else (switch,)
+
+
+def uniform_pattern(share: float, num_steps: int, restarts: Sequence[int] = ()) -> list[int]:
+    """Which steps to evaluate, 1 or 0 for each, as evenly as the budget allows inside heterostep's caching window.
+
+    Args:
+        share: evaluated steps over steps; rounded down to whole steps.
+        num_steps: steps of the run.
+        restarts: steps at which a second transformer takes over, evaluated in any case.
+
+    Raises:
+        HeterostepError: the window and the largest divisor do not allow so few; the message names the lowest share.
+    """
+    schedule = Schedule(HSAConfig(share=share), num_steps, Tokens(1), tuple(restarts))
+    schedule.check()
+    start, stop = schedule.window
+    edges = [start, *(step for step in restarts if start < step < stop), stop]
+    lengths = [end - begin for begin, end in zip(edges, edges[1:])]
+    longest = schedule.config.divisors[-1]
+    counts = [math.ceil(length / longest) for length in lengths]
+    spare = int(share * num_steps + 1e-6) - (num_steps - stop + start) - sum(counts)
+    for _ in range(spare):
+        # The next evaluation goes where the gaps are longest.
+        counts[max(range(len(counts)), key=lambda at: lengths[at] / counts[at])] += 1
+    pattern = [1] * num_steps
+    pattern[start:stop] = [0] * (stop - start)
+    for begin, length, count in zip(edges, lengths, counts):
+        for position in range(count):
+            pattern[begin + position * length // count] = 1
+    return pattern
+
+
+def _refuses_uniform(pipe: Any) -> str | None:
+    if "strength" in inspect.signature(type(pipe).__call__).parameters and "VideoToVideo" in type(pipe).__name__:
+        return "strength decides how many steps a video-to-video run has, but the pattern needs them before"
+    return _refuses_unknown(pipe)
+
+
+@contextlib.contextmanager
+def _uniform(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
+    """Whole steps are evaluated or held. LTX-2's sound still runs at every step, with one video token beside it."""
+    with heterostep.enabled(pipe, share=uniform_pattern(value, num_steps, _restarts(pipe, num_steps))):
+        yield {}
+
+
+# EasyCache: the rule of its paper.
+
+# Share of the steps that are evaluated before any is skipped: the authors' 10 of 50.
+EASYCACHE_WARMUP = 0.2
+
+
+def easycache_error(k: float, x: torch.Tensor, previous_x: torch.Tensor, v: torch.Tensor) -> float:
+    """EasyCache (arXiv 2507.02860): the output's relative change that is expected of the input's change.
+
+    Args:
+        k: |v_i - v_j| / |x_i - x_j| of the last two evaluated steps i and j, the paper's transformation rate.
+        x: the step's latents, any shape.
+        previous_x: those of the step before.
+        v: the last evaluated output.
+
+    Returns:
+        k |x - previous_x| / |v|, in mean absolute values. A step is skipped while the sum of these since the last
+        evaluated step is below the threshold; its output is then x + (v_i - x_i).
+    """
+    return k * float((x.float() - previous_x.float()).abs().mean() / v.float().abs().mean())
+
+
+@dataclass
+class _EasyState:
+    """What EasyCache keeps in one generation; its residuals by branch, each [B, ...] per output of the transformer."""
+
+    position: int = -1
+    x: torch.Tensor | None = None
+    evaluated_x: torch.Tensor | None = None
+    v: torch.Tensor | None = None
+    k: float | None = None
+    error: float = 0.0
+    skip: bool = False
+    residuals: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+
+
+def _latents(inputs: dict[str, Any], outputs: int) -> tuple[torch.Tensor, ...]:
+    """The noisy latents that the transformer's outputs belong to, with whatever conditions come with them."""
+    names = ("hidden_states", "audio_hidden_states")
+    return tuple(inputs[name] for name in names[:outputs])
+
+
+def _like(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """The latents alone: image-to-video models get further channels, behind them."""
+    return x if x.shape == output.shape else x[:, : output.shape[1]]
+
+
+@contextlib.contextmanager
+def _easycache(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
+    """EasyCache (arXiv 2507.02860), decided at a step's first call for all its branches, as its authors do."""
+    calls, state = _Calls(pipe), _EasyState()
+
+    def instead(position: int, model: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        nonlocal state
+        if calls.enter() or position != state.position:
+            # Another expert's outputs tell nothing of this one's.
+            state = _EasyState(position)
+        inputs = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        branch, x = calls.branch, inputs["hidden_states"]
+        if branch == 0:
+            state.skip = False
+            if state.k is not None and state.x is not None and state.v is not None:
+                old = state.x
+                state.error += easycache_error(state.k, _like(x, state.v), _like(old, state.v), state.v)
+                inside = round(EASYCACHE_WARMUP * calls.num_steps) <= calls.step < calls.num_steps - 1
+                state.skip = inside and calls.step > 0 and state.error < value
+            state.x = x.clone()
+        residuals = state.residuals.get(branch)
+        if state.skip and residuals is not None:
+            pairs = zip(_latents(inputs, len(residuals)), residuals)
+            return tuple((_like(each, added) + added).to(each.dtype) for each, added in pairs)
+        output = tuple(forward(*args, **kwargs))
+        pairs = zip(_latents(inputs, len(output)), output)
+        # In float32: between 16-bit latents and outputs the difference would lose the little that changes.
+        state.residuals[branch] = tuple(each.float() - _like(latents, each) for latents, each in pairs)
+        if branch == 0:
+            v, state.error = output[0], 0.0
+            if state.v is not None and state.evaluated_x is not None:
+                moved = (_like(x, v).float() - _like(state.evaluated_x, v).float()).abs().mean()
+                state.k = float((v.float() - state.v.float()).abs().mean() / moved)
+            state.v, state.evaluated_x = v.clone(), state.x
+        return output
+
+    with _around(pipe, instead):
+        yield {}
+
+
+# A dense run for those that need one.
+
+_calibration_options: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+_calibrations: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def calibrate_with(pipe: Any, **options: Any) -> None:
+    """Set what calibration runs give the pipeline's call: best the comparison's own size and guidance.
+
+    Without it they are 256 x 256 x 33 at the pipeline's own guidance, which is not what a larger video would give.
+    """
+    if _calibration_options.get(pipe) != options:
+        _calibration_options[pipe] = options
+        _calibrations.pop(pipe, None)
+
+
+def _dense_run(pipe: Any, num_steps: int, on_step: Callable[[], None] = lambda: None) -> None:
+    """One dense generation of the neutral prompt, from a neutral image or video where the pipeline takes one."""
+
+    def after_step(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        on_step()
+        return {}
+
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    options = {"height": 256, "width": 256, "num_frames": 33, **_calibration_options.get(pipe, {})}
+    ramp = np.linspace(64, 192, options["width"]).astype(np.uint8)
+    image = Image.fromarray(np.repeat(ramp[None, :, None], options["height"], 0).repeat(3, 2))
+    if "Image" in type(pipe).__name__ and "image" in parameters:
+        options.setdefault("image", image)
+        if getattr(pipe.transformer or pipe.transformer_2, "config", {}).get("pos_embed_seq_len") is not None:
+            options.setdefault("last_image", image)
+    if "VideoToVideo" in type(pipe).__name__:
+        options.setdefault("video", [image] * options["num_frames"])
+    if "callback_on_step_end" in parameters:
+        options["callback_on_step_end"] = after_step
+    pipe(
+        **{name: value for name, value in options.items() if name in parameters},
+        prompt=NEUTRAL_PROMPT,
+        num_inference_steps=num_steps,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def _calibrated(pipe: Any, key: tuple, calibrate: Callable[[], Any]) -> Any:
+    """What calibrate() gives, once per pipeline and key."""
+    known = _calibrations.setdefault(pipe, {})
+    if key not in known:
+        known[key] = calibrate()
+    return known[key]
+
+
+# TeaCache: the rule of its paper.
+
+
+class _Stop(Exception):
+    """Raised in the first block once the modulated input is known: the rest of the call is not needed."""
+
+
+class _AddResiduals(torch.nn.Module):
+    """In place of all blocks: adds what they added at the last evaluated step, each [B, N, C]."""
+
+    def __init__(self, signature: inspect.Signature, residuals: tuple[torch.Tensor, ...]) -> None:
+        super().__init__()
+        self._signature, self._residuals = signature, residuals
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        streams = _streams(self._signature.bind(None, *args, **kwargs).arguments, len(self._residuals))
+        sums = tuple(x + residual for x, residual in zip(streams, self._residuals))
+        return sums if len(sums) > 1 else sums[0]
+
+
+def _streams(inputs: dict[str, Any], outputs: int) -> tuple[torch.Tensor, ...]:
+    """What of a block's inputs comes back changed: the video, and the sound or (HunyuanVideo 1.5) the text."""
+    second = "audio_hidden_states" if "audio_hidden_states" in inputs else "encoder_hidden_states"
+    return tuple(inputs[name] for name in ("hidden_states", second)[:outputs])
+
+
+@dataclass
+class _Probe:
+    """Listens to one call: the first block's modulated input, and what the blocks add.
+
+    Attributes:
+        decide: decide(modulated [B, N, C]) -> whether to stop the call there.
+        residuals: of the blocks together, per stream [B, N, C].
+    """
+
+    decide: Callable[[torch.Tensor], bool]
+    residuals: tuple[torch.Tensor, ...] = ()
+
+    @contextlib.contextmanager
+    def on(self, model: Any) -> Iterator[None]:
+        blocks = _blocks(model)[1]
+        signature = inspect.signature(type(blocks[0]).forward)
+        came: dict[str, Any] = {}
+
+        def first_block(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            came.update(signature.bind(module, *args, **kwargs).arguments)
+
+        def attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            if self.decide(args[0] if args else kwargs["hidden_states"]):
+                raise _Stop
+
+        def last_block(module: Any, args: tuple, output: Any) -> None:
+            outputs = output if isinstance(output, tuple) else (output,)
+            self.residuals = tuple(y - x for y, x in zip(outputs, _streams(came, len(outputs))))
+
+        attn: Any = blocks[0].attn1 if hasattr(blocks[0], "attn1") else blocks[0].attn
+        hooks = [
+            blocks[0].register_forward_pre_hook(first_block, with_kwargs=True),
+            attn.register_forward_pre_hook(attention, with_kwargs=True),
+            blocks[-1].register_forward_hook(last_block),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def teacache_polynomial(inputs: Sequence[float], outputs: Sequence[float]) -> np.ndarray:
+    """TeaCache (arXiv 2411.19108): coefficients, highest power first, of the output's change over the input's.
+
+    Args:
+        inputs: relative L1 changes of the first block's modulated input from step to step, of a dense run.
+        outputs: those of the transformer's output.
+
+    Returns:
+        Degree 4 as in the paper, less where a run has too few steps to fit it; the identity without any.
+    """
+    if not inputs:
+        return np.array([1.0, 0.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", np.exceptions.RankWarning)
+        return np.polyfit(inputs, outputs, min(4, len(inputs) - 1))
+
+
+def _teacache_calibration(pipe: Any, num_steps: int) -> list[np.ndarray]:
+    """A polynomial for each of the pipeline's transformers, fitted to one dense run of all its guidance branches."""
+    calls = _Calls(pipe)
+    last: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    changes: list[tuple[list[float], list[float]]] = [([], []) for _ in _transformers(pipe)]
+
+    def instead(position: int, model: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        calls.enter()
+        seen: list[torch.Tensor] = []
+
+        def decide(modulated: torch.Tensor) -> bool:
+            seen.append(modulated.clone())
+            return False
+
+        with _Probe(decide).on(model):
+            output = forward(*args, **kwargs)
+        new, key = (seen[0], output[0].clone()), (position, calls.branch)
+        if key in last:
+            for values, now, before in zip(changes[position], new, last[key]):
+                values.append(_relative_change(now, before))
+        last[key] = new
+        return output
+
+    with _around(pipe, instead):
+        _dense_run(pipe, num_steps)
+    return [teacache_polynomial(*each) for each in changes]
+
+
+@dataclass
+class _TeaState:
+    """What TeaCache keeps of one guidance branch: modulated input and blocks' residuals, each [B, N, C]."""
+
+    position: int
+    modulated: torch.Tensor | None = None
+    change: float = 0.0
+    residuals: tuple[torch.Tensor, ...] = ()
+
+
+def _teacache(pipe: Any, value: float, num_steps: int) -> AbstractContextManager[dict[str, Any]]:
+    # Before the context is entered, so that nobody takes the calibration's seconds for the generation's.
+    polynomials = _calibrated(pipe, ("teacache", num_steps), lambda: _teacache_calibration(pipe, num_steps))
+    return _teacache_run(pipe, value, polynomials)
+
+
+@contextlib.contextmanager
+def _teacache_run(pipe: Any, value: float, polynomials: list[np.ndarray]) -> Iterator[dict[str, Any]]:
+    """TeaCache (arXiv 2411.19108): the blocks are skipped while their input's rescaled change sums up to less.
+
+    What they added at the last evaluated step is added again, as the authors do; the embeddings and the output
+    projection run at every step.
+    """
+    calls, states = _Calls(pipe), dict[int, _TeaState]()
+
+    def instead(position: int, model: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if calls.enter():
+            states.clear()
+        if calls.branch not in states or states[calls.branch].position != position:
+            states[calls.branch] = _TeaState(position)
+        state = states[calls.branch]
+
+        def decide(modulated: torch.Tensor) -> bool:
+            if state.modulated is not None:
+                rescaled = np.polyval(polynomials[position], _relative_change(modulated, state.modulated))
+                # A polynomial may fall below 0 beside the points that it was fitted to; a change cannot.
+                state.change += max(float(rescaled), 0.0)
+            state.modulated = modulated.clone()
+            return bool(state.residuals) and 0 < calls.step < calls.num_steps - 1 and state.change < value
+
+        probe = _Probe(decide)
+        try:
+            with probe.on(model):
+                output = forward(*args, **kwargs)
+        except _Stop:
+            name, blocks = _blocks(model)
+            signature = inspect.signature(type(blocks[0]).forward)
+            model._modules[name] = torch.nn.ModuleList([_AddResiduals(signature, state.residuals)])
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                model._modules[name] = blocks
+        state.change, state.residuals = 0.0, probe.residuals
+        return output
+
+    with _around(pipe, instead):
+        yield {}
+
+
+def _refuses_teacache(pipe: Any) -> str | None:
+    if reason := _refuses_unknown(pipe) or _refuses_control(pipe, "TeaCache"):
+        return reason
+    if any(module._compiled_call_impl is not None for model in _transformers(pipe) for module in model.modules()):
+        return "TeaCache's probe stands inside the first block, which must not be compiled"
+    return None
+
+
+# diffusers' own caches.
+
+
+@contextlib.contextmanager
+def _as_found(models: Sequence[Any]) -> Iterator[None]:
+    """Take away the empty registries and bound forwards that diffusers' hooks and cache-dit leave on modules."""
+    names = ("forward", "_diffusers_hook")
+    modules = [module for model in models for module in model.modules()]
+    found = [{name for name in names if name in module.__dict__} for module in modules]
+    try:
+        yield
+    finally:
+        for module, before in zip(modules, found):
+            registry = module.__dict__.get("_diffusers_hook")
+            if registry is None or not registry.hooks:
+                for name in set(names) - before:
+                    module.__dict__.pop(name, None)
+
+
+def _hooks(model: Any) -> list[Any]:
+    """All of diffusers' hooks in a model."""
+    registries = (module.__dict__.get("_diffusers_hook") for module in model.modules())
+    return [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
+
+
+def _forget(model: Any) -> None:
+    """Drop what a cache keeps, as the end of a generation does, but not the guidance branch of the call under way."""
+    managers = [hook.state_manager for hook in _hooks(model) if hasattr(hook, "state_manager")]
+    contexts = [manager._context for manager in managers]
+    model._reset_stateful_cache()
+    for manager, context in zip(managers, contexts):
+        manager.set_context(context)
+
+
+@contextlib.contextmanager
+def _diffusers_cache(
+    pipe: Any, config: Callable[[int], Any], on_call: Callable[[int, _Calls, bool], None] = lambda *_: None
+) -> Iterator[dict[str, Any]]:
+    """A cache of diffusers on the transformers.
+
+    Args:
+        pipe: the pipeline.
+        config: position of a transformer -> its cache config, None to leave it alone.
+        on_call: on_call(position, calls, whether a generation begins) before each call of a transformer.
+    """
+    models, calls = _transformers(pipe), _Calls(pipe)
+
+    def instead(position: int, model: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        begins = calls.enter()
+        if begins:
+            # An interrupted generation leaves its state behind.
+            for each in models:
+                _forget(each)
+        on_call(position, calls, begins)
+        return forward(*args, **kwargs)
+
+    with _as_found(models):
+        try:
+            for position, model in enumerate(models):
+                if (wanted := config(position)) is not None:
+                    model.enable_cache(wanted)
+            with _around(pipe, instead):
+                yield {}
+        finally:
+            for model in models:
+                if model.is_cache_enabled:
+                    model.disable_cache()
+
+
+def _refuses_unregistered(pipe: Any, name: str) -> str | None:
+    """Why a cache that must know what a block takes and returns does not run."""
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    if reason := _refuses_unknown(pipe) or _refuses_control(pipe, name) or _refuses_unnamed(pipe, name):
+        return reason
+    for model in _transformers(pipe):
+        block = type(_blocks(model)[1][0])
+        try:
+            TransformerBlockRegistry.get(block)
+        except ValueError:
+            return f"diffusers has not registered {block.__name__}, which its {name} needs"
+    return None
+
+
+def _first_block_cache(pipe: Any, value: float, num_steps: int) -> AbstractContextManager[dict[str, Any]]:
+    from diffusers import FirstBlockCacheConfig
+
+    return _diffusers_cache(pipe, lambda position: FirstBlockCacheConfig(threshold=value))
+
+
+def _magcache_calibration(pipe: Any, num_steps: int) -> list[list[float]]:
+    """Of each transformer: how much longer its blocks' residual is than a step before, of the conditional branch."""
+    from diffusers import MagCacheConfig
+
+    models = _transformers(pipe)
+    ratios: list[list[float]] = [[] for _ in models]
+    # One step more than there are, for at the last one the hook prints the ratios and forgets them.
+    config = MagCacheConfig(calibrate=True, num_inference_steps=num_steps + 1)
+
+    def read() -> None:
+        for position, model in enumerate(models):
+            (states,) = (hook.state_manager._state_cache for hook in _hooks(_blocks(model)[1][0]))
+            if states:
+                ratios[position] = list(next(iter(states.values())).calibration_ratios)
+
+    with _diffusers_cache(pipe, lambda position: config):
+        _dense_run(pipe, num_steps, read)
+    return ratios
+
+
+def _magcache(pipe: Any, value: float, num_steps: int) -> AbstractContextManager[dict[str, Any]]:
+    from diffusers import MagCacheConfig
+
+    ratios = _calibrated(pipe, ("magcache", num_steps), lambda: _magcache_calibration(pipe, num_steps))
+
+    def config(position: int) -> Any:
+        if not ratios[position]:
+            return None
+        # It skips at errors up to and with the threshold: at 0 a ratio of exactly 1 would do.
+        threshold = value if value > 0 else -1.0
+        steps = len(ratios[position])
+        return MagCacheConfig(threshold=threshold, num_inference_steps=steps, mag_ratios=ratios[position])
+
+    return _diffusers_cache(pipe, config)
+
+
+def _taylorseer(pipe: Any, value: float, num_steps: int) -> AbstractContextManager[dict[str, Any]]:
+    from diffusers import TaylorSeerCacheConfig
+
+    def config(position: int) -> Any:
+        model = _transformers(pipe)[position]
+        # Lite mode skips the blocks and predicts `proj_out` alone. LTX-2's sound has a projection of its own, so the
+        # same is said with patterns there.
+        patterns: dict[str, Any] = {"use_lite_mode": True}
+        if hasattr(model, "audio_proj_out"):
+            skipped, predicted = r"^transformer_blocks\.[^.]+$", r"^(audio_)?proj_out$"
+            patterns = {"skip_predict_identifiers": [skipped], "cache_identifiers": [predicted]}
+        return TaylorSeerCacheConfig(cache_interval=int(value), taylor_factors_dtype=model.dtype, **patterns)
+
+    return _diffusers_cache(pipe, config)
+
+
+# How many steps longer cross-attention is kept than self-attention, as in the settings of PAB's paper.
+PAB_CROSS = 4
+
+
+def _pab(pipe: Any, value: float, num_steps: int) -> AbstractContextManager[dict[str, Any]]:
+    """Pyramid Attention Broadcast (arXiv 2408.12588): self-attention by the dial, cross-attention longer.
+
+    diffusers' hooks keep one state, made for guidance in one batch. Here each guidance branch gets its own: else the
+    unconditional call would be given the conditional one's attention. LTX-2's attentions do not say which of them are
+    cross-attention, so diffusers takes them all for self-attention.
+    """
+    from diffusers import PyramidAttentionBroadcastConfig
+    from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastState
+
+    timestep = 0.0
+    states: dict[tuple[int, int], list[Any]] = {}
+
+    def config(position: int) -> Any:
+        return PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=int(value),
+            cross_attention_block_skip_range=int(value) + PAB_CROSS if value > 1 else 1,
+            current_timestep_callback=lambda: timestep,
+        )
+
+    def on_call(position: int, calls: _Calls, begins: bool) -> None:
+        nonlocal timestep
+        timestep = float(pipe._current_timestep)
+        if begins:
+            states.clear()
+        hooks = [hook for hook in _hooks(_transformers(pipe)[position]) if hasattr(hook, "block_skip_range")]
+        key = position, calls.branch
+        if key not in states:
+            states[key] = [PyramidAttentionBroadcastState() for _ in hooks]
+        for hook, state in zip(hooks, states[key]):
+            hook.state = state
+
+    return _diffusers_cache(pipe, config, on_call)
+
+
+# cache-dit, where it is installed.
+
+
+def _refuses_cache_dit(pipe: Any) -> str | None:
+    if importlib.util.find_spec("cache_dit") is None:
+        return "the package is not there: pip install cache-dit"
+    if reason := _refuses_unknown(pipe):
+        return reason
+    if type(pipe.transformer).__name__ == "LTX2VideoTransformer3DModel":
+        return (
+            "cache-dit replaces LTX-2's forward by its own, which does not take what diffusers' pipeline gives (sigma)"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def _cache_dit(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
+    """DBCache with the package's defaults, scaled down for few steps and few blocks.
+
+    It takes every second call of Wan and HunyuanVideo 1.5 for the unconditional one, so it is meant for guidance.
+    """
+    import cache_dit
+
+    models = _transformers(pipe)
+    config = cache_dit.DBCacheConfig(
+        residual_diff_threshold=value,
+        # 8 of the published models' 30 and more.
+        Fn_compute_blocks=max(1, min(8, len(_blocks(models[0])[1]) // 3)),
+        # 8 of 40; experts share them.
+        max_warmup_steps=max(1, min(8, round(0.2 * num_steps) // len(models))),
+    )
+    with _as_found(models):
+        try:
+            cache_dit.enable_cache(pipe, cache_config=config)
+            yield {}
+        finally:
+            cache_dit.disable_cache(pipe)
+
+
+PEERS: tuple[Method, ...] = (
+    Method(
+        name="uniform",
+        label="whole steps, evenly spaced",
+        dial="share of the steps that are evaluated",
+        values=BUDGETS,
+        apply=_uniform,
+        refuses=_refuses_uniform,
+        budget=True,
+    ),
+    Method(
+        name="easycache",
+        label="EasyCache",
+        dial="threshold on the summed relative change of the output",
+        values=(0.02, 0.05, 0.1, 0.2, 0.4),
+        apply=_easycache,
+        refuses=_refuses_unknown,
+    ),
+    Method(
+        name="teacache",
+        label="TeaCache",
+        dial="threshold on the summed and rescaled change of the first block's input",
+        values=(0.01, 0.02, 0.05, 0.1, 0.2),
+        apply=_teacache,
+        refuses=_refuses_teacache,
+    ),
+    Method(
+        name="first-block-cache",
+        label="First Block Cache (diffusers)",
+        dial="threshold on the relative change of the first block's residual",
+        values=(0.04, 0.06, 0.1, 0.2, 0.4),
+        apply=_first_block_cache,
+        refuses=lambda pipe: _refuses_unregistered(pipe, "First Block Cache"),
+    ),
+    Method(
+        name="magcache",
+        label="MagCache (diffusers)",
+        dial="threshold on the summed error of the residual's length",
+        values=(0.03, 0.06, 0.12, 0.24, 0.5),
+        apply=_magcache,
+        refuses=lambda pipe: _refuses_unregistered(pipe, "MagCache"),
+    ),
+    Method(
+        name="taylorseer",
+        label="TaylorSeer, lite (diffusers)",
+        dial="steps from one evaluation to the next",
+        values=(2, 3, 4, 5, 6),
+        apply=_taylorseer,
+        refuses=lambda pipe: _refuses_unknown(pipe) or _refuses_unnamed(pipe, "TaylorSeer"),
+    ),
+    Method(
+        name="pab",
+        label="Pyramid Attention Broadcast (diffusers)",
+        dial="steps from one evaluation of self-attention to the next",
+        values=(2, 3, 4, 5, 8),
+        apply=_pab,
+        refuses=_refuses_unknown,
+    ),
+    Method(
+        name="cache-dit",
+        label="DBCache (cache-dit)",
+        dial="threshold on the relative change of the first blocks' residual",
+        values=(0.04, 0.08, 0.12, 0.2, 0.4),
+        apply=_cache_dit,
+        refuses=_refuses_cache_dit,
+    ),
+)

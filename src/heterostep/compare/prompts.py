@@ -1,0 +1,56 @@
+"""What is to be generated: the bundled model's held-out captions, or a file of prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from heterostep.compare.measure import Prompt
+from heterostep.errors import HeterostepError
+
+# The seeds of the clips that `recipes/tiny` keeps out of training begin here.
+HELD_OUT = 10_005_000
+
+
+def held_out(count: int, first: int = 0, with_image: bool = False) -> list[Prompt]:
+    """Captions of clips that the bundled model has not seen, and their first frames where asked."""
+    from heterostep.tiny import world
+
+    prompts = []
+    for number in range(first, first + count):
+        rng = np.random.default_rng(HELD_OUT + number)
+        scene = world.sample_scene(rng)
+        image = world.render(scene, num_frames=1)[0] if with_image else None
+        prompts.append(Prompt(world.caption(scene, rng), number, image))
+    return prompts
+
+
+def read_prompts(path: Path, seed: int, size: tuple[int, int] | None) -> list[Prompt]:
+    """One prompt a line; with a `size` (width, height) each is followed by a tab and the path of its first frame.
+
+    Raises:
+        HeterostepError: the file or an image is missing or empty; says which line.
+    """
+    from PIL import Image, ImageOps
+
+    if not path.is_file():
+        raise HeterostepError(f"there is no file {path}")
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        text, _, name = (part.strip() for part in line.partition("\t"))
+        if not text:
+            continue
+        image = None
+        if size is not None:
+            if not name:
+                raise HeterostepError(f"{path}, line {number}: image-to-video wants a tab and a first frame's path")
+            try:
+                with Image.open(path.parent / name) as opened:
+                    image = np.asarray(ImageOps.fit(opened.convert("RGB"), size))
+            except OSError as error:
+                raise HeterostepError(f"{path}, line {number}: cannot read the image {name}") from error
+        prompts.append(Prompt(text, seed + number - 1, image))
+    if not prompts:
+        raise HeterostepError(f"{path} has no prompts")
+    return prompts

@@ -1,0 +1,35 @@
+"""What each method reaches at the asked runtimes, on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips": "LPIPS", "caption": "caption", "motion": "motion off"}
+
+
+def show(results: dict[str, Any], console: Console | None = None) -> None:
+    """Print one table for each runtime; interpolated figures are marked ~, the best of a column *."""
+    console = console or Console(highlight=False)
+    labels = {method["name"]: method["label"] for method in results["methods"]}
+    for at in results["frontier"]:
+        known = [name for name in COLUMNS if any(row[name] is not None for row in at["rows"])]
+        table = Table("method", *(COLUMNS[name] for name in known), title=f"runtime {at['runtime']:g} of dense")
+        for row in at["rows"]:
+            label = labels.get(row["method"], row["method"])
+            if not row["reached"]:
+                table.add_row(label, *["not reached"][: len(known)])
+                continue
+            cells = []
+            for name in known:
+                value = row[name]
+                digits = 1 if name == "psnr" else 3
+                text = "-" if value is None else f"{'~' if row['interpolated'] else ''}{value:.{digits}f}"
+                cells.append(f"{text} *" if at["winners"].get(name) == row["method"] else text)
+            table.add_row(label, *cells)
+        console.print(table)
+    for method in results["methods"]:
+        if method["reason"]:
+            console.print(f"{method['name']}: {method['status']}: {method['reason']}", markup=False)
