@@ -34,7 +34,7 @@ class _Session:
         self.own_scheduler = first_order(pipe.scheduler) if config.solver == "euler" else None
         if self.own_scheduler is not None:
             pipe.scheduler = self.own_scheduler
-        models = _transformers(pipe)
+        models = transformers(pipe)
         adapter = FAMILIES[type(models[0]).__name__].adapter
         self.runner = Runner(self._pipe, models, adapter, config, self._check, on_step)
         # Whoever drops the pipeline may go on with its transformer.
@@ -42,7 +42,7 @@ class _Session:
 
     def _check(self) -> None:
         pipe: Any = self._pipe()
-        _check_pipeline(pipe)
+        check_pipeline(pipe)
         if self.own_scheduler is not None and pipe.scheduler is not self.own_scheduler:
             raise HeterostepError("the scheduler was replaced, but solver='euler' needs its own: enable again")
 
@@ -85,14 +85,19 @@ def first_order(scheduler: Any) -> Any:
     return scheduler
 
 
-def _transformers(pipe: Any) -> list[Any]:
+def transformers(pipe: Any) -> list[Any]:
     """The pipeline's transformers; Wan 2.2 A14B has two, and may be loaded with one of them."""
     names = ("transformer", "transformer_2")
     return [model for model in (getattr(pipe, name, None) for name in names) if model is not None]
 
 
-def _check_pipeline(pipe: Any) -> None:
-    name, models = type(pipe).__name__, _transformers(pipe)
+def check_pipeline(pipe: Any) -> None:
+    """Whether heterostep runs on this pipeline as it is.
+
+    Raises:
+        HeterostepError: it does not; one line says why and what to do.
+    """
+    name, models = type(pipe).__name__, transformers(pipe)
     kinds = {type(model).__name__ for model in models}
     if not kinds or any(kind not in FAMILIES or name not in FAMILIES[kind].pipelines for kind in kinds):
         hint = " (compile its blocks with compile_repeated_blocks() instead)" if "OptimizedModule" in kinds else ""
@@ -141,9 +146,9 @@ def enable(
         unknown = ", ".join(sorted(set(options) - set(HSAConfig.__dataclass_fields__)))
         known = ", ".join(HSAConfig.__dataclass_fields__)
         raise HeterostepError(f"no such option: {unknown}; the options are {known}") from error
-    _check_pipeline(pipe)
+    check_pipeline(pipe)
     disable(pipe)
-    if any(is_wrapped(model) for model in _transformers(pipe)):
+    if any(is_wrapped(model) for model in transformers(pipe)):
         raise HeterostepError("the transformer is enabled through another pipeline: call heterostep.disable on that")
     _open[pipe] = _last[pipe] = _Session(pipe, config, on_step)
 

@@ -19,6 +19,7 @@ import torch
 import heterostep
 from heterostep.compare.method import Method
 from heterostep.metrics import psnr
+from heterostep.pipeline import transformers
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,6 @@ class Run:
     rows: int
     peak_bytes: int | None
     steps_map: np.ndarray | None = None
-
-
-def transformers(pipe: Any) -> list[Any]:
-    """The pipeline's one or two transformers."""
-    both = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
-    return [model for model in both if model is not None]
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from heterostep.compare.method import Method
 from heterostep.compare.own import BUDGETS
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
-from heterostep.pipeline import _check_pipeline, _transformers
+from heterostep.pipeline import check_pipeline, transformers
 from heterostep.schedule import Schedule
 from heterostep.wrapping import WrappedForward
 
@@ -87,7 +87,7 @@ def _around(pipe: Any, instead: Callable[[int, Any, Callable[..., Any], tuple, d
         return instead(position, model, forward, args, kwargs)
 
     try:
-        for position, model in enumerate(_transformers(pipe)):
+        for position, model in enumerate(transformers(pipe)):
             wrapped.append(WrappedForward(model, functools.partial(answer, position, model)))
         yield
     finally:
@@ -109,7 +109,7 @@ def _relative_change(new: torch.Tensor, old: torch.Tensor) -> float:
 def _refuses_unknown(pipe: Any) -> str | None:
     """Why heterostep does not know the pipeline: what steps and branches are is known of its own pipelines alone."""
     try:
-        _check_pipeline(pipe)
+        check_pipeline(pipe)
     except HeterostepError as error:
         return str(error)
     return None
@@ -123,7 +123,7 @@ def _refuses_unnamed(pipe: Any, name: str) -> str | None:
 
 
 def _refuses_control(pipe: Any, name: str) -> str | None:
-    if any(type(model).__name__ == "WanVACETransformer3DModel" for model in _transformers(pipe)):
+    if any(type(model).__name__ == "WanVACETransformer3DModel" for model in transformers(pipe)):
         return f"{name} skips blocks, but VACE adds its control hints between them: they would count twice"
     return None
 
@@ -417,7 +417,7 @@ def _teacache_calibration(pipe: Any, num_steps: int) -> list[np.ndarray]:
     """A polynomial for each of the pipeline's transformers, fitted to one dense run of all its guidance branches."""
     calls = _Calls(pipe)
     last: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-    changes: list[tuple[list[float], list[float]]] = [([], []) for _ in _transformers(pipe)]
+    changes: list[tuple[list[float], list[float]]] = [([], []) for _ in transformers(pipe)]
 
     def instead(position: int, model: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         calls.enter()
@@ -503,7 +503,7 @@ def _teacache_run(pipe: Any, value: float, polynomials: list[np.ndarray]) -> Ite
 def _refuses_teacache(pipe: Any) -> str | None:
     if reason := _refuses_unknown(pipe) or _refuses_control(pipe, "TeaCache"):
         return reason
-    if any(module._compiled_call_impl is not None for model in _transformers(pipe) for module in model.modules()):
+    if any(module._compiled_call_impl is not None for model in transformers(pipe) for module in model.modules()):
         return "TeaCache's probe stands inside the first block, which must not be compiled"
     return None
 
@@ -553,7 +553,7 @@ def _diffusers_cache(
         config: position of a transformer -> its cache config, None to leave it alone.
         on_call: on_call(position, calls, whether a generation begins) before each call of a transformer.
     """
-    models, calls = _transformers(pipe), _Calls(pipe)
+    models, calls = transformers(pipe), _Calls(pipe)
 
     def instead(position: int, model: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         begins = calls.enter()
@@ -583,7 +583,7 @@ def _refuses_unregistered(pipe: Any, name: str) -> str | None:
 
     if reason := _refuses_unknown(pipe) or _refuses_control(pipe, name) or _refuses_unnamed(pipe, name):
         return reason
-    for model in _transformers(pipe):
+    for model in transformers(pipe):
         block = type(_blocks(model)[1][0])
         try:
             TransformerBlockRegistry.get(block)
@@ -602,7 +602,7 @@ def _magcache_calibration(pipe: Any, num_steps: int) -> list[list[float]]:
     """Of each transformer: how much longer its blocks' residual is than a step before, of the conditional branch."""
     from diffusers import MagCacheConfig
 
-    models = _transformers(pipe)
+    models = transformers(pipe)
     ratios: list[list[float]] = [[] for _ in models]
     # One step more than there are, for at the last one the hook prints the ratios and forgets them.
     config = MagCacheConfig(calibrate=True, num_inference_steps=num_steps + 1)
@@ -638,7 +638,7 @@ def _taylorseer(pipe: Any, value: float, num_steps: int) -> AbstractContextManag
     from diffusers import TaylorSeerCacheConfig
 
     def config(position: int) -> Any:
-        model = _transformers(pipe)[position]
+        model = transformers(pipe)[position]
         # Lite mode skips the blocks and predicts `proj_out` alone. LTX-2's sound has a projection of its own, so the
         # same is said with patterns there.
         patterns: dict[str, Any] = {"use_lite_mode": True}
@@ -679,7 +679,7 @@ def _pab(pipe: Any, value: float, num_steps: int) -> AbstractContextManager[dict
         timestep = float(pipe._current_timestep)
         if begins:
             states.clear()
-        hooks = [hook for hook in _hooks(_transformers(pipe)[position]) if hasattr(hook, "block_skip_range")]
+        hooks = [hook for hook in _hooks(transformers(pipe)[position]) if hasattr(hook, "block_skip_range")]
         key = position, calls.branch
         if key not in states:
             states[key] = [PyramidAttentionBroadcastState() for _ in hooks]
@@ -712,7 +712,7 @@ def _cache_dit(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, An
     """
     import cache_dit
 
-    models = _transformers(pipe)
+    models = transformers(pipe)
     config = cache_dit.DBCacheConfig(
         residual_diff_threshold=value,
         # 8 of the published models' 30 and more.
