@@ -15,7 +15,8 @@ compare: .venv/.installed
 	@echo "The page is report/index.html, every number report/results.json"
 
 test: lint
-	.venv/bin/pytest -n 2
+	# Two processes of one thread each: threads of several processes would wait for each other.
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2
 
 lint: .venv/.installed
 	.venv/bin/ruff check
