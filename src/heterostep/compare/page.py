@@ -12,12 +12,27 @@ import math
 import shlex
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from heterostep.compare.chart import (
+    AXES,
+    CAPTION,
+    EVALUATIONS,
+    LPIPS,
+    METRICS,
+    MOTION,
+    PSNR,
+    RUNTIME,
+    SSIM,
+    Chart,
+    Metric,
+    Value,
+    marker,
+)
+from heterostep.compare.style import SCRIPT, STYLE
 from heterostep.compare.summary import IDENTICAL_DB
 from heterostep.errors import HeterostepError
 from heterostep.files import replacing
@@ -28,58 +43,15 @@ _OURS = "heterostep"
 _MEDIA_TYPES = {".mp4": "video/mp4", ".png": "image/png"}
 
 
-@dataclass(frozen=True)
-class _Metric:
-    """A figure of merit: its key in the results, how it is written, and dense's own where that is given."""
-
-    key: str
-    name: str
-    unit: str
-    digits: int
-    higher_is_better: bool
-    dense: float | None
-    bounds: tuple[float, float] = (-math.inf, math.inf)
-
-    @property
-    def heading(self) -> str:
-        return f"{self.name}, {self.unit}" if self.unit else self.name
-
-    @property
-    def direction(self) -> str:
-        side = "higher" if self.higher_is_better else "lower"
-        return f"{side} is better" if self.dense is None else f"{side} is nearer to dense"
-
-    def text(self, value: float | None) -> str:
-        if value is None:
-            return "–"
-        return "identical" if math.isinf(value) else f"{value:.{self.digits}f}"
-
-
-_PSNR = _Metric("psnr", "PSNR", "dB", 1, True, math.inf)
-_SSIM = _Metric("ssim", "SSIM", "", 3, True, 1.0, (0, 1))
-_LPIPS = _Metric("lpips", "LPIPS", "", 3, False, 0.0, (0, math.inf))
-_CAPTION = _Metric("caption", "Caption score", "", 2, True, None, (0, 1))
-_MOTION = _Metric("motion", "Motion distance", "", 2, False, 0.0, (0, math.inf))
-_METRICS = (_PSNR, _SSIM, _LPIPS, _CAPTION, _MOTION)
-_RUNTIME, _EVALUATIONS = "runtime", "evaluations"
 _CAPTION_PARTS = ("colour", "direction", "kind", "background")
-_AXES = {_RUNTIME: "runtime, dense = 1", _EVALUATIONS: "token evaluations, dense = 1"}
 _PLOTS = (
-    (_RUNTIME, _PSNR),
-    (_EVALUATIONS, _PSNR),
-    (_RUNTIME, _SSIM),
-    (_RUNTIME, _CAPTION),
-    (_RUNTIME, _MOTION),
-    (_RUNTIME, _LPIPS),
+    (RUNTIME, PSNR),
+    (EVALUATIONS, PSNR),
+    (RUNTIME, SSIM),
+    (RUNTIME, CAPTION),
+    (RUNTIME, MOTION),
+    (RUNTIME, LPIPS),
 )
-
-
-@dataclass(frozen=True)
-class _Value:
-    """A mean and its spread; the spread is None where nobody knows it."""
-
-    mean: float
-    spread: float | None = None
 
 
 def write_page(folder: Path) -> Path:
@@ -111,29 +83,29 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _value(entry: Any) -> _Value | None:
+def _value(entry: Any) -> Value | None:
     """A mean with its spread, or a bare number."""
     if isinstance(entry, dict):
         mean = _number(entry.get("mean"))
-        return None if mean is None else _Value(mean, _number(entry.get("spread")))
+        return None if mean is None else Value(mean, _number(entry.get("spread")))
     mean = _number(entry)
-    return None if mean is None else _Value(mean)
+    return None if mean is None else Value(mean)
 
 
-def _metric_value(metric: _Metric, entry: Any) -> _Value | None:
+def _metric_value(metric: Metric, entry: Any) -> Value | None:
     """A curve's or frontier row's entry; a PSNR of videos identical to dense is infinite."""
     value = _value(entry)
-    if metric is _PSNR and (value is None or value.mean >= IDENTICAL_DB):
-        return _Value(math.inf)
+    if metric is PSNR and (value is None or value.mean >= IDENTICAL_DB):
+        return Value(math.inf)
     return value
 
 
-def _of(values: Iterable[float | None]) -> _Value | None:
+def _of(values: Iterable[float | None]) -> Value | None:
     """Mean and sample standard deviation of those that are known."""
     known = [v for v in values if v is not None]
     if not known:
         return None
-    return _Value(statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None)
+    return Value(statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None)
 
 
 def _caption_part(part: str, record: Record) -> str:
@@ -146,7 +118,7 @@ def _caption_score(record: Record) -> float | None:
     return statistics.mean(known) if known else None
 
 
-def _with_spread(metric: _Metric, value: _Value | None) -> str:
+def _with_spread(metric: Metric, value: Value | None) -> str:
     if value is None:
         return "–"
     if value.spread is None or math.isinf(value.mean):
@@ -209,9 +181,9 @@ class _Report:
         self.ordinary = [name for name in ran if not self.methods[name].get("diagnostic")]
         self.diagnostic = [name for name in ran if self.methods[name].get("diagnostic")]
         self.series = {name: i for i, name in enumerate(self.ordinary + self.diagnostic)}
-        self.metrics = [metric for metric in _METRICS if metric is _PSNR or self._is_present(metric)]
+        self.metrics = [metric for metric in METRICS if metric is PSNR or self._is_present(metric)]
 
-    def _is_present(self, metric: _Metric) -> bool:
+    def _is_present(self, metric: Metric) -> bool:
         entries = [point.get(metric.key) for points in self.curves.values() for point in points]
         entries += [row.get(metric.key) for at in self.frontier for row in at["rows"]]
         return any(_value(entry) is not None for entry in entries)
@@ -227,7 +199,7 @@ class _Report:
         kind = " diagnostic" if name in self.diagnostic else ""
         return (
             f'<svg class="mark s{index % 8}{kind}" viewBox="0 0 34 16" aria-hidden="true">'
-            f'<path class="line" d="M1 8H33"/>{_marker(index, 17, 8)}</svg>'
+            f'<path class="line" d="M1 8H33"/>{marker(index, 17, 8)}</svg>'
         )
 
     def _named(self, name: str) -> str:
@@ -235,7 +207,7 @@ class _Report:
 
     def html(self) -> str:
         model = escape(str(self.settings.get("model", "")))
-        script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+        script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
         # Nothing may be fetched, and no script but the one below may run, whatever a prompt says.
         policy = (
             "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
@@ -261,10 +233,10 @@ class _Report:
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             '<meta name="color-scheme" content="light dark">'
-            f"<title>heterostep compare: {model}</title><style>{_STYLE}{hide}</style></head>\n"
+            f"<title>heterostep compare: {model}</title><style>{STYLE}{hide}</style></head>\n"
             f"<body><header><h1>heterostep compare: {model}</h1>{self._summary()}"
             f'<nav aria-label="Sections">{links}</nav></header>\n<main>{main}</main>\n'
-            f"<script>{_SCRIPT}</script></body></html>\n"
+            f"<script>{SCRIPT}</script></body></html>\n"
         )
 
     def _summary(self) -> str:
@@ -290,7 +262,7 @@ class _Report:
 
     # Verdicts and tables
 
-    def _rows(self, at: Record, metric: _Metric) -> dict[str, _Value]:
+    def _rows(self, at: Record, metric: Metric) -> dict[str, Value]:
         """The values at an asked runtime of the methods that reach it, by name; diagnostic ones left out."""
         found = {}
         for row in at["rows"]:
@@ -299,19 +271,19 @@ class _Report:
                 found[row["method"]] = value
         return found
 
-    def _cell(self, row: Record, runtime: float, metric: _Metric) -> _Value | None:
+    def _cell(self, row: Record, runtime: float, metric: Metric) -> Value | None:
         if not row.get("reached"):
             return None
         value = _metric_value(metric, row.get(metric.key))
         if value is not None and value.spread is None and math.isfinite(value.mean):
-            value = _Value(value.mean, self._spread_at(row["method"], runtime, metric))
+            value = Value(value.mean, self._spread_at(row["method"], runtime, metric))
         return value
 
-    def _spread_at(self, name: str, runtime: float, metric: _Metric) -> float | None:
+    def _spread_at(self, name: str, runtime: float, metric: Metric) -> float | None:
         """The spread of a method's points, linear in runtime between them; its nearest point's outside of them."""
         known = []
         for point in self.curves.get(name, []):
-            x, y = _value(point.get(_RUNTIME)), _value(point.get(metric.key))
+            x, y = _value(point.get(RUNTIME)), _value(point.get(metric.key))
             if x is not None and y is not None and y.spread is not None:
                 known.append((x.mean, y.spread))
         known.sort()
@@ -322,7 +294,7 @@ class _Report:
                 return y0 if x0 == x1 else y0 + (y1 - y0) * (runtime - x0) / (x1 - x0)
         return min(known, key=lambda pair: abs(pair[0] - runtime))[1]
 
-    def _winners(self, at: Record, metric: _Metric) -> list[str]:
+    def _winners(self, at: Record, metric: Metric) -> list[str]:
         """The methods to mark as best: the winner, and whoever cannot be told from it at the digits shown."""
         values = self._rows(at, metric)
         if not values:
@@ -340,17 +312,17 @@ class _Report:
     def _verdicts(self) -> str:
         items = []
         for at in self.frontier:
-            parts = [self._verdict(at, _PSNR)]
-            if _CAPTION in self.metrics:
-                parts.append(self._verdict(at, _CAPTION))
+            parts = [self._verdict(at, PSNR)]
+            if CAPTION in self.metrics:
+                parts.append(self._verdict(at, CAPTION))
             note = " <small>(dense itself takes no longer)</small>" if at["runtime"] >= 1 else ""
             head = f'<strong class="runtime">At {at["runtime"]:g} of dense\'s runtime{note}</strong>'
             items.append(f"<li>{head} {' '.join(parts)}</li>")
         return f'<ul class="verdicts">{"".join(items)}</ul>' if items else ""
 
-    def _verdict(self, at: Record, metric: _Metric) -> str:
+    def _verdict(self, at: Record, metric: Metric) -> str:
         """One metric at one runtime in one sentence: who wins, and by how much heterostep wins or loses."""
-        by = {_PSNR.key: "PSNR", _CAPTION.key: "Caption score"}[metric.key]
+        by = {PSNR.key: "PSNR", CAPTION.key: "Caption score"}[metric.key]
         values, winners = self._rows(at, metric), self._winners(at, metric)
         own = _OURS in self.ordinary
         ours = _OURS if _OURS in values else None
@@ -383,19 +355,19 @@ class _Report:
         return f'<span class="loss">{by}: {names} {wins}, {score}; {self._label(ours)} loses {behind}.</span>'
 
     @staticmethod
-    def _score(metric: _Metric, value: _Value) -> str:
+    def _score(metric: Metric, value: Value) -> str:
         if math.isinf(value.mean):
             return "identical to dense"
         return f"{metric.text(value.mean)}{' ' + metric.unit if metric.unit else ''}"
 
     @classmethod
-    def _gap(cls, metric: _Metric, best: _Value, other: _Value) -> tuple[str, str]:
+    def _gap(cls, metric: Metric, best: Value, other: Value) -> tuple[str, str]:
         """How far the best is above another and what to say of it; nothing where the best is identical to dense."""
         if math.isinf(best.mean):
             return "", ""
         gap = best.mean - other.mean
         small = gap < max(best.spread or 0, other.spread or 0)
-        return cls._score(metric, _Value(gap)), " (less than the spread)" if small else ""
+        return cls._score(metric, Value(gap)), " (less than the spread)" if small else ""
 
     def _tables(self) -> str:
         return "".join(
@@ -406,7 +378,7 @@ class _Report:
         winners = {metric.key: self._winners(at, metric) for metric in self.metrics if metric.key in at["winners"]}
         rows = {row["method"]: row for row in at["rows"]}
         names = list(dict.fromkeys([*self.ordinary, *(n for n in rows if n not in self.diagnostic)]))
-        reached = self._rows(at, _PSNR)
+        reached = self._rows(at, PSNR)
         # Of equals the one named first; those that were not reached last.
         names.sort(key=lambda name: -reached[name].mean if name in reached else math.inf)
         head = ["Method", *(f"{m.heading}<small>{m.direction}</small>" for m in self.metrics), "How it was found"]
@@ -451,7 +423,7 @@ class _Report:
         return f" (its points: {min(means):.2f} to {max(means):.2f})" if means else ""
 
     def _runtimes(self, name: str) -> list[float]:
-        return [x.mean for p in self.curves.get(name, []) if (x := _value(p.get(_RUNTIME))) is not None]
+        return [x.mean for p in self.curves.get(name, []) if (x := _value(p.get(RUNTIME))) is not None]
 
     # Plots
 
@@ -473,28 +445,28 @@ class _Report:
             "deviation. Further left is cheaper.</p>"
         )
 
-    def _figure(self, x_key: str, metric: _Metric, names: list[str]) -> str:
-        chart = _Chart(x_key, metric)
+    def _figure(self, x_key: str, metric: Metric, names: list[str]) -> str:
+        chart = Chart(x_key, metric)
         for name in names:
             points = [(_value(p.get(x_key)), _metric_value(metric, p.get(metric.key))) for p in self.curves[name]]
             chart.add(name, self._label(name), self.series[name], name in self.diagnostic, points)
         dense = self._dense_value(metric)
         chart.dense = dense.mean if dense else None
         chance = _of(_record_value(metric, r, self.dense) for r in self.chance)
-        chart.chance = chance.mean if chance and metric in (_PSNR, _SSIM, _LPIPS) else None
-        chart.asked = [at["runtime"] for at in self.frontier] if x_key == _RUNTIME else []
+        chart.chance = chance.mean if chance and metric in (PSNR, SSIM, LPIPS) else None
+        chart.asked = [at["runtime"] for at in self.frontier] if x_key == RUNTIME else []
         svg, notes = chart.svg()
         legend = "".join(f"<li class='m{self.series[name]}'>{self._mark(name)} {escape(name)}</li>" for name in names)
         note = f" {' '.join(notes)}" if notes else ""
         return (
-            f"<figure><h3>{metric.name} against {_AXES[x_key].split(',')[0]}</h3>{svg}<figcaption>"
+            f"<figure><h3>{metric.name} against {AXES[x_key].split(',')[0]}</h3>{svg}<figcaption>"
             f"<p>{metric.direction.capitalize()}.{note}</p>"
             f'<ul class="legend" aria-hidden="true">{legend}</ul></figcaption></figure>'
         )
 
-    def _dense_value(self, metric: _Metric) -> _Value | None:
+    def _dense_value(self, metric: Metric) -> Value | None:
         if metric.dense is not None:
-            return _Value(metric.dense)
+            return Value(metric.dense)
         return _of(_record_value(metric, record, self.dense) for record in self.dense)
 
     # Videos
@@ -547,7 +519,7 @@ class _Report:
         if not dense and label is None:
             facts.append(f"runtime {_plain(_number(record.get('runtime')) and round(record['runtime'], 2))}")
         if not dense or label:
-            psnr = _record_value(_PSNR, record, self.dense)
+            psnr = _record_value(PSNR, record, self.dense)
             facts.append("identical to dense" if psnr is None else f"{psnr:.1f} dB to dense")
         score = _caption_score(record)
         if score is not None:
@@ -650,12 +622,10 @@ class _Report:
             columns.append(
                 ("Peak memory, MiB", lambda r: _fixed((_number(r.get("peak_bytes")) or math.nan) / 2**20, 0))
             )
-        columns.append(
-            (_PSNR.heading, lambda r: _fixed(r.get("psnr"), 2) if r.get("psnr") is not None else "identical")
-        )
-        columns.append((_SSIM.heading, lambda r: _fixed(r.get("ssim"), 4)))
-        if _LPIPS in self.metrics:
-            columns.append((_LPIPS.heading, lambda r: _fixed(r.get("lpips"), 4)))
+        columns.append((PSNR.heading, lambda r: _fixed(r.get("psnr"), 2) if r.get("psnr") is not None else "identical"))
+        columns.append((SSIM.heading, lambda r: _fixed(r.get("ssim"), 4)))
+        if LPIPS in self.metrics:
+            columns.append((LPIPS.heading, lambda r: _fixed(r.get("lpips"), 4)))
         if any(r.get("caption") for r in records):
             columns += [(f"Caption: {part}", partial(_caption_part, part)) for part in _CAPTION_PARTS]
         if any(r.get("displacement") is not None for r in records):
@@ -681,15 +651,15 @@ class _Report:
             "<b>PSNR</b> and <b>SSIM</b> say how near a video is to dense's from the same noise: whether it is the "
             "same video, not whether it is a good one. “Identical” means bit for bit.",
         ]
-        if _LPIPS in self.metrics:
+        if LPIPS in self.metrics:
             items.append("<b>LPIPS</b> is the distance of the two videos in a network's features.")
-        if _CAPTION in self.metrics:
+        if CAPTION in self.metrics:
             items.append(
                 "The <b>caption score</b> (0 to 1) is the share of what the caption says that classical vision finds "
                 "in the video: colours, directions, kinds, background. It does not look at dense's video, so a "
                 "method may score above dense."
             )
-        if _MOTION in self.metrics:
+        if MOTION in self.metrics:
             items.append(
                 "<b>Motion distance</b> is how far the shapes' displacement is from dense's, as a share of it: 0 moves "
                 "as far, 1 stands still or goes twice as far. A frozen video can have a good PSNR; here it shows."
@@ -707,11 +677,11 @@ class _Report:
         return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
 
 
-def _record_value(metric: _Metric, record: Record, dense: list[Record]) -> float | None:
+def _record_value(metric: Metric, record: Record, dense: list[Record]) -> float | None:
     """A metric of one generation; the motion distance is taken to the same prompt's dense record."""
-    if metric is _CAPTION:
+    if metric is CAPTION:
         return _caption_score(record)
-    if metric is not _MOTION:
+    if metric is not MOTION:
         return _number(record.get(metric.key))
     own = _number(record.get("displacement"))
     base = next((_number(r.get("displacement")) for r in dense if r["prompt"] == record["prompt"]), None)
@@ -721,331 +691,3 @@ def _record_value(metric: _Metric, record: Record, dense: list[Record]) -> float
 def _fixed(value: Any, digits: int) -> str:
     number = _number(value)
     return "–" if number is None else f"{number:.{digits}f}"
-
-
-_MARKERS = (
-    "M{0} {1}m-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",  # circle
-    "M{0} {1}m-4.2 -4.2h8.4v8.4h-8.4z",  # square
-    "M{0} {1}m0 -5.4l5.2 9.4h-10.4z",  # triangle
-    "M{0} {1}m0 -6l5 6l-5 6l-5 -6z",  # diamond
-    "M{0} {1}m0 5.4l5.2 -9.4h-10.4z",  # triangle on its tip
-    "M{0} {1}m-1.7 -5.2h3.4v3.5h3.5v3.4h-3.5v3.5h-3.4v-3.5h-3.5v-3.4h3.5z",  # plus
-    "M{0} {1}m0 -5.8l1.6 4h4.2l-3.2 2.8l1.2 4.2l-3.8 -2.5l-3.8 2.5l1.2 -4.2l-3.2 -2.8h4.2z",  # star
-    "M{0} {1}m-5.4 -3.2h10.8v6.4h-10.8z",  # bar
-)
-
-
-def _marker(index: int, x: float, y: float) -> str:
-    """Colours repeat after eight methods; the marker is another one then."""
-    shape = _MARKERS[(index + index // len(_MARKERS)) % len(_MARKERS)]
-    return f'<path class="point" d="{shape.format(f"{x:.1f}", f"{y:.1f}")}"/>'
-
-
-def _ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Round numbers within a range, about as many as asked."""
-    step = 10.0 ** math.floor(math.log10((high - low) / count))
-    step *= next(m for m in (1, 2, 2.5, 5, 10) if (high - low) / (step * m) <= count)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-@dataclass(frozen=True)
-class _Line:
-    name: str
-    label: str
-    index: int
-    diagnostic: bool
-    points: list[tuple[_Value, _Value]]
-
-
-class _Chart:
-    """One plot as inline SVG; colours, fonts and dashes are the style sheet's."""
-
-    width, height = 460, 320
-    left, right, top, bottom = 66, 450, 16, 270
-    # A diagnostic method may cost many times dense; it must not squeeze the others together.
-    most = 1.2
-
-    def __init__(self, x_key: str, metric: _Metric) -> None:
-        self.x_key, self.metric = x_key, metric
-        self.lines: list[_Line] = []
-        self.asked: list[float] = []
-        self.dense: float | None = None
-        self.chance: float | None = None
-
-    def add(
-        self, name: str, label: str, index: int, diagnostic: bool, points: list[tuple[_Value | None, _Value | None]]
-    ) -> None:
-        """A method's points (x, y); those that were not measured are left out."""
-        known = [(x, y) for x, y in points if x is not None and y is not None]
-        self.lines.append(_Line(name, label, index, diagnostic, known))
-
-    def svg(self) -> tuple[str, list[str]]:
-        """The picture, and what has to be said beneath it."""
-        notes = []
-        x_high = max(
-            [1.0, *(x.mean + (x.spread or 0) for line in self.lines if not line.diagnostic for x, _ in line.points)]
-        )
-        extra = [x.mean for line in self.lines if line.diagnostic for x, _ in line.points]
-        x_high = max([x_high, *(x for x in extra if x <= self.most)]) * 1.04
-        hidden = sum(x > x_high for x in extra)
-        if hidden:
-            notes.append(
-                f"{hidden} diagnostic point{'s' if hidden > 1 else ''} lie{'' if hidden > 1 else 's'} further right."
-            )
-        low, high = self._y_range(x_high)
-        if self.chance is not None and not low <= self.chance <= high:
-            notes.append(f"Dense of another seed, at {self.metric.text(self.chance)}, lies outside.")
-
-        def at_x(x: float) -> float:
-            return self.left + (self.right - self.left) * x / x_high
-
-        # Above the scale of a PSNR lies a band for what has none: videos identical to dense.
-        roof = self.top + (24 if self.metric is _PSNR else 0)
-
-        def at_y(y: float) -> float:
-            return self.top + 6 if math.isinf(y) else self.bottom - (self.bottom - roof) * (y - low) / (high - low)
-
-        parts = []
-        for tick in _ticks(low, high):
-            y = at_y(tick)
-            parts.append(f'<path class="grid" d="M{self.left} {y:.1f}H{self.right}"/>')
-            parts.append(f'<text x="{self.left - 7}" y="{y + 4.5:.1f}" text-anchor="end">{tick:g}</text>')
-        for runtime in self.asked:
-            if runtime <= x_high:
-                parts.append(f'<path class="asked" d="M{at_x(runtime):.1f} {self.top}V{self.bottom}"/>')
-        for tick in _ticks(0, x_high):
-            parts.append(f'<text x="{at_x(tick):.1f}" y="{self.bottom + 18}" text-anchor="middle">{tick:g}</text>')
-        parts.append(f'<path class="axis" d="M{self.left} {self.top}V{self.bottom}H{self.right}"/>')
-        middle = (self.left + self.right) / 2
-        parts.append(f'<text x="{middle:g}" y="{self.bottom + 40}" text-anchor="middle">{_AXES[self.x_key]}</text>')
-        turned = f'transform="translate(13 {(self.top + self.bottom) / 2:g}) rotate(-90)"'
-        parts.append(f'<text {turned} text-anchor="middle">{self.metric.heading}</text>')
-        for value, kind, text in ((self.chance, "chance", "dense, another seed"), (self.dense, "dense", "dense")):
-            if value is not None and (math.isinf(value) or low <= value <= high):
-                y = at_y(value)
-                parts.append(f'<path class="{kind}" d="M{self.left} {y:.1f}H{self.right}"/>')
-                below = y - self.top < 18 or (kind == "dense" and y < self.bottom - 40)
-                text = "dense (identical)" if math.isinf(value) else text
-                parts.append(
-                    f'<text class="name" x="{self.left + 6}" y="{y + (14 if below else -5):.1f}">{text}</text>'
-                )
-        # The last ones first, that is beneath the others: diagnostic methods are last of all.
-        for line in sorted(self.lines, key=lambda line: -line.index):
-            parts.append(self._line(line, at_x, at_y, x_high, low, high))
-        label = (
-            f"{self.metric.name} against {_AXES[self.x_key].split(',')[0]}, {self.metric.direction}. {self._words()}"
-        )
-        frame = f'viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{label}"'
-        return f'<svg class="chart" {frame}>{"".join(parts)}</svg>', notes
-
-    def _y_range(self, x_high: float) -> tuple[float, float]:
-        values = [self.dense] if self.dense is not None and math.isfinite(self.dense) else []
-        for line in self.lines:
-            for x, y in line.points:
-                if math.isfinite(y.mean) and x.mean <= x_high:
-                    values += [y.mean - (y.spread or 0), y.mean + (y.spread or 0)]
-        floor, ceiling = self.metric.bounds
-        values = [min(max(v, floor), ceiling) for v in values] or [0.0, 1.0]
-        low, high = min(values), max(values)
-        if self.chance is not None:
-            # Chance may be so far off that the methods would lie on one another.
-            wider = min(low, self.chance), max(high, self.chance)
-            if wider[1] - wider[0] <= 1.6 * (high - low):
-                low, high = wider
-        room = 0.07 * (high - low) or 0.05 * abs(high) or 0.5
-        return low - room, high + room
-
-    def _line(
-        self,
-        line: _Line,
-        at_x: Callable[[float], float],
-        at_y: Callable[[float], float],
-        x_high: float,
-        low: float,
-        high: float,
-    ) -> str:
-        floor, ceiling = max(low, self.metric.bounds[0]), min(high, self.metric.bounds[1])
-        inside = [(x, y) for x, y in line.points if x.mean <= x_high]
-        places = [(at_x(x.mean), at_y(y.mean)) for x, y in inside]
-        parts = []
-        if len(places) > 1:
-            parts.append(f'<path class="line" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in places)}"/>')
-        for (x, y), (px, py) in zip(inside, places):
-            if x.spread:
-                x0, x1 = at_x(max(x.mean - x.spread, 0)), at_x(min(x.mean + x.spread, x_high))
-                parts.append(f'<path class="whisker" d="M{x0:.1f} {py:.1f}H{x1:.1f}"/>')
-            if y.spread and math.isfinite(y.mean):
-                y0, y1 = at_y(max(y.mean - y.spread, floor)), at_y(min(y.mean + y.spread, ceiling))
-                parts.append(f'<path class="whisker" d="M{px:.1f} {y0:.1f}V{y1:.1f}"/>')
-        for (x, y), (px, py) in zip(inside, places):
-            title = f"{line.label}: {self.metric.text(y.mean)} at {x.mean:.2f}"
-            parts.append(f"<g><title>{title}</title>{_marker(line.index, px, py)}</g>")
-        return (
-            f'<g class="m{line.index} s{line.index % 8}{" diagnostic" if line.diagnostic else ""}">{"".join(parts)}</g>'
-        )
-
-    def _words(self) -> str:
-        said = []
-        for line in self.lines:
-            points = [f"{self.metric.text(y.mean)} at {x.mean:.2f}" for x, y in line.points]
-            if points:
-                said.append(f"{line.label}: {', '.join(points)}.")
-        return " ".join(said)
-
-
-# Okabe and Ito's hues, which the colour-blind can tell apart, made darker on white and lighter on black.
-_STYLE = """
-:root {
-  color-scheme:light dark; --bg:#fff; --fg:#1b1f24; --soft:#57606a; --rule:#d5dae0; --box:#f5f7f9; --link:#0b5cad;
-  --good:#00694d; --bad:#a33b00; --on:#fff;
-}
-.s0 { --c:#0072b2 }
-.s1 { --c:#c04e00 }
-.s2 { --c:#00805e }
-.s3 { --c:#a8497f }
-.s4 { --c:#b07500 }
-.s5 { --c:#3f97cc }
-.s6 { --c:#6a6a6a }
-.s7 { --c:#857600 }
-@media (prefers-color-scheme: dark) {
-  :root {
-    --bg:#13171b; --fg:#e7eaee; --soft:#a3adb8; --rule:#3a424b; --box:#1c2229; --link:#7db8f0; --good:#4cd3a5;
-    --bad:#ff9a63; --on:#13171b;
-  }
-  .s0 { --c:#56aeee }
-  .s1 { --c:#ff8a4c }
-  .s2 { --c:#2fc79b }
-  .s3 { --c:#e89bcb }
-  .s4 { --c:#f0b030 }
-  .s5 { --c:#a9dbf7 }
-  .s6 { --c:#b5b5b5 }
-  .s7 { --c:#f0e442 }
-}
-* { box-sizing:border-box }
-body {
-  margin:0 auto; padding:1.5rem 1rem 4rem; max-width:70rem; background:var(--bg); color:var(--fg);
-  font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif; overflow-wrap:anywhere;
-}
-h1 { font-size:1.7rem; line-height:1.2; margin:0 0 .5rem }
-h2 { font-size:1.35rem; margin:2.5rem 0 .75rem }
-h3 { font-size:1.05rem; margin:1.5rem 0 .5rem }
-a { color:var(--link) }
-nav { display:flex; flex-wrap:wrap; gap:.25rem 1rem }
-.summary { color:var(--soft); margin:.25rem 0 .75rem }
-small { font-size:.82rem; color:var(--soft); font-weight:400 }
-.warning { border-left:4px solid var(--bad); background:var(--box); padding:.5rem .75rem }
-.verdicts { list-style:none; padding:0; display:grid; gap:.5rem }
-.verdicts li { background:var(--box); border-radius:6px; padding:.6rem .8rem }
-.runtime { display:block }
-.verdicts span { display:block; padding-left:1.5em; text-indent:-1.5em }
-.verdicts span::before { display:inline-block; width:1.5em; text-indent:0; font-weight:700 }
-.win::before { content:"\\2713"; color:var(--good) }
-.loss::before { content:"\\2717"; color:var(--bad) }
-.tie::before { content:"="; color:var(--soft) }
-.open::before { content:"\\2013"; color:var(--soft) }
-.key,.legend { list-style:none; padding:0; margin:0; display:flex; flex-wrap:wrap }
-.key { gap:.5rem 1.75rem }
-.key label { display:flex; gap:.5rem }
-.key input { margin:6px 0 auto; accent-color:var(--link) }
-.key small { display:block }
-.legend { gap:.1rem .9rem; font-size:.85rem }
-.mark { width:34px; height:16px; flex:none; vertical-align:-2px }
-.key .mark { margin-top:4px }
-.figures { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr)); gap:.5rem 2rem }
-figure { margin:0; min-width:0 }
-figcaption p { margin:.25rem 0; font-size:.9rem; color:var(--soft) }
-.chart { display:block; width:100%; height:auto }
-.chart text { font-size:13.5px; fill:var(--fg) }
-.chart .name { fill:var(--soft); font-size:12.5px }
-.grid { stroke:var(--rule); stroke-width:1 }
-.asked { stroke:var(--rule); stroke-width:1; stroke-dasharray:1 3 }
-.axis { stroke:var(--soft); fill:none }
-.dense { stroke:var(--fg); stroke-width:1.5 }
-.chance { stroke:var(--soft); stroke-width:1.5; stroke-dasharray:1 4; stroke-linecap:round }
-.line { stroke:var(--c); stroke-width:2; fill:none }
-.whisker { stroke:var(--c); stroke-width:1.5; opacity:.4 }
-.m0 .line { stroke-width:3 }
-.point { fill:var(--c); stroke:var(--bg); stroke-width:1 }
-.diagnostic .line,.diagnostic.mark .line { stroke-dasharray:5 4; stroke-width:1.5 }
-.diagnostic .point { fill:var(--bg); stroke:var(--c); stroke-width:1.5 }
-.scroll { overflow-x:auto; border:1px solid var(--rule); border-radius:6px }
-table {
-  border-collapse:collapse; width:100%; font-size:.93rem; font-variant-numeric:tabular-nums; overflow-wrap:normal;
-}
-th,td { padding:.4rem .7rem; text-align:left; vertical-align:top; border-top:1px solid var(--rule) }
-thead th { border-top:0; background:var(--box); vertical-align:bottom }
-th small { display:block; white-space:nowrap }
-td { white-space:nowrap }
-tbody th { font-weight:500; min-width:9rem }
-tbody th,thead th:first-child { position:sticky; left:0 }
-tbody th { background:var(--bg) }
-.named { display:flex; gap:.5rem }
-.named span { min-width:6.5rem; max-width:18rem; overflow-wrap:break-word }
-.named .mark { margin-top:4px }
-.absent td { white-space:normal }
-.absent td div { width:max-content; max-width:min(44rem,calc(100vw - 14rem)); overflow-wrap:anywhere }
-.absent,.reference { color:var(--soft) }
-.reference th { font-style:italic }
-.group th { background:var(--box); font-size:.85rem; color:var(--soft) }
-.spread { color:var(--soft); font-weight:400 }
-.badge {
-  background:var(--good); color:var(--on); border-radius:4px; padding:0 .35em; font-size:.75rem; margin-left:.2em;
-}
-.tiles { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(47%,12rem),1fr)); gap:1rem .75rem }
-video,img { display:block; max-width:100%; width:100%; height:auto; border-radius:4px; background:#000 }
-.tiles small { display:block }
-.heat { margin-top:1rem }
-.heat video { max-width:min(100%,40rem) }
-blockquote { margin:.25rem 0; padding-left:.8rem; border-left:3px solid var(--rule) }
-.clips+.clips { margin-top:2rem }
-.missing { border:1px dashed var(--rule); padding:.5rem; margin:0; font-size:.85rem }
-.controls { display:flex; flex-wrap:wrap; align-items:center; gap:.5rem 1rem }
-.controls input { flex:0 1 20rem; min-width:0; accent-color:var(--link) }
-button {
-  font:inherit; padding:.25rem .8rem; border:1px solid var(--soft); border-radius:6px; background:var(--box);
-  color:var(--fg); cursor:pointer;
-}
-:focus-visible { outline:2px solid var(--link); outline-offset:2px }
-pre { background:var(--box); padding:.7rem; border-radius:6px; overflow-x:auto; margin:0 }
-.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,18rem),1fr)); gap:0 2rem }
-dl { margin:0 }
-dl div { display:flex; gap:.75rem; border-top:1px solid var(--rule); padding:.2rem 0 }
-dt { color:var(--soft); flex:0 0 45% }
-dd { margin:0; min-width:0 }
-summary { cursor:pointer; margin-bottom:.5rem }
-li { margin:.25rem 0 }
-"""
-
-# The first video of a prompt leads: the others follow where it is sought to, and where it starts anew. The browser's
-# own controls would cover small videos, so they wait for the pointer; without scripts they are always there.
-_SCRIPT = """
-for (const clips of document.querySelectorAll(".clips")) {
-  const videos = [...clips.querySelectorAll("video")];
-  if (videos.length < 2) continue;
-  const [lead, ...others] = videos, button = clips.querySelector("button"), slider = clips.querySelector("input");
-  let playing = false;
-  const show = () => { button.textContent = playing ? "Pause all" : "Play all in step"; };
-  button.hidden = slider.hidden = false;
-  for (const video of videos) {
-    video.controls = false;
-    video.addEventListener("pointerenter", () => { video.controls = true; });
-    video.addEventListener("pointerleave", () => { video.controls = false; });
-  }
-  button.addEventListener("click", () => {
-    playing = !playing;
-    show();
-    for (const video of videos) playing ? video.play() : video.pause();
-    lead.currentTime = lead.currentTime;
-  });
-  slider.addEventListener("input", () => {
-    playing = false;
-    show();
-    for (const video of videos) { video.pause(); video.currentTime = slider.value * (video.duration || 0); }
-  });
-  lead.addEventListener("seeked", () => {
-    if (playing) for (const video of others) { video.currentTime = lead.currentTime; video.play(); }
-  });
-  lead.addEventListener("timeupdate", () => { if (playing) slider.value = lead.currentTime / lead.duration; });
-}
-"""
