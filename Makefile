@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PROMPT ?= a red circle moving right over blue stripes
 
-COMPARE ?= --count 2 --points 2 --runtimes 1,0.5,0.25 --methods heterostep,steps,uniform,easycache,first-block-cache
+COMPARE ?= --count 2 --points 2 --runtimes 1,0.5,0.25 --methods heterostep,steps,easycache,first-block-cache
 
 .PHONY: compare demo test lint format clean
 

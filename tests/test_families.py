@@ -12,6 +12,8 @@ from rows import ROWS, equal, transformers
 from seams import Seamed
 
 STEPS = 12
+# Steps at which some of the tokens run, with two experts too.
+HALF = {"share": 0.5, "between": 0.5, "dense_start": 1}
 
 
 @pytest.fixture(params=ROWS)
@@ -52,6 +54,8 @@ def test_rows_of_a_subset_equal_the_dense_rows(row):
     for model, inputs in calls_of_a_step(row, pipe, step=2):
         seamed = Seamed(model, inputs)
         assert equal(seamed.dense(), seamed.plain), "a dense call that keeps K/V is the plain call"
+        grid = seamed.adapter.token_grid(model, inputs)
+        assert torch.equal(seamed.adapter.arrange(model, grid, seamed.held), seamed.plain[0])
         for count in (1, 7, seamed.num_tokens // 2, seamed.num_tokens):
             for sparse, plain in zip(seamed.sparse(seamed.random_index(count)), seamed.plain, strict=True):
                 # Outputs of random weights are not of size one.
@@ -84,7 +88,7 @@ def test_sleeping_tokens_are_seen_by_every_attention_that_reads_video(row):
 def test_half_of_the_evaluations_are_spent_and_reported(row):
     pipe = row.build()
     dense = row.run(pipe, steps=STEPS)
-    heterostep.enable(pipe, share=0.5)
+    heterostep.enable(pipe, **HALF)
     half = row.run(pipe, steps=STEPS)
     report = heterostep.report(pipe)
     steps, samples = report.num_inference_steps, len(report.steps_maps)
@@ -106,7 +110,7 @@ def test_half_of_the_evaluations_are_spent_and_reported(row):
 
 def test_a_runtime_run_ends_and_is_replayed(row):
     pipe = row.build()
-    heterostep.enable(pipe, runtime=0.6)
+    heterostep.enable(pipe, runtime=0.6, between=0.3)
     first = row.run(pipe, steps=16)
     report = heterostep.report(pipe)
     assert report.finished and report.runtime.achieved is not None
@@ -117,7 +121,7 @@ def test_a_runtime_run_ends_and_is_replayed(row):
 
 def test_an_exception_leaves_nothing_behind(row):
     pipe = row.build()
-    heterostep.enable(pipe, share=0.5)
+    heterostep.enable(pipe, **HALF)
     clean = row.run(pipe, steps=STEPS)
 
     seen = []
@@ -138,7 +142,7 @@ def test_an_exception_leaves_nothing_behind(row):
 
 def test_another_size_starts_anew(row):
     pipe = row.build()
-    heterostep.enable(pipe, share=0.5)
+    heterostep.enable(pipe, **HALF)
     clean = row.run(pipe, steps=STEPS)
     shape = heterostep.report(pipe).steps_map.shape
     row.run(pipe, steps=STEPS, **row.larger)
@@ -158,7 +162,7 @@ def test_disable_gives_the_models_back(row):
         ]
 
     before = state()
-    with heterostep.enabled(pipe, share=0.5):
+    with heterostep.enabled(pipe, **HALF):
         row.run(pipe, steps=STEPS)
         assert state() != before
     assert state() == before

@@ -23,16 +23,16 @@ def close(a, b, tolerance=1e-3):
 
 def test_all_active_is_bit_identical_and_half_is_the_cpus(row):
     pipe = row.build()
-    with heterostep.enabled(pipe, share=0.5):
+    with heterostep.enabled(pipe, share=0.5, between=0.3):
         expected = row.run(pipe, steps=STEPS)
     pipe.to("cuda")
     plain = row.run(pipe, steps=4)
     with heterostep.enabled(pipe, share=1.0):
         assert all(torch.equal(a, b) for a, b in zip(row.run(pipe, steps=4), plain))
-    with heterostep.enabled(pipe, share=0.5):
+    with heterostep.enabled(pipe, share=0.5, between=0.3):
         close(row.run(pipe, steps=STEPS), expected, 0.05)
         assert heterostep.report(pipe).share.achieved == pytest.approx(0.5, abs=0.001)
-    with heterostep.enabled(pipe, runtime=0.7):
+    with heterostep.enabled(pipe, runtime=0.7, between=0.3):
         row.run(pipe, steps=STEPS)
         assert heterostep.report(pipe).memory.peak_bytes > 0
 
@@ -41,11 +41,11 @@ def test_all_active_is_bit_identical_and_half_is_the_cpus(row):
 @pytest.mark.parametrize("kind", ["model", "sequential", "blocks", "leaves with a stream"])
 def test_offload(row, kind, enable_first):
     pipe = row.build().to("cuda")
-    with heterostep.enabled(pipe, share=0.5):
+    with heterostep.enabled(pipe, share=0.5, between=0.3):
         expected = row.run(pipe, steps=STEPS)
     pipe = row.build()
     if enable_first:
-        heterostep.enable(pipe, share=0.5)
+        heterostep.enable(pipe, share=0.5, between=0.3)
     if kind == "model":
         pipe.enable_model_cpu_offload()
     elif kind == "sequential":
@@ -66,7 +66,7 @@ def test_offload(row, kind, enable_first):
                 **({} if streams else {"num_blocks_per_group": 1}),
             )
     if not enable_first:
-        heterostep.enable(pipe, share=0.5)
+        heterostep.enable(pipe, share=0.5, between=0.3)
     for _ in range(2):
         close(row.run(pipe, steps=STEPS), expected)
     heterostep.disable(pipe)
@@ -84,7 +84,7 @@ def test_attention_backends_in_bfloat16(row, backend):
         pytest.skip(f"the plain pipeline cannot: {error}")
     with heterostep.enabled(pipe, share=1.0):
         assert all(torch.equal(a, b) for a, b in zip(row.run(pipe, steps=4), plain))
-    with heterostep.enabled(pipe, share=0.5):
+    with heterostep.enabled(pipe, share=0.5, between=0.3):
         assert all(x.isfinite().all() for x in row.run(pipe, steps=STEPS))
 
 
@@ -95,7 +95,7 @@ def test_layerwise_casting(row):
     plain = row.run(pipe, steps=4)
     with heterostep.enabled(pipe, share=1.0):
         assert all(torch.equal(a, b) for a, b in zip(row.run(pipe, steps=4), plain))
-    with heterostep.enabled(pipe, share=0.5):
+    with heterostep.enabled(pipe, share=0.5, between=0.3):
         assert all(x.isfinite().all() for x in row.run(pipe, steps=STEPS))
 
 
@@ -103,9 +103,9 @@ def test_layerwise_casting(row):
 def test_compiled_blocks(name):
     row = ROWS[name]
     pipe = row.build().to("cuda")
-    with heterostep.enabled(pipe, share=0.5):
+    with heterostep.enabled(pipe, share=0.5, between=0.3):
         expected = row.run(pipe, steps=STEPS)
     for model in transformers(pipe):
         model.compile_repeated_blocks(fullgraph=True)
-    with heterostep.enabled(pipe, share=0.5):
+    with heterostep.enabled(pipe, share=0.5, between=0.3):
         close(row.run(pipe, steps=STEPS), expected, 0.05)

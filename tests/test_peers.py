@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,10 +20,9 @@ from rows import ROWS, equal, transformers
 STEPS = 12
 PIPELINES = ("wan2.1-t2v", "wan2.2-i2v", "ltx2.0-t2v")
 # What leaves a run as it is.
-NEUTRAL = {"uniform": 1.0, "taylorseer": 1, "pab": 1}
+NEUTRAL = {"taylorseer": 1, "pab": 1}
 # Random weights change much more from step to step than trained ones: thresholds that skip there skip nothing here.
 FASTEST = {
-    "uniform": 0.4,
     "easycache": 20.0,
     "teacache": 5.0,
     "first-block-cache": 2.0,
@@ -132,7 +135,7 @@ def test_what_is_refused_does_not_run(pipelines: dict[str, Any], name: str, kind
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        ("wan2.1-v2v", {"uniform", "first-block-cache", "magcache", "taylorseer"}),
+        ("wan2.1-v2v", {"first-block-cache", "magcache", "taylorseer"}),
         ("wan2.1-vace", {"teacache", "first-block-cache", "magcache"}),
     ],
 )
@@ -148,6 +151,21 @@ def test_cache_dit_is_optional(pipelines: dict[str, Any], monkeypatch: pytest.Mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     reason = METHODS["cache-dit"].refuses(pipelines["wan2.1-t2v"][0])
     assert reason is not None and "pip install cache-dit" in reason
+
+
+def test_cache_dit_is_quiet_while_it_is_applied(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("cache_dit")
+    pipe = ROWS["wan2.1-t2v"].build()
+    handlers = logging.getLogger("CACHE_DIT").handlers
+    before = [handler.level for handler in handlers]
+    with mock.patch.object(handlers[0], "stream", io.StringIO()) as said:
+        with METHODS["cache-dit"].apply(pipe, 0.1, STEPS):
+            run("wan2.1-t2v", pipe)
+        assert said.getvalue() == ""
+        assert [handler.level for handler in handlers] == before
+        logging.getLogger("CACHE_DIT").warning("heard")
+        assert "heard" in said.getvalue()
+    assert capfd.readouterr().out == ""
 
 
 def test_calibration_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,18 +188,9 @@ def test_easycache_expects_what_a_linear_model_does() -> None:
     v = 3 * before
     expected = (3 * x - v).abs().mean() / v.abs().mean()
     assert peers.easycache_error(3.0, x, before, v) == pytest.approx(float(expected))
-
-
-@pytest.mark.parametrize(
-    ("share", "num_steps", "restarts"), [(0.5, 40, ()), (0.25, 40, ()), (0.3, 50, (17,)), (0.75, 12, (5,)), (1, 8, ())]
-)
-def test_uniform_steps_are_even_and_within_budget(share: float, num_steps: int, restarts: tuple[int, ...]) -> None:
-    pattern = peers.uniform_pattern(share, num_steps, restarts)
-    assert len(pattern) == num_steps and pattern[:2] == [1, 1]
-    assert sum(pattern) == int(share * num_steps + 1e-6)
-    assert all(pattern[step] == 1 for step in restarts)
-    evaluated = [step for step, one in enumerate(pattern) if one] + [num_steps]
-    assert max(b - a for a, b in zip(evaluated, evaluated[1:])) <= 8
+    # Of two samples, each in two guidance branches, each has its own.
+    pairs = (torch.cat([each, 2 * each] * 2) for each in (x, before, v))
+    assert peers.easycache_error(np.array([3.0, 6.0]), *pairs, 2) == pytest.approx(float(expected) * np.array([1, 2]))
 
 
 def test_teacache_fits_what_it_was_shown() -> None:
@@ -189,3 +198,42 @@ def test_teacache_fits_what_it_was_shown() -> None:
     fitted = peers.teacache_polynomial(inputs, [x + 2 * x**3 for x in inputs])
     torch.testing.assert_close(torch.tensor(fitted), torch.tensor([0, 2, 0, 1, 0]).double(), atol=1e-6, rtol=0)
     assert peers.teacache_polynomial([], []).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "value"),
+    [
+        ("easycache", "wan2.1-t2v", 4.0),
+        ("teacache", "wan2.1-t2v", 5.0),
+        ("easycache", "ltx2.0-t2v", 1.0),
+        ("teacache", "ltx2.0-t2v", 1.0),
+    ],
+)
+def test_each_sample_of_a_batch_is_decided_by_itself(
+    pipelines: dict[str, Any], name: str, kind: str, value: float
+) -> None:
+    method, pipe, plain = _case(pipelines, name, kind)
+    prompts = {"a red circle moving right": 0, "green square over stripes": 5}
+
+    def latents(*texts: str) -> tuple[torch.Tensor, list[int]]:
+        """What comes out, and of how many rows each evaluated call was."""
+        rows: list[int] = []
+        last = (getattr(pipe.transformer, "blocks", None) or pipe.transformer.transformer_blocks)[-1]
+        hook = last.attn1.to_q.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
+        noise = [torch.Generator().manual_seed(prompts[text]) for text in texts]
+        options = dict(height=64, width=64, num_frames=9, guidance_scale=3.0, num_inference_steps=STEPS)
+        with torch.no_grad():
+            output = pipe(prompt=list(texts), generator=noise, output_type="latent", **options).frames
+        hook.remove()
+        return output, rows
+
+    with method.apply(pipe, value, STEPS):
+        alone = [latents(text) for text in prompts]
+        both, rows = latents(*prompts)
+        again, _ = latents(*prompts)
+    torch.testing.assert_close(both, torch.cat([output for output, _ in alone]), atol=1e-4, rtol=1e-4)
+    assert torch.equal(again, both)
+    # As many evaluations as alone, at some calls for one sample only.
+    assert sum(rows) == sum(sum(each) for _, each in alone) and len(rows) < sum(len(each) for _, each in alone)
+    assert len(rows) > max(len(each) for _, each in alone) or len(set(rows)) > 2
+    assert equal(run(kind, pipe), plain)

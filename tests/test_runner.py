@@ -57,7 +57,7 @@ def test_a_held_velocity_is_one_euler_step_over_the_gap(pipe):
         latents.append(tensors["latents"].clone())
         return {}
 
-    heterostep.enable(pipe, share=[1, 1, 1, 0, 0, 0, 1, 1], solver="euler")
+    heterostep.enable(pipe, share=[1, 1, 1, 0, 0, 0, 1, 1], solver="euler", extrapolate=0)
     hook = pipe.transformer.register_forward_hook(lambda m, a, out: outputs.append(out[0].clone()))
     run(pipe, steps=8, guidance_scale=1.0, callback_on_step_end=keep)
     hook.remove()
@@ -66,9 +66,78 @@ def test_a_held_velocity_is_one_euler_step_over_the_gap(pipe):
     torch.testing.assert_close(latents[5], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("extrapolate", [0.5, 1.0])
+def test_held_velocities_go_along_their_last_slope(pipe, extrapolate):
+    """With no token active and with some, what a sleeping token gets lies on the line through its last two."""
+    outputs = []
+    heterostep.enable(pipe, share=[1, 1, 1, 0, 0.5, 0, 1, 1], extrapolate=extrapolate)
+    runner = heterostep.pipeline._open[pipe].runner
+    hook = pipe.transformer.register_forward_hook(lambda m, a, out: outputs.append(out[0].clone()))
+    run(pipe, steps=8, guidance_scale=1.0)
+    hook.remove()
+    sigmas = pipe.scheduler.sigmas
+    slope = (outputs[2] - outputs[1]) / (sigmas[2] - sigmas[1])
+    expected = outputs[2] + extrapolate * (sigmas[3] - sigmas[2]) * slope
+    torch.testing.assert_close(outputs[3], expected, atol=1e-5, rtol=1e-5)
+    # At step 4 half of the tokens were evaluated: the others are still on their line, and at step 5 too.
+    slept = torch.from_numpy(heterostep.report(pipe).steps_map == 5)[None, None]
+    slept = slept.repeat_interleave(2, 3).repeat_interleave(2, 4).expand_as(expected)
+    assert slept.float().mean() == 0.5
+    for step in (4, 5):
+        expected = outputs[2] + extrapolate * (sigmas[step] - sigmas[2]) * slope
+        torch.testing.assert_close(outputs[step][slept], expected[slept], atol=1e-5, rtol=1e-5)
+    fresh = outputs[4] + extrapolate * (sigmas[5] - sigmas[4]) * (outputs[4] - outputs[2]) / (sigmas[4] - sigmas[2])
+    torch.testing.assert_close(outputs[5][~slept], fresh[~slept], atol=1e-5, rtol=1e-5)
+    assert runner.generation.branches[0].slope.dtype == torch.float32
+
+
+def test_whole_steps_keep_no_kv(pipe):
+    """K and V are kept where a step between two meetings reads them, and nowhere else."""
+    heterostep.enable(pipe, share=[1, 1, 0, 0, 1, 0])
+    run(pipe, steps=6)
+    assert heterostep.report(pipe).memory.kv_cache_bytes == 0
+    kept = []
+    heterostep.enable(pipe, share=[1, 1, 0, 0.5, 0, 1, 0, 1])
+    runner = heterostep.pipeline._open[pipe].runner
+
+    def look(model, args, output):
+        kept.append(sum(branch.kv_bytes for branch in runner.generation.branches) > 0)
+
+    hook = pipe.transformer.register_forward_hook(look)
+    run(pipe, steps=8, guidance_scale=1.0)
+    hook.remove()
+    # The hook sees a step's end before its K and V are freed.
+    assert kept == [False, True, True, False, False, False, False, False]
+
+
+def test_the_oracle_evaluates_the_most_wrong_tokens(pipe):
+    outputs = []
+    heterostep.enable(pipe, share=[1, 1, 1, 0.5, 1, 1], score="oracle", sync="fresh", extrapolate=0)
+    hook = pipe.transformer.register_forward_hook(lambda m, a, out: outputs.append(out[0].clone()))
+    run(pipe, steps=6, guidance_scale=1.0)
+    hook.remove()
+    report = heterostep.report(pipe)
+    assert report.share.achieved == pytest.approx(5.5 / 6)
+    # Step 3's truth comes first, then its result, in which the held tokens are those of step 2.
+    truth, result = outputs[3:5] if len(outputs) == 7 else (None, outputs[3])
+    assert truth is None, "the oracle's own call is not the pipeline's"
+    evaluated = torch.from_numpy(report.steps_map == 6)[None, None].repeat_interleave(2, 3).repeat_interleave(2, 4)
+    evaluated = evaluated.expand_as(result)
+    assert torch.equal(result[~evaluated], outputs[2][~evaluated])
+    heterostep.enable(pipe, share=[1, 1, 1, 1, 1, 1])
+    dense = []
+    hook = pipe.transformer.register_forward_hook(lambda m, a, out: dense.append(out[0].clone()))
+    run(pipe, steps=6, guidance_scale=1.0)
+    hook.remove()
+    error = (dense[3] - outputs[2]).abs().unflatten(4, (4, 2)).unflatten(3, (4, 2)).sum((1, 4, 6))[0]
+    picked = torch.from_numpy(report.steps_map == 6)
+    assert error[picked].min() >= error[~picked].max()
+
+
 @pytest.mark.parametrize("steps,share", list(itertools.product([10, 25, 40], [0.3, 0.5, 0.77])))
-def test_share_is_spent_exactly_and_everyone_gets_the_dense_steps(pipe, steps, share):
-    heterostep.enable(pipe, share=share, dense_start=1, dense_end=0)
+@pytest.mark.parametrize("options", [{"between": 0.3}, {}, {"divisors": (1, 2, 4, 8)}])
+def test_share_is_spent_exactly_and_everyone_gets_the_dense_steps(pipe, steps, share, options):
+    heterostep.enable(pipe, share=share, dense_start=1, **options)
     run(pipe, steps=steps)
     report = heterostep.report(pipe)
     assert int(report.steps_map.sum()) == int(share * steps * TOKENS + 1e-6)
@@ -80,12 +149,12 @@ def test_share_is_spent_exactly_and_everyone_gets_the_dense_steps(pipe, steps, s
 
 
 def test_same_seed_and_share_repeat_bit_for_bit(pipe):
-    heterostep.enable(pipe, share=0.5)
+    heterostep.enable(pipe, share=0.5, between=0.3)
     assert torch.equal(run(pipe, seed=5), run(pipe, seed=5))
 
 
 def test_a_runtime_run_is_replayed_by_its_active_shares(pipe):
-    heterostep.enable(pipe, runtime=0.5)
+    heterostep.enable(pipe, runtime=0.5, between=0.3)
     first = run(pipe, steps=20)
     report = heterostep.report(pipe)
     assert report.runtime.target == 0.5 and report.runtime.achieved is not None
@@ -100,7 +169,7 @@ def test_disable_restores_everything(pipe, solver):
     scheduler = pipe.scheduler
     processors = pipe.transformer.attn_processors
     hooks = {n: (len(m._forward_hooks), "forward" in m.__dict__) for n, m in pipe.transformer.named_modules()}
-    heterostep.enable(pipe, share=0.5, solver=solver)
+    heterostep.enable(pipe, share=0.5, between=0.3, solver=solver)
     run(pipe)
     heterostep.disable(pipe)
     after = pipe.transformer.attn_processors
@@ -112,8 +181,8 @@ def test_disable_restores_everything(pipe, solver):
 
 def test_enable_twice_takes_the_later_options(pipe):
     plain = run(pipe)
-    heterostep.enable(pipe, share=0.5)
-    heterostep.enable(pipe, share=0.8, solver="euler")
+    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.8, between=0.3, solver="euler")
     run(pipe)
     assert heterostep.report(pipe).share.target == 0.8
     heterostep.disable(pipe)
@@ -122,7 +191,7 @@ def test_enable_twice_takes_the_later_options(pipe):
 
 
 def test_an_exception_in_mid_generation_leaves_nothing(pipe):
-    heterostep.enable(pipe, share=0.5)
+    heterostep.enable(pipe, share=0.5, between=0.3)
     clean = run(pipe)
 
     def fail(pipe, step, timestep, tensors):
@@ -139,7 +208,7 @@ def test_an_exception_in_mid_generation_leaves_nothing(pipe):
 
 def test_a_with_block_restores_after_an_exception(pipe):
     plain = run(pipe)
-    with pytest.raises(ZeroDivisionError), heterostep.enabled(pipe, share=0.5, solver="euler"):
+    with pytest.raises(ZeroDivisionError), heterostep.enabled(pipe, share=0.5, between=0.3, solver="euler"):
         run(pipe)
         raise ZeroDivisionError
     assert torch.equal(run(pipe), plain)
@@ -147,7 +216,7 @@ def test_a_with_block_restores_after_an_exception(pipe):
 
 
 def test_another_resolution_or_batch_starts_anew(pipe):
-    heterostep.enable(pipe, share=0.5)
+    heterostep.enable(pipe, share=0.5, between=0.3)
     small = run(pipe)
     run(pipe, size=96)
     assert heterostep.report(pipe).steps_map.shape == (3, 6, 6)
@@ -159,7 +228,7 @@ def test_another_resolution_or_batch_starts_anew(pipe):
 def test_each_sample_of_a_batch_is_as_if_alone(pipe):
     prompts = ["a red circle moving right", "green square over stripes"]
     noise = torch.randn(2, 16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    heterostep.enable(pipe, share=0.5)
+    heterostep.enable(pipe, share=0.5, between=0.3)
     both = run(pipe, prompt=prompts, latents=noise)
     maps = heterostep.report(pipe).steps_maps
     assert not np.array_equal(maps[0], maps[1])
@@ -170,7 +239,7 @@ def test_each_sample_of_a_batch_is_as_if_alone(pipe):
 
 
 def test_memory_is_counted_and_given_back(pipe):
-    heterostep.enable(pipe, share=0.5)
+    heterostep.enable(pipe, share=0.5, between=0.3)
     run(pipe)
     layers, width, branches = 2, 48, 2
     kv = 2 * layers * TOKENS * width * 4 * branches
@@ -182,7 +251,7 @@ def test_memory_is_counted_and_given_back(pipe):
 
 def test_given_first_frame_costs_only_the_meetings():
     pipe = small_pipeline(image_to_video=True)
-    heterostep.enable(pipe, share=0.5)
+    heterostep.enable(pipe, share=0.5, between=0.3)
     run(pipe, image=picture())
     steps = heterostep.report(pipe).steps_map
     assert (steps[0] == steps.min()).all() and steps[1:].max() > steps.min()
@@ -191,7 +260,7 @@ def test_given_first_frame_costs_only_the_meetings():
 def test_the_scores_decide_who_is_evaluated(pipe):
     maps = {}
     for score in ("velocity", "random"):
-        heterostep.enable(pipe, share=0.5, score=score)
+        heterostep.enable(pipe, share=0.5, between=0.3, score=score)
         run(pipe)
         maps[score] = heterostep.report(pipe).steps_map
     assert maps["velocity"].sum() == maps["random"].sum()
@@ -200,7 +269,7 @@ def test_the_scores_decide_who_is_evaluated(pipe):
 
 def test_on_step_tells_every_step(pipe):
     seen = []
-    heterostep.enable(pipe, runtime=0.6, on_step=seen.append)
+    heterostep.enable(pipe, runtime=0.6, between=0.3, on_step=seen.append)
     run(pipe, steps=15)
     assert [info.step for info in seen] == list(range(15))
     assert [info.active_share for info in seen] == heterostep.report(pipe).active_share
@@ -213,7 +282,7 @@ def test_flow_match_euler_scheduler(pipe):
     plain = run(pipe)
     with heterostep.enabled(pipe, share=1.0):
         assert torch.equal(run(pipe), plain)
-    with heterostep.enabled(pipe, share=0.5):
+    with heterostep.enabled(pipe, share=0.5, between=0.3):
         run(pipe)
     assert heterostep.report(pipe).share.achieved == 0.5
 
@@ -224,7 +293,7 @@ def test_changed_prompt_states_are_not_served_from_the_cache(pipe):
     def swap(pipe, step, timestep, tensors):
         return {"prompt_embeds": other} if step == 4 else {}
 
-    heterostep.enable(pipe, share=0.5)
+    heterostep.enable(pipe, share=0.5, between=0.3)
     plain = run(pipe)
     swapped = run(pipe, callback_on_step_end=swap, callback_on_step_end_tensor_inputs=["prompt_embeds"])
     assert not torch.equal(plain, swapped)
@@ -234,16 +303,16 @@ def test_changed_prompt_states_are_not_served_from_the_cache(pipe):
 def test_model_offload_in_either_order(pipe, enable_first, monkeypatch):
     from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
 
-    heterostep.enable(pipe, share=0.5)
+    heterostep.enable(pipe, share=0.5, between=0.3)
     expected = run(pipe)
     heterostep.disable(pipe)
     if enable_first:
-        heterostep.enable(pipe, share=0.5)
+        heterostep.enable(pipe, share=0.5, between=0.3)
     # What enable_model_cpu_offload does to each model, and again after each generation; with no accelerator here.
     hook = CpuOffload(execution_device="cpu")
     add_hook_to_module(pipe.transformer, hook)
     if not enable_first:
-        heterostep.enable(pipe, share=0.5)
+        heterostep.enable(pipe, share=0.5, between=0.3)
     for _ in range(2):
         assert torch.equal(run(pipe), expected)
         remove_hook_from_module(pipe.transformer)
@@ -264,16 +333,16 @@ def test_refusals_say_what_is_supported(pipe):
         heterostep.enable(pipe, config=heterostep.HSAConfig(share=0.5), share=0.5)
     with pytest.raises(HeterostepError, match="no report"):
         heterostep.report(pipe)
-    heterostep.enable(pipe, share=0.5)
+    heterostep.enable(pipe, share=0.5, between=0.3)
     with pytest.raises(HeterostepError, match="nothing to report"):
         heterostep.report(pipe)
     heterostep.disable(pipe)
     pipe.scheduler = UniPCMultistepScheduler()
     with pytest.raises(HeterostepError, match="use_flow_sigmas"):
-        heterostep.enable(pipe, share=0.5)
+        heterostep.enable(pipe, share=0.5, between=0.3)
     pipe.scheduler = DDIMScheduler()
     with pytest.raises(HeterostepError, match="DDIMScheduler is not supported"):
-        heterostep.enable(pipe, share=0.5)
+        heterostep.enable(pipe, share=0.5, between=0.3)
     with pytest.raises(HeterostepError, match="WanPipeline"):
         heterostep.enable(object(), share=0.5)
 
@@ -289,7 +358,7 @@ def test_an_impossible_share_stops_the_run_before_its_first_step(pipe):
 def test_fresh_keys_are_those_of_a_dense_step(pipe):
     """What is taken at a step equals the dense step's rows; what is not taken is held."""
     outputs, plain = [], []
-    heterostep.enable(pipe, share=[1, 1, 0.5, 1, 1, 1], sync="fresh")
+    heterostep.enable(pipe, share=[1, 1, 0.5, 1, 1, 1], sync="fresh", extrapolate=0)
     hook = pipe.transformer.register_forward_hook(lambda m, args, out: outputs.append(out[0]))
     inner = heterostep.pipeline._open[pipe].runner._experts[0].wrapped.inner
     inputs = []

@@ -1,14 +1,16 @@
 """How many tokens are active at each step of the caching window, and which.
 
-A *meeting step* evaluates every token; a cycle runs from one to the next and is as long as the larger of two adjacent
-step divisors d1 < d2. In between, at the multiples of d1, the tokens ranked first are evaluated: those have divisor d1,
-the others d2. So a run is a list of counts, one a step, and a ranking of the tokens for each cycle.
+A *meeting step* evaluates every token. Where meetings lie is a question of time: by default the gaps between them grow
+with the step, for velocities change most at the beginning (`by_growing_gaps`); the paper has equal ones
+(`by_divisors`). Between two meetings the tokens that are ranked first are evaluated once or more. So a run is a list of
+counts, one a step, and a ranking of the tokens.
 
 Shapes: B batch, N tokens, n active tokens.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ import torch
 
 # Counts between meetings come from this many sizes, so that compiled code and CUDA graphs can be reused.
 SIZES = 32
+# A step between meetings takes one token in so many, or more.
+LEAST_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,90 @@ class Tokens:
         return max(1, self.total // SIZES)
 
 
-def allocate(
+def by_growing_gaps(
+    evaluations: int,
+    tokens: Tokens,
+    steps: range,
+    between: float = 0.0,
+    restarts: Sequence[int] = (),
+    exact: bool = True,
+) -> list[int]:
+    """Active tokens at each of the window's steps: meetings whose gaps grow in proportion to the step's number.
+
+    What the meetings leave is spent in the middle of the gaps, or at several steps in each.
+
+    Args:
+        evaluations: token evaluations that may be spent, 0..N * len(steps).
+        tokens: how many there are.
+        steps: the window's steps, or what is left of them, numbered from the run's first; the first one is a meeting.
+        between: share of the evaluations, 0..1, that is not for meetings.
+        restarts: steps at which another model takes over: they are meetings.
+        exact: let one count fall between the sizes, so that the last evaluation is spent; else spend up to a unit less.
+
+    Returns:
+        A count in 0..N for each step. Their sum is `evaluations`, or the least that is possible.
+    """
+    first, stop, restarts = steps.start, steps.stop, tuple(step for step in restarts if step in steps)
+    each = max(tokens.total - tokens.least, 1)
+    count = max(1, math.floor((evaluations - tokens.least * len(steps)) / each * (1 - between) + 1e-9))
+    while True:
+        meetings = meeting_steps(count, first, stop, restarts)
+        counts = [tokens.total if step in meetings else tokens.least for step in steps]
+        left = max(evaluations - sum(counts), 0)
+        if count >= len(steps) or left <= each * (len(steps) - len(meetings)):
+            break
+        count += 1
+    # One step in each gap, and more where that would be nearly a meeting.
+    for number in range(1, len(steps) + 1):
+        inside = _inside(meetings, stop, number)
+        if left <= each * len(inside) / 2:
+            break
+    # Less than a few larger steps is not scattered over many small ones: each has its overhead.
+    used = min(len(inside), max(1, left // max(1, tokens.total // LEAST_SHARE)))
+    _spread(counts, left, [step - first for step in inside[:used]], tokens, exact)
+    return counts
+
+
+def _inside(meetings: Sequence[int], stop: int, number: int) -> list[int]:
+    """Up to `number` steps between each meeting and the next, evenly spaced."""
+    steps = []
+    for a, b in zip(meetings, [*meetings[1:], stop]):
+        within = min(number, b - a - 1)
+        steps += [a + (b - a) * position // (within + 1) for position in range(1, within + 1)]
+    return steps
+
+
+@functools.lru_cache(maxsize=4096)
+def meeting_steps(count: int, first: int, stop: int, restarts: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """At most `count` steps of first..stop-1, in gaps that grow in proportion to the step's number.
+
+    A gap is never shorter than one step. `first`, which must be at least 1, and `restarts` are among them in any case.
+    """
+
+    def at_density(density: float) -> tuple[int, ...]:
+        meetings, due = [], 1.0
+        for step in range(first, stop):
+            if due > 1 - 1e-9 or step in restarts:
+                meetings.append(step)
+                due = max(due - 1, 0.0) if step not in restarts else 0.0
+            due += min(1.0, density / step)
+        return tuple(meetings)
+
+    def least_density(number: int) -> float:
+        low, high = 0.0, 2.0 * stop
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (low, middle) if len(at_density(middle)) >= number else (middle, high)
+        return high
+
+    # In the middle of those densities that give this number, the last gap is neither stretched nor cut short.
+    low = least_density(count)
+    meetings = at_density((low + least_density(count + 1)) / 2)
+    # Two meetings can come in at once; then there is one too few.
+    return meetings if len(meetings) <= count else at_density(low * (1 - 1e-9) - 1e-9)
+
+
+def by_divisors(
     evaluations: int,
     tokens: Tokens,
     num_steps: int,
@@ -45,10 +132,12 @@ def allocate(
     restarts: Sequence[int] = (),
     exact: bool = True,
 ) -> list[int]:
-    """Active tokens at each of the window's steps, spending exactly `evaluations` (as far as the divisors allow it).
+    """Active tokens at each of the window's steps, in groups of step divisors (HSA, arXiv 2605.06892).
 
-    The first step is a meeting step. Of all pairs of adjacent divisors there is one whose all-d1 and all-d2 spending
-    bracket the budget; what the meeting steps leave is spread evenly over the steps at multiples of d1.
+    A token of divisor d is evaluated at every d-th step. A cycle is as long as the larger of two adjacent divisors
+    d1 < d2 and begins with a meeting; at the multiples of d1 the tokens ranked first are evaluated: those have d1, the
+    others d2. Of all pairs there is one whose all-d1 and all-d2 spending bracket the budget; what the meeting steps
+    leave is spread evenly over the steps at multiples of d1.
 
     Args:
         evaluations: token evaluations that may be spent, 0..N * num_steps.
@@ -77,15 +166,20 @@ def allocate(
     small, large = next(affordable, (ladder[-2], ladder[-1]))
     counts = meetings_only(large)
     between = [step for step in range(num_steps) if phase[step] % small == 0 and phase[step] % large]
-    left = min(max(evaluations - sum(counts), 0), (tokens.total - tokens.least) * len(between))
+    _spread(counts, max(evaluations - sum(counts), 0), between, tokens, exact)
+    return counts
+
+
+def _spread(counts: list[int], left: int, steps: Sequence[int], tokens: Tokens, exact: bool) -> None:
+    """Add `left` evaluations to the counts of these steps, as evenly as the sizes allow."""
+    left = min(left, (tokens.total - tokens.least) * len(steps))
     if not exact:
         left -= left % tokens.unit
-    for position, step in enumerate(between):
-        ahead = len(between) - position
+    for position, step in enumerate(steps):
+        ahead = len(steps) - position
         extra = left if ahead == 1 else min(math.ceil(left / ahead / tokens.unit) * tokens.unit, left)
         counts[step] = min(tokens.least + extra, tokens.total)
         left -= counts[step] - tokens.least
-    return counts
 
 
 def evaluations_within(

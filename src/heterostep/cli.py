@@ -40,6 +40,7 @@ class Dtype(str, Enum):
 
     auto = "auto"
     float32 = "float32"
+    tf32 = "tf32"
     float16 = "float16"
     bfloat16 = "bfloat16"
 
@@ -120,7 +121,9 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA where there is one.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 on CUDA.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32 whose products are TF32.")
+    ] = Dtype.auto,
     solver: Annotated[Solver, typer.Option(help="The update of skipped tokens.")] = Solver.pipeline,
     negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
     out: Annotated[Path, typer.Option(help="MP4 file.")] = Path("video.mp4"),
@@ -178,6 +181,10 @@ def compare(
     methods: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
     points: Annotated[int, typer.Option(min=1, help="Dial values of methods that are not set by a budget.")] = 4,
     repeats: Annotated[int, typer.Option(min=1, help="How often everything is timed.")] = 1,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Prompts made in one call; above 1 by token evaluations, nothing is timed.")
+    ] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=10**6, help="Noises that each prompt is made from.")] = 1,
     videos: Annotated[int, typer.Option(min=0, help="Prompts whose videos are shown.")] = 2,
     model: Annotated[str | None, typer.Option(help="Diffusers folder or hub id.  [default: the bundled model]")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the dense run.")] = 40,
@@ -187,11 +194,18 @@ def compare(
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first prompt's noise.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA where there is one.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 on CUDA.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32 whose products are TF32.")
+    ] = Dtype.auto,
+    vbench: Annotated[
+        bool, typer.Option("--vbench", help="Scores by the vbench command; keeps the videos of all prompts.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Neither progress nor table.")] = False,
 ) -> None:
     """Draw the quality-runtime frontier of heterostep and its peers on one model."""
     wanted = _runtimes(runtimes)
+    if batch > 1 and repeats > 1:
+        raise HeterostepError("--repeats is for timings, and a batch is not timed: leave out --repeats or --batch")
     if out.exists() and not out.is_dir():
         raise HeterostepError(f"{out} is no folder")
     if prompts is not None and not prompts.is_file():
@@ -200,6 +214,10 @@ def compare(
         raise HeterostepError("give --prompts: the held-out captions are the bundled model's")
     if importlib.util.find_spec("torchmetrics") is None:
         raise HeterostepError("the comparison wants torchmetrics: pip install 'heterostep[compare]'")
+    if vbench:
+        from heterostep.compare import vbench as scores
+
+        scores.command()
     from heterostep import checkpoints
     from heterostep.compare import page, peers, table
     from heterostep.compare import prompts as source
@@ -219,6 +237,7 @@ def compare(
             todo = source.held_out(count, seed, image_to_video)
         else:
             todo = source.read_prompts(prompts, seed, (options["width"], options["height"]) if image_to_video else None)
+        todo = source.with_seeds(todo, seeds)
         settings = Settings(
             model="the bundled model" if model is None else model,
             mode="image" if image_to_video else "text",
@@ -227,12 +246,21 @@ def compare(
             fps=defaults["fps"],
             repeats=repeats,
             points=points,
-            shown=videos,
+            shown=max(videos, len(todo)) if vbench else videos,
             judged=model is None and prompts is None,
+            batch=batch,
+            seeds=seeds,
         )
         command = "heterostep " + " ".join(map(shlex.quote, sys.argv[1:]))
         tell = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
         results = Comparison(pipe.to(place), todo, chosen, settings, out, command, tell).run()
+        if vbench:
+            import torch
+
+            # VBench has networks of its own to put there.
+            pipe.to("cpu")
+            torch.cuda.empty_cache()
+            results = scores.score(out, videos, tell)
         written = page.write_page(out)
     if not quiet:
         table.show(results)
@@ -334,6 +362,9 @@ def _precision(dtype: Dtype, device: Any) -> Any:
 
     if dtype is Dtype.auto:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype is Dtype.tf32:
+        torch.set_float32_matmul_precision("high")
+        return torch.float32
     return getattr(torch, dtype.value)
 
 

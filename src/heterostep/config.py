@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from heterostep.errors import HeterostepError
 
 SOLVERS = ("pipeline", "euler")
-SCORES = ("velocity", "random")
+SCORES = ("velocity", "random", "oracle")
 SYNCS = ("hold", "fresh")
 
 
@@ -20,14 +20,20 @@ class HSAConfig:
         runtime: seconds of the denoising loop over the dense loop's seconds, 0..1; kept online by timing steps.
         share: token evaluations over dense token evaluations, 0..1; deterministic. A sequence gives one active share
             for each step: with `report.active_share` it replays a run exactly.
-        divisors: the step divisors that tokens may get, ascending, each a multiple of the one before: a token of
-            divisor d is evaluated at every d-th step; all tokens meet at multiples of the largest divisor in play.
+        between: share of the caching window's evaluations, 0..1, that goes to the tokens ranked first between two
+            meeting steps (at which all tokens are evaluated); at 0 they get what whole meetings leave.
+        divisors: the paper's equal gaps in place of growing ones: the step divisors that tokens may get, ascending,
+            each a multiple of the one before. A token of divisor d is evaluated at every d-th step; all tokens meet at
+            multiples of the largest divisor in play. `between` then has no meaning.
         dense_start: steps before the window, all dense, at least 1; by default chosen from the target.
-        dense_end: steps after the window, all dense; by default chosen from the target.
+        dense_end: steps after the window, all dense.
         regroup_every: tokens are ranked anew at every such meeting step.
+        extrapolate: how far a held velocity follows its last slope over sigma: 0 holds it as it is, as the paper does;
+            1 extends the line through its last two evaluations.
         solver: "pipeline" feeds held velocities to the scheduler that the pipeline has; "euler" is the paper's update,
             a first-order step on the same sigma grid.
-        score: "velocity" ranks tokens by how fast their velocity changes; "random" is a control for experiments.
+        score: "velocity" ranks tokens by how fast their velocity changes. For experiments: "random" is a control;
+            "oracle" evaluates all tokens for nothing and ranks them by how wrong their held velocity is.
         sync: "hold" keeps the K/V of sleeping tokens as they were; "fresh" recomputes them at every step for nothing, a
             bound for experiments: it tells what stale K/V cost, and is no faster than dense.
 
@@ -37,10 +43,12 @@ class HSAConfig:
 
     runtime: float | None = None
     share: float | Sequence[float] | None = None
-    divisors: tuple[int, ...] = (1, 2, 4, 8)
+    between: float = 0.0
+    divisors: tuple[int, ...] | None = None
     dense_start: int | None = None
-    dense_end: int | None = None
+    dense_end: int = 0
     regroup_every: int = 1
+    extrapolate: float = 0.5
     solver: str = "pipeline"
     score: str = "velocity"
     sync: str = "hold"
@@ -56,17 +64,21 @@ class HSAConfig:
             name, target = ("runtime", self.runtime) if self.share is None else ("share", self.share)
             if not isinstance(target, int | float) or not 0 < target <= 1:
                 raise HeterostepError(f"{name} must be above 0 and at most 1, not {target}")
-        divisors = tuple(self.divisors)
-        object.__setattr__(self, "divisors", divisors)
-        if not divisors or divisors[0] < 1 or any(b <= a or b % a for a, b in zip(divisors, divisors[1:])):
-            raise HeterostepError(
-                f"divisors must ascend, each a multiple of the one before, as in (1, 2, 4, 8), not {divisors}"
-            )
+        for name in ("between", "extrapolate"):
+            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) <= 1:
+                raise HeterostepError(f"{name} must be in 0..1, not {getattr(self, name)}")
+        if self.divisors is not None:
+            divisors = tuple(self.divisors)
+            object.__setattr__(self, "divisors", divisors)
+            if not divisors or divisors[0] < 1 or any(b <= a or b % a for a, b in zip(divisors, divisors[1:])):
+                raise HeterostepError(
+                    f"divisors must ascend, each a multiple of the one before, as in (1, 2, 4, 8), not {divisors}"
+                )
         if self.dense_start is not None and self.dense_start < 1:
             raise HeterostepError(
                 "dense_start must be at least 1: the window's first step is dense too, and a change needs two"
             )
-        if self.dense_end is not None and self.dense_end < 0:
+        if self.dense_end < 0:
             raise HeterostepError("dense_end must be at least 0")
         if self.regroup_every < 1:
             raise HeterostepError("regroup_every must be at least 1")
@@ -88,11 +100,11 @@ class HSAConfig:
 
     def window(self, num_steps: int) -> tuple[int, int]:
         """The caching window [start, stop): the steps at which tokens may be skipped."""
-        start, end = self.dense_start, self.dense_end
+        start = self.dense_start
         if start is None:
-            # A tenth of the run at half the cost, less where the budget is smaller; a runtime needs steps to time.
-            start = max(3 if self.runtime is not None else 1, round(0.2 * self.target * num_steps))
-        if end is None:
-            end = round(0.05 * num_steps) if self.target >= 0.4 else 0
+            # Measured (benchmarks/tiny-ti2v): the larger the budget, the more of it belongs to the beginning. One less,
+            # for the window's first step is dense too; a runtime needs steps to time.
+            part = min(0.65, 1.45 * self.target)
+            start = max(3 if self.runtime is not None else 1, round(part * self.target * num_steps) - 1)
         start = min(start, num_steps)
-        return start, max(start, num_steps - end)
+        return start, max(start, num_steps - self.dense_end)

@@ -4,11 +4,12 @@ The runner stands around the forward of the pipeline's transformer, or of both w
 inside is the adapter's. Each call is one of four:
 
     plain    every token, nothing kept: exactly the model as it was
-    dense    every token, K/V kept for the sparse steps that follow
+    dense    every token, K/V kept for a sparse step that follows
     sparse   the active tokens only; the others' velocities are held
-    empty    no token: the last output again
+    empty    no token: all velocities are held
 
-Holding a token's velocity over k steps is one Euler step over all of them: with one velocity, their sum telescopes.
+Holding a token's velocity over k steps is one Euler step over all of them: with one velocity, their sum telescopes. By
+default held velocities go on as they changed between the token's last two evaluations, which is of second order.
 
 Shapes: B samples, b batch of a call, N tokens, n active tokens, C values a token.
 """
@@ -33,7 +34,7 @@ from heterostep.errors import HeterostepError
 from heterostep.kernels import gather_rows
 from heterostep.reports import MemoryReport, Report, RuntimeReport, ShareReport, StepInfo, StepsReport
 from heterostep.schedule import Schedule
-from heterostep.scoring import velocity_change
+from heterostep.scoring import velocity_change, velocity_slope
 from heterostep.state import Branch, Generation
 from heterostep.timing import StepClock, StepCost
 from heterostep.wrapping import WrappedForward
@@ -95,6 +96,8 @@ class Runner:
         self._branch: Branch | None = None
         self._active: torch.Tensor | None = None  # tokens whose velocities are to be taken; None where all are
         self._keep_scores = False
+        self._stale = False
+        self._truth: list[torch.Tensor] | None = None  # where the oracle's velocities go
         self._experts = [self._wrap(position, model) for position, model in enumerate(models)]
 
     def _wrap(self, position: int, model: torch.nn.Module) -> _Expert:
@@ -141,24 +144,27 @@ class Runner:
             generation.free_kv()
             raise
         finally:
-            self._call.index = self._branch = self._active = None
+            self._call.index = self._branch = self._active = self._truth = None
             for _, processor in expert.seams.attentions:
                 processor.kv = None
 
     def _run(self, expert: _Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]):
-        step, total = generation.step, generation.schedule.tokens.total
+        step, total, count = generation.step, generation.schedule.tokens.total, generation.counts[generation.step]
         # A branch that missed a step (guidance switched off for a while) has stale K/V: it starts again, dense.
-        stale = branch.last_step < 0 or branch.last_step < step - 1
-        active = None if stale else self._rows(generation.index, generation, inputs)
-        index = active if self.config.sync == "hold" else None
+        self._stale = branch.last_step < 0 or branch.last_step < step - 1
         branch.last_step = step
-        if generation.counts[step] == 0 and not stale:
-            output = branch.output
+        if count == 0 and not self._stale:
+            output = self._held_output(expert, generation, branch)
         else:
-            rest_is_dense = step + 1 == generation.schedule.num_steps or generation.counts[step + 1] == total
-            keep = not rest_is_dense and self.config.sync == "hold"
+            if self.config.score == "oracle" and generation.calls == 1 and 0 < count < total and not self._stale:
+                self._rank_by_truth(expert, generation, branch, inputs)
+            active = None if self._stale else self._rows(generation.index, generation, inputs)
+            index = active if self.config.sync == "hold" else None
+            sparse_follows = generation.sparse_follows
+            keep = sparse_follows and self.config.sync == "hold"
             branch.follow_text(inputs.get("encoder_hidden_states"))
-            self._branch, self._active, self._keep_scores = branch, active, not rest_is_dense and generation.is_meeting
+            self._branch, self._active = branch, active
+            self._keep_scores = generation.is_meeting and any(0 < n < total for n in generation.counts[step + 1 :])
             self._call.index, self._call.num_tokens = index, total
             if index is not None or keep:
                 for (_, processor), store in zip(expert.seams.attentions, branch.stores, strict=True):
@@ -169,10 +175,30 @@ class Runner:
                 inputs = self.adapter.select(expert.model, inputs, index)
             output = branch.output = expert.wrapped.inner(**inputs)
             generation.kv_bytes_peak = max(generation.kv_bytes_peak, sum(b.kv_bytes for b in generation.branches))
+            if not sparse_follows:
+                branch.free_kv()
         if step == generation.schedule.num_steps - 1:
-            branch.free_kv()
             self._finish(generation)
         return output
+
+    def _held_output(self, expert: _Expert, generation: Generation, branch: Branch) -> Any:
+        """The transformer's last output, with the velocities that the tokens are held at."""
+        if branch.slope is None or self.config.extrapolate == 0:
+            return branch.output
+        velocities = self.adapter.arrange(expert.model, generation.grid, self._held(generation, branch))
+        if isinstance(branch.output, tuple):
+            return velocities, *branch.output[1:]
+        return type(branch.output)(**{**branch.output, "sample": velocities})
+
+    def _held(self, generation: Generation, branch: Branch) -> torch.Tensor:
+        """Everyone's velocities at this step [b, N, C]: of the tokens evaluated at it, and held ones."""
+        velocity = branch.velocity
+        assert velocity is not None
+        if branch.slope is None or self.config.extrapolate == 0:
+            return velocity
+        since = self._sigmas[generation.step] - generation.evaluated_at
+        since = since.repeat(velocity.shape[0] // generation.samples, 1)[..., None]
+        return (velocity.float() + self.config.extrapolate * since * branch.slope).to(velocity.dtype)
 
     @staticmethod
     def _rows(x: torch.Tensor | None, generation: Generation, inputs: dict[str, Any]) -> torch.Tensor | None:
@@ -182,20 +208,34 @@ class Runner:
 
     def _on_velocity(self, rows: torch.Tensor) -> torch.Tensor | None:
         """The output projection's rows of the active tokens [b, n, C] -> everyone's velocities [b, N, C]."""
+        if self._truth is not None:
+            self._truth.append(rows)
+            return None
         branch, generation = self._branch, self.generation
         if branch is None or generation is None:
             return None
-        active, held = self._active, branch.velocity
-        if active is not None:
-            assert held is not None
-            if self._call.index is None:
-                rows = gather_rows(rows, active)
-            rows = held.scatter(1, active[..., None].expand_as(rows), rows)
-        elif self._keep_scores and held is not None:
-            elapsed = generation.elapsed.repeat(rows.shape[0] // generation.samples, 1)
-            branch.scores = velocity_change(rows, held, elapsed)
-        branch.velocity = rows
-        return rows
+        active, old = self._active, branch.velocity
+        if active is not None and self._call.index is None:
+            rows = gather_rows(rows, active)
+        if old is None or self._stale:
+            # Of a change over missed steps, or from another model's velocity, nothing follows.
+            branch.velocity, branch.slope = rows, None
+            return rows
+        elapsed = generation.elapsed.repeat(rows.shape[0] // generation.samples, 1)
+        if active is None:
+            branch.velocity = rows
+            if self._keep_scores:
+                branch.scores = velocity_change(rows, old, elapsed)
+            if self.config.extrapolate:
+                branch.slope = velocity_slope(rows, old, elapsed)
+            return rows
+        where = active[..., None].expand_as(rows)
+        branch.velocity = old.scatter(1, where, rows)
+        if self.config.extrapolate:
+            slope = torch.zeros_like(old, dtype=torch.float32) if branch.slope is None else branch.slope
+            change = velocity_slope(rows, old.gather(1, where), elapsed.gather(1, active))
+            branch.slope = slope.scatter(1, where, change)
+        return self._held(generation, branch)
 
     def _current(self, expert: _Expert, pipe: Any, inputs: dict[str, Any]) -> Generation:
         """The generation under way, or a new one: schedulers make new timesteps for each, also after an exception."""
@@ -257,38 +297,57 @@ class Runner:
         self._clock.mark()
         if generation.step >= 0:
             self._notify(generation)
-        last, met = generation.step, generation.is_meeting
         generation.step, generation.calls_before, generation.calls = step, generation.calls, 0
         start, stop = generation.schedule.window
         if self.config.runtime is not None and start <= step < stop and generation.is_meeting:
             self._correct(generation)
         count, sigma = generation.counts[step], self._sigmas[step]
         generation.elapsed = generation.evaluated_at - sigma
+        generation.index = None
         if generation.is_meeting:
-            generation.index = None
             generation.evaluations += 1
             generation.evaluated_at = torch.full_like(generation.evaluated_at, sigma)
-            return
-        # Between two experts a velocity's change tells them apart rather than the tokens.
-        if met and (generation.ranking is None or last not in generation.schedule.restarts):
-            self._rank(generation)
+            # Between two experts a velocity's change tells them apart rather than the tokens.
+            generation.unranked = generation.ranking is None or step not in generation.schedule.restarts
+        elif count and self.config.score != "oracle":
+            if generation.unranked:
+                self._rank(generation)
+            self._activate(generation)
+
+    def _activate(self, generation: Generation) -> None:
+        """The tokens ranked first are this step's active ones."""
         assert generation.ranking is not None
-        generation.index = index = allocation.active_tokens(generation.ranking, count)
-        if count:
-            generation.evaluated_at = generation.evaluated_at.scatter(1, index, sigma)
-            generation.evaluations.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
+        generation.index = index = allocation.active_tokens(generation.ranking, generation.counts[generation.step])
+        sigma = self._sigmas[generation.step]
+        generation.evaluated_at = generation.evaluated_at.scatter(1, index, sigma)
+        generation.evaluations.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
 
     def _rank(self, generation: Generation) -> None:
-        """Rank the tokens by the scores of the meeting step that has just ended, the same for all branches."""
+        """Rank the tokens by the scores of the last meeting step, the same for all branches."""
+        generation.unranked = False
         generation.meetings += 1
         if generation.ranking is not None and (generation.meetings - 1) % self.config.regroup_every:
             return
+        scores = torch.zeros_like(generation.elapsed)
+        known = [branch.scores for branch in generation.branches if branch.scores is not None]
         if self.config.score == "random":
             generator = torch.Generator().manual_seed(generation.step)
-            scores = torch.rand(generation.elapsed.shape, generator=generator).to(generation.elapsed.device)
-        else:
-            known = [branch.scores for branch in generation.branches if branch.scores is not None]
+            scores = torch.rand(scores.shape, generator=generator).to(scores.device)
+        elif known:
             scores = torch.cat([scores.view(-1, *generation.elapsed.shape) for scores in known]).mean(0)
+        self._set_ranking(generation, scores)
+
+    def _rank_by_truth(self, expert: _Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]) -> None:
+        """Rank the tokens by how wrong their held velocities are, which costs a dense call. Decided by one branch."""
+        self._truth = []
+        expert.wrapped.inner(**inputs)
+        (rows,), self._truth = self._truth, None
+        error = (rows.float() - self._held(generation, branch).float()).abs().sum(-1)
+        self._set_ranking(generation, error.view(-1, *generation.elapsed.shape).mean(0))
+        self._activate(generation)
+
+    @staticmethod
+    def _set_ranking(generation: Generation, scores: torch.Tensor) -> None:
         if generation.clean is not None:
             # What is given needs no velocity, so it comes last; it runs at the meetings, for its K/V change with the
             # other tokens'.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from heterostep.allocation import Tokens, allocate, evaluations_within
+from heterostep.allocation import Tokens, by_divisors, by_growing_gaps, evaluations_within
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 
@@ -34,7 +34,7 @@ class Schedule:
 
     @property
     def lowest_share(self) -> float:
-        """The smallest share that the window, the largest divisor and the restarts allow."""
+        """The smallest share that the window, the largest divisor where there are any, and the restarts allow."""
         return sum(self._spend(0)) / (self.num_steps * self.tokens.total)
 
     def check(self) -> None:
@@ -49,11 +49,13 @@ class Schedule:
         elif config.target < self.lowest_share:
             name = "runtime" if config.runtime is not None else "share"
             start, stop = self.window
+            dense, divisors = num_steps - stop + start, config.divisors
+            then = f"then every {divisors[-1]}th" if divisors else "one more at the window's start"
             switch = ", one more where the second transformer takes over" if self.restarts else ""
+            advice = "take more steps, or allow larger divisors" if divisors else "or take more steps"
             raise HeterostepError(
                 f"{name}={config.target:g} is below the lowest possible {math.ceil(self.lowest_share * 1000) / 1000:g} "
-                f"for {num_steps} steps (dense ones: {num_steps - stop + start}, then every {config.divisors[-1]}th"
-                f"{switch}): raise {name}, take more steps, or allow larger divisors"
+                f"for {num_steps} steps (dense ones: {dense}, {then}{switch}): raise {name}, {advice}"
             )
 
     def _check_replay(self, shares: tuple[float, ...]) -> None:
@@ -100,6 +102,11 @@ class Schedule:
         return [total] * start + self._allocate(evaluations, start) + [total] * (self.num_steps - stop)
 
     def _allocate(self, evaluations: int, step: int, exact: bool = True) -> list[int]:
-        _, stop = self.window
+        config, (_, stop) = self.config, self.window
+        if config.divisors is None:
+            steps = range(step, stop)
+            return (
+                by_growing_gaps(evaluations, self.tokens, steps, config.between, self.restarts, exact) if steps else []
+            )
         restarts = [restart - step for restart in self.restarts]
-        return allocate(evaluations, self.tokens, stop - step, self.config.divisors, restarts, exact)
+        return by_divisors(evaluations, self.tokens, stop - step, config.divisors, restarts, exact)

@@ -1,4 +1,7 @@
-"""How fast each token's velocity changes: the score that decides who gets more steps (HSA, arXiv 2605.06892).
+"""How each token's velocity changes.
+
+From that follow the score that decides who gets more steps (HSA, arXiv 2605.06892) and the slope that a held velocity
+goes along.
 
 Shapes: B batch, N tokens, C values a token.
 """
@@ -21,3 +24,15 @@ def velocity_change(new: torch.Tensor, old: torch.Tensor, elapsed: torch.Tensor)
     size = old.float().abs().sum(-1)
     tiny = torch.finfo(torch.float32).tiny
     return change / size.clamp_min(tiny) / elapsed.clamp_min(1e-6)
+
+
+def velocity_slope(new: torch.Tensor, old: torch.Tensor, elapsed: torch.Tensor) -> torch.Tensor:
+    """Change of each velocity per unit of sigma between two evaluations, float32 [B, N, C].
+
+    Along it a held velocity goes on: with the whole slope that is the second-order Adams-Bashforth update.
+
+    Args:
+        new, old: velocities [B, N, C].
+        elapsed: sigma that passed between the two, > 0, [B, N]; sigma falls, so `old` was at the higher one.
+    """
+    return (old.float() - new.float()) / elapsed.clamp_min(1e-6)[..., None]

@@ -5,6 +5,7 @@ Shapes: B samples, N tokens, C values a token, b batch of a branch's calls (B ti
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,8 @@ class Branch:
 
     stores: Sequence[KVCache | StaticKV] = ()  # one for each attention of `expert` that keeps K and V
     expert: int = -1  # which of the pipeline's transformers the stores belong to
-    velocity: torch.Tensor | None = None  # [b, N, C], each token's last
+    velocity: torch.Tensor | None = None  # [b, N, C], of each token's last evaluation
+    slope: torch.Tensor | None = None  # [b, N, C] float32, how it had changed since the one before, over sigma
     scores: torch.Tensor | None = None  # [b, N], of the last meeting step
     text: Any = None  # the states that the static K/V were made from
     text_version: int | None = None
@@ -72,6 +74,7 @@ class Generation:
     index: torch.Tensor | None = None  # the active tokens [B, n]; None where all are
     ranking: torch.Tensor | None = None  # [B, N]
     meetings: int = 0
+    unranked: bool = False  # a meeting's scores have not been looked at yet
     kv_bytes_peak: int = 0
     finished: bool = False
     closed: bool = False  # finished, and told so
@@ -80,6 +83,13 @@ class Generation:
     def is_meeting(self) -> bool:
         """Whether this step evaluates every token."""
         return self.step >= 0 and self.counts[self.step] == self.schedule.tokens.total
+
+    @property
+    def sparse_follows(self) -> bool:
+        """Whether some of the tokens alone are evaluated between this step and the next meeting."""
+        total = self.schedule.tokens.total
+        ahead = itertools.takewhile(lambda count: count < total, self.counts[self.step + 1 :])
+        return any(ahead)
 
     def branch(self, position: int) -> Branch:
         """The branch of the step's call number `position`."""

@@ -107,6 +107,10 @@ class Adapter(abc.ABC):
             inputs = {**inputs, "timestep": gather_rows(timestep, index)}
         return inputs
 
+    def arrange(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
+        """All tokens' velocities [B, N, C] in the shape in which the model returns them."""
+        return velocities
+
     def clean_tokens(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """bool [B, N]: tokens that carry no noise (a given first frame), or None where all do."""
         timestep = inputs["timestep"]

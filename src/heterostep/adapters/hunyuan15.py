@@ -62,12 +62,23 @@ class JointAttention(CachedAttention):
         return video_out, attn.to_add_out(out[:, -text:])
 
 
+def _patch_sizes(model: Any) -> tuple[int, int, int]:
+    """Of frames, rows and columns."""
+    return model.config.patch_size_t, model.config.patch_size, model.config.patch_size
+
+
 class HunyuanVideo15Adapter(Adapter):
     """See `heterostep.adapters.base.Adapter`."""
 
     def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
-        patches = (model.config.patch_size_t, model.config.patch_size, model.config.patch_size)
-        return TokenGrid(*(size // patch for size, patch in zip(inputs["hidden_states"].shape[2:], patches)))
+        return TokenGrid(
+            *(size // patch for size, patch in zip(inputs["hidden_states"].shape[2:], _patch_sizes(model)))
+        )
+
+    def arrange(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
+        # Of a token's values the channels come first.
+        patches = velocities.unflatten(2, (-1, *_patch_sizes(model))).unflatten(1, grid.shape)
+        return patches.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> Seams:
         def select_patches(output):

@@ -94,6 +94,11 @@ class WanAdapter(Adapter):
         sizes, patch = inputs["hidden_states"].shape[2:], model.config.patch_size
         return TokenGrid(*(size // p for size, p in zip(sizes, patch, strict=True)))
 
+    def arrange(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
+        # Of a token's values the channels come last.
+        patches = velocities.unflatten(2, (*model.config.patch_size, -1)).unflatten(1, grid.shape)
+        return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
     def expert_switch(self, pipe: Any) -> int | None:
         # Wan 2.2 A14B: the first transformer takes the steps at and above the boundary.
         ratio = pipe.config.get("boundary_ratio")

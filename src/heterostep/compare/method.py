@@ -24,6 +24,7 @@ class Method:
         budget: the dial is about the runtime that is wanted, so the asked runtimes are its sweep.
         maps: while it is applied, `heterostep.report(pipe)` has a map of the evaluations per token.
         diagnostic: a bound that costs more than it saves: shown apart, and never a result.
+        whole_batch: it decides from the data, once for all samples of a batch.
     """
 
     name: str
@@ -35,3 +36,4 @@ class Method:
     budget: bool = False
     maps: bool = False
     diagnostic: bool = False
+    whole_batch: bool = False

@@ -12,7 +12,9 @@ from heterostep.pipeline import enabled, first_order
 BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2)
 
 
-def _heterostep(name: str, label: str, diagnostic: bool = False, **options: Any) -> Method:
+def heterostep_method(name: str, label: str, diagnostic: bool = False, **options: Any) -> Method:
+    """heterostep by share, with these options of `HSAConfig`."""
+
     @contextlib.contextmanager
     def apply(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
         with enabled(pipe, share=value, **options):
@@ -38,11 +40,21 @@ def _fewer_euler_steps(pipe: Any, value: float, num_steps: int) -> Iterator[dict
         pipe.scheduler = scheduler
 
 
+# Evaluations for single tokens between the meetings, where a method is about these.
+BETWEEN = 0.2
+
 OWN = (
-    _heterostep("heterostep", "heterostep"),
-    _heterostep("heterostep-euler", "heterostep, first-order update", solver="euler"),
-    _heterostep("heterostep-random", "heterostep, tokens picked at random (control)", score="random"),
-    _heterostep("heterostep-fresh", "heterostep with everyone's K/V fresh (bound, not faster)", True, sync="fresh"),
+    heterostep_method("heterostep", "heterostep"),
+    heterostep_method("heterostep-euler", "heterostep, Euler", solver="euler"),
+    heterostep_method(
+        "hsa", "HSA: groups of step divisors, constant velocities", divisors=(1, 2, 4, 8), extrapolate=0.0
+    ),
+    heterostep_method("tokens", "a fifth for single tokens between meetings", between=BETWEEN),
+    heterostep_method("tokens-random", "the same, tokens picked at random (control)", between=BETWEEN, score="random"),
+    heterostep_method(
+        "tokens-oracle", "the same, ranked by true errors (bound)", True, between=BETWEEN, score="oracle"
+    ),
+    heterostep_method("tokens-fresh", "the same, everyone's K/V fresh (bound)", True, between=BETWEEN, sync="fresh"),
     Method("steps", "fewer steps, the pipeline's solver", "share of the steps", BUDGETS, _fewer_steps, budget=True),
     Method("steps-euler", "fewer steps, Euler", "share of the steps", BUDGETS, _fewer_euler_steps, budget=True),
 )

@@ -4,38 +4,31 @@ Those of a package run as the package has them; where no diffusers hook exists t
 work for every token at once. Their skipped blocks may still be *called* (diffusers' hooks and cache-dit stand inside or
 around a block's forward), so evaluations are counted on the layers in a block, not on the block.
 
-Shapes: B batch of a call, N tokens, C values a token.
+Shapes: B samples, b batch of a call (B times the guidance branches in one call), N tokens, C values a token.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import importlib.util
 import inspect
-import math
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-import heterostep
 from heterostep.adapters import FAMILIES
-from heterostep.allocation import Tokens
 from heterostep.compare.method import Method
-from heterostep.compare.own import BUDGETS
-from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 from heterostep.pipeline import check_pipeline, transformers
-from heterostep.schedule import Schedule
 from heterostep.wrapping import WrappedForward
 
 NEUTRAL_PROMPT = "a video"
@@ -101,9 +94,56 @@ def _blocks(model: Any) -> tuple[str, torch.nn.ModuleList]:
     return name, getattr(model, name)
 
 
-def _relative_change(new: torch.Tensor, old: torch.Tensor) -> float:
-    """|new - old|_1 / |old|_1."""
-    return float((new.float() - old.float()).abs().mean() / old.float().abs().mean())
+# Rules that decide from data decide for each sample by itself: in a batch as it would be decided for the sample alone.
+
+
+def _samples(pipe: Any, model: Any, inputs: dict[str, Any]) -> int:
+    """How many videos are being made, seen from the first call of a step."""
+    return inputs["hidden_states"].shape[0] // FAMILIES[type(model).__name__].adapter.guidance_copies(pipe)
+
+
+def _ratios(above: torch.Tensor, below: torch.Tensor, samples: int) -> np.ndarray:
+    """|above|_1 / |below|_1 of each sample, float64 [B].
+
+    Args:
+        above, below: [b, ...], the guidance branches of a call one after another.
+        samples: B.
+    """
+    # Sample by sample, not along a dimension: so the sums are those of the sample alone, bit for bit.
+    pairs = zip(*(x.float().unflatten(0, (-1, samples)).unbind(1) for x in (above, below)))
+    return torch.stack([a.abs().mean() / b.abs().mean() for a, b in pairs]).double().cpu().numpy()
+
+
+def _relative_change(new: torch.Tensor, old: torch.Tensor, samples: int) -> np.ndarray:
+    """|new - old|_1 / |old|_1 of each sample, float64 [B]."""
+    return _ratios(new.float() - old.float(), old, samples)
+
+
+def _rows(chosen: np.ndarray, batch: int, device: Any) -> torch.Tensor:
+    """The chosen samples' rows, int64 [n], in a call's batch of b; `chosen` is bool [B]."""
+    return torch.from_numpy(np.tile(chosen, batch // len(chosen)).nonzero()[0]).to(device)
+
+
+def _take(value: Any, batch: int, rows: torch.Tensor) -> Any:
+    """An argument's rows, where it has one for each of the batch."""
+    return value[rows] if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == batch else value
+
+
+def _forward_rows(
+    forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], batch: int, rows: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The transformer's outputs, each [n, ...], for the given rows of a call's batch of b."""
+    if len(rows) == batch:
+        return tuple(forward(*args, **kwargs))
+    taken = {name: _take(value, batch, rows) for name, value in kwargs.items()}
+    return tuple(forward(*(_take(value, batch, rows) for value in args), **taken))
+
+
+def _put(
+    old: Sequence[torch.Tensor], rows: torch.Tensor, new: Sequence[torch.Tensor], batch: int
+) -> tuple[torch.Tensor, ...]:
+    """What is kept of each row, [b, ...], with the rows [n, ...] that are new."""
+    return tuple(new) if len(rows) == batch else tuple(x.index_copy(0, rows, y.to(x.dtype)) for x, y in zip(old, new))
 
 
 def _refuses_unknown(pipe: Any) -> str | None:
@@ -128,101 +168,81 @@ def _refuses_control(pipe: Any, name: str) -> str | None:
     return None
 
 
-# Uniform steps: heterostep without telling tokens apart.
-
-
-def _restarts(pipe: Any, num_steps: int) -> tuple[int, ...]:
-    """Steps at which a second transformer takes over."""
-    if getattr(pipe, "transformer_2", None) is None or pipe.transformer is None:
-        return ()
-    scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(num_steps)
-    adapter = FAMILIES[type(pipe.transformer).__name__].adapter
-    switch = adapter.expert_switch(
-        SimpleNamespace(
-            config=pipe.config, transformer=pipe.transformer, transformer_2=pipe.transformer_2, scheduler=scheduler
-        )
-    )
-    return () if switch is None or not 0 < switch < num_steps else (switch,)
-
-
-def uniform_pattern(share: float, num_steps: int, restarts: Sequence[int] = ()) -> list[int]:
-    """Which steps to evaluate, 1 or 0 for each, as evenly as the budget allows inside heterostep's caching window.
-
-    Args:
-        share: evaluated steps over steps; rounded down to whole steps.
-        num_steps: steps of the run.
-        restarts: steps at which a second transformer takes over, evaluated in any case.
-
-    Raises:
-        HeterostepError: the window and the largest divisor do not allow so few; the message names the lowest share.
-    """
-    schedule = Schedule(HSAConfig(share=share), num_steps, Tokens(1), tuple(restarts))
-    schedule.check()
-    start, stop = schedule.window
-    edges = [start, *(step for step in restarts if start < step < stop), stop]
-    lengths = [end - begin for begin, end in zip(edges, edges[1:])]
-    longest = schedule.config.divisors[-1]
-    counts = [math.ceil(length / longest) for length in lengths]
-    spare = int(share * num_steps + 1e-6) - (num_steps - stop + start) - sum(counts)
-    for _ in range(spare):
-        # The next evaluation goes where the gaps are longest.
-        counts[max(range(len(counts)), key=lambda at: lengths[at] / counts[at])] += 1
-    pattern = [1] * num_steps
-    pattern[start:stop] = [0] * (stop - start)
-    for begin, length, count in zip(edges, lengths, counts):
-        for position in range(count):
-            pattern[begin + position * length // count] = 1
-    return pattern
-
-
-def _refuses_uniform(pipe: Any) -> str | None:
-    if "strength" in inspect.signature(type(pipe).__call__).parameters and "VideoToVideo" in type(pipe).__name__:
-        return "strength decides how many steps a video-to-video run has, but the pattern needs them before"
-    return _refuses_unknown(pipe)
-
-
-@contextlib.contextmanager
-def _uniform(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
-    """Whole steps are evaluated or held. LTX-2's sound still runs at every step, with one video token beside it."""
-    with heterostep.enabled(pipe, share=uniform_pattern(value, num_steps, _restarts(pipe, num_steps))):
-        yield {}
-
-
 # EasyCache: the rule of its paper.
 
 # Share of the steps that are evaluated before any is skipped: the authors' 10 of 50.
 EASYCACHE_WARMUP = 0.2
 
 
-def easycache_error(k: float, x: torch.Tensor, previous_x: torch.Tensor, v: torch.Tensor) -> float:
+def easycache_error(
+    k: float | np.ndarray, x: torch.Tensor, previous_x: torch.Tensor, v: torch.Tensor, samples: int = 1
+) -> np.ndarray:
     """EasyCache (arXiv 2507.02860): the output's relative change that is expected of the input's change.
 
     Args:
-        k: |v_i - v_j| / |x_i - x_j| of the last two evaluated steps i and j, the paper's transformation rate.
-        x: the step's latents, any shape.
+        k: |v_i - v_j| / |x_i - x_j| of the last two evaluated steps i and j, the paper's transformation rate; [B].
+        x: the step's latents, [b, ...].
         previous_x: those of the step before.
         v: the last evaluated output.
+        samples: B.
 
     Returns:
-        k |x - previous_x| / |v|, in mean absolute values. A step is skipped while the sum of these since the last
-        evaluated step is below the threshold; its output is then x + (v_i - x_i).
+        k |x - previous_x| / |v| of each sample, in mean absolute values, float64 [B]. A step is skipped while the sum
+        of these since the last evaluated step is below the threshold; its output is then x + (v_i - x_i).
     """
-    return k * float((x.float() - previous_x.float()).abs().mean() / v.float().abs().mean())
+    return k * _ratios(x.float() - previous_x.float(), v, samples)
 
 
 @dataclass
 class _EasyState:
-    """What EasyCache keeps in one generation; its residuals by branch, each [B, ...] per output of the transformer."""
+    """What EasyCache keeps in one generation, of each sample; its residuals by branch, each [b, ...] per output.
 
-    position: int = -1
+    Attributes:
+        position: of the transformer.
+        samples: B.
+        x: the latents of the step before, [b, ...].
+        v: the first branch's last evaluated output, [b, ...].
+        evaluated_x: the latents that `v` came of.
+        k: transformation rates, [B].
+        error: sums of the expected changes, [B].
+        skip: who skips the step under way, bool [B].
+    """
+
+    position: int
+    samples: int
     x: torch.Tensor | None = None
-    evaluated_x: torch.Tensor | None = None
     v: torch.Tensor | None = None
-    k: float | None = None
-    error: float = 0.0
-    skip: bool = False
+    evaluated_x: torch.Tensor | None = None
+    k: np.ndarray | None = None
+    error: np.ndarray = field(init=False)
+    skip: np.ndarray = field(init=False)
     residuals: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.error, self.skip = np.zeros(self.samples), np.zeros(self.samples, bool)
+
+    def decide(self, x: torch.Tensor, value: float, able: bool) -> None:
+        """Who skips the step that begins with the latents x [b, ...]; nobody where it is not `able`."""
+        self.skip = np.zeros(self.samples, bool)
+        if self.k is not None and self.x is not None and self.v is not None:
+            self.error += easycache_error(self.k, _like(x, self.v), _like(self.x, self.v), self.v, self.samples)
+            if able:
+                self.skip = self.error < value
+        self.x = x.clone()
+
+    def evaluated(self, x: torch.Tensor, new: torch.Tensor, rows: torch.Tensor, chosen: np.ndarray) -> None:
+        """Take up the first branch's output [n, ...] of the chosen samples' rows; `x` is that of all rows."""
+        batch, count = x.shape[0], int(chosen.sum())
+        self.error[chosen] = 0.0
+        if self.v is not None and self.evaluated_x is not None:
+            changed = new.float() - self.v[rows].float()
+            moved = _like(x[rows], new).float() - _like(self.evaluated_x[rows], new).float()
+            # Until the rates are known everybody evaluates, so all are known at the same step.
+            rates = np.zeros(self.samples) if self.k is None else self.k
+            rates[chosen] = _ratios(changed, moved, count)
+            self.k = rates
+        held = () if self.v is None or self.evaluated_x is None else (self.v, self.evaluated_x)
+        self.v, self.evaluated_x = _put(held, rows, (new.clone(), x[rows]), batch)
 
 
 def _latents(inputs: dict[str, Any], outputs: int) -> tuple[torch.Tensor, ...]:
@@ -239,38 +259,37 @@ def _like(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def _easycache(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
     """EasyCache (arXiv 2507.02860), decided at a step's first call for all its branches, as its authors do."""
-    calls, state = _Calls(pipe), _EasyState()
+    calls, state = _Calls(pipe), _EasyState(-1, 1)
 
     def instead(position: int, model: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         nonlocal state
-        if calls.enter() or position != state.position:
-            # Another expert's outputs tell nothing of this one's.
-            state = _EasyState(position)
+        begins = calls.enter()
         inputs = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        if begins or position != state.position:
+            # Another expert's outputs tell nothing of this one's.
+            state = _EasyState(position, _samples(pipe, model, inputs))
         branch, x = calls.branch, inputs["hidden_states"]
+        batch = x.shape[0]
         if branch == 0:
-            state.skip = False
-            if state.k is not None and state.x is not None and state.v is not None:
-                old = state.x
-                state.error += easycache_error(state.k, _like(x, state.v), _like(old, state.v), state.v)
-                inside = round(EASYCACHE_WARMUP * calls.num_steps) <= calls.step < calls.num_steps - 1
-                state.skip = inside and calls.step > 0 and state.error < value
-            state.x = x.clone()
-        residuals = state.residuals.get(branch)
-        if state.skip and residuals is not None:
+            warm = round(EASYCACHE_WARMUP * calls.num_steps) <= calls.step
+            state.decide(x, value, warm and 0 < calls.step < calls.num_steps - 1)
+        residuals = state.residuals.get(branch, ())
+        chosen = ~state.skip if residuals else np.ones(state.samples, bool)
+        held: tuple[torch.Tensor, ...] = ()
+        if not chosen.all():
             pairs = zip(_latents(inputs, len(residuals)), residuals)
-            return tuple((_like(each, added) + added).to(each.dtype) for each, added in pairs)
-        output = tuple(forward(*args, **kwargs))
-        pairs = zip(_latents(inputs, len(output)), output)
+            held = tuple((_like(each, added) + added).to(each.dtype) for each, added in pairs)
+            if not chosen.any():
+                return held
+        rows = _rows(chosen, batch, x.device)
+        new = _forward_rows(forward, args, kwargs, batch, rows)
+        pairs = zip(_latents(inputs, len(new)), new)
         # In float32: between 16-bit latents and outputs the difference would lose the little that changes.
-        state.residuals[branch] = tuple(each.float() - _like(latents, each) for latents, each in pairs)
+        added = tuple(each.float() - _like(latents[rows], each) for latents, each in pairs)
+        state.residuals[branch] = _put(residuals, rows, added, batch)
         if branch == 0:
-            v, state.error = output[0], 0.0
-            if state.v is not None and state.evaluated_x is not None:
-                moved = (_like(x, v).float() - _like(state.evaluated_x, v).float()).abs().mean()
-                state.k = float((v.float() - state.v.float()).abs().mean() / moved)
-            state.v, state.evaluated_x = v.clone(), state.x
-        return output
+            state.evaluated(x, new[0], rows, chosen)
+        return _put(held, rows, new, batch)
 
     with _around(pipe, instead):
         yield {}
@@ -432,7 +451,7 @@ def _teacache_calibration(pipe: Any, num_steps: int) -> list[np.ndarray]:
         new, key = (seen[0], output[0].clone()), (position, calls.branch)
         if key in last:
             for values, now, before in zip(changes[position], new, last[key]):
-                values.append(_relative_change(now, before))
+                values.append(float(_relative_change(now, before, 1)[0]))
         last[key] = new
         return output
 
@@ -443,12 +462,28 @@ def _teacache_calibration(pipe: Any, num_steps: int) -> list[np.ndarray]:
 
 @dataclass
 class _TeaState:
-    """What TeaCache keeps of one guidance branch: modulated input and blocks' residuals, each [B, N, C]."""
+    """What TeaCache keeps of one guidance branch: modulated input and blocks' residuals, each [b, N, C].
+
+    `change` are the sums of the rescaled changes, [B]; `skip` is who skips the call under way, bool [B].
+    """
 
     position: int
+    change: np.ndarray
+    skip: np.ndarray
     modulated: torch.Tensor | None = None
-    change: float = 0.0
     residuals: tuple[torch.Tensor, ...] = ()
+
+
+@contextlib.contextmanager
+def _without_blocks(model: Any, residuals: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    """The transformer with the blocks' residuals, each [n, N, C], in place of its blocks."""
+    name, blocks = _blocks(model)
+    signature = inspect.signature(type(blocks[0]).forward)
+    model._modules[name] = torch.nn.ModuleList([_AddResiduals(signature, residuals)])
+    try:
+        yield
+    finally:
+        model._modules[name] = blocks
 
 
 def _teacache(pipe: Any, value: float, num_steps: int) -> AbstractContextManager[dict[str, Any]]:
@@ -465,36 +500,47 @@ def _teacache_run(pipe: Any, value: float, polynomials: list[np.ndarray]) -> Ite
     projection run at every step.
     """
     calls, states = _Calls(pipe), dict[int, _TeaState]()
+    samples = 1
 
     def instead(position: int, model: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        nonlocal samples
+        inputs = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
         if calls.enter():
             states.clear()
+            samples = _samples(pipe, model, inputs)
         if calls.branch not in states or states[calls.branch].position != position:
-            states[calls.branch] = _TeaState(position)
-        state = states[calls.branch]
+            states[calls.branch] = _TeaState(position, np.zeros(samples), np.zeros(samples, bool))
+        state, x = states[calls.branch], inputs["hidden_states"]
+        batch = x.shape[0]
 
         def decide(modulated: torch.Tensor) -> bool:
             if state.modulated is not None:
-                rescaled = np.polyval(polynomials[position], _relative_change(modulated, state.modulated))
+                rescaled = np.polyval(polynomials[position], _relative_change(modulated, state.modulated, samples))
                 # A polynomial may fall below 0 beside the points that it was fitted to; a change cannot.
-                state.change += max(float(rescaled), 0.0)
+                state.change += np.maximum(rescaled, 0.0)
             state.modulated = modulated.clone()
-            return bool(state.residuals) and 0 < calls.step < calls.num_steps - 1 and state.change < value
+            able = bool(state.residuals) and 0 < calls.step < calls.num_steps - 1
+            state.skip = (state.change < value) & able
+            return bool(state.skip.any())
 
-        probe = _Probe(decide)
-        try:
+        def evaluate(chosen: np.ndarray, decide: Callable[[torch.Tensor], bool]) -> tuple[torch.Tensor, ...]:
+            probe, rows = _Probe(decide), _rows(chosen, batch, x.device)
             with probe.on(model):
-                output = forward(*args, **kwargs)
-        except _Stop:
-            name, blocks = _blocks(model)
-            signature = inspect.signature(type(blocks[0]).forward)
-            model._modules[name] = torch.nn.ModuleList([_AddResiduals(signature, state.residuals)])
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                model._modules[name] = blocks
-        state.change, state.residuals = 0.0, probe.residuals
-        return output
+                output = _forward_rows(forward, args, kwargs, batch, rows)
+            state.change[chosen] = 0.0
+            state.residuals = _put(state.residuals, rows, probe.residuals, batch)
+            return output
+
+        with contextlib.suppress(_Stop):
+            return evaluate(np.ones(samples, bool), decide)
+        rows = _rows(state.skip, batch, x.device)
+        with _without_blocks(model, tuple(each[rows] for each in state.residuals)):
+            held = _forward_rows(forward, args, kwargs, batch, rows)
+        if state.skip.all():
+            return held
+        new = evaluate(~state.skip, lambda modulated: False)
+        order = torch.cat([rows, _rows(~state.skip, batch, x.device)]).argsort()
+        return tuple(torch.cat(pair)[order] for pair in zip(held, new))
 
     with _around(pipe, instead):
         yield {}
@@ -705,6 +751,21 @@ def _refuses_cache_dit(pipe: Any) -> str | None:
 
 
 @contextlib.contextmanager
+def _quiet_cache_dit() -> Iterator[None]:
+    """Only errors on the terminal: its loggers, some of them made late, share the handlers of this one."""
+    handlers = logging.getLogger("CACHE_DIT").handlers
+    # A log file is there because the user asked for it.
+    levels = {handler: handler.level for handler in handlers if not isinstance(handler, logging.FileHandler)}
+    for handler in levels:
+        handler.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for handler, level in levels.items():
+            handler.setLevel(level)
+
+
+@contextlib.contextmanager
 def _cache_dit(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
     """DBCache with the package's defaults, scaled down for few steps and few blocks.
 
@@ -720,7 +781,7 @@ def _cache_dit(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, An
         # 8 of 40; experts share them.
         max_warmup_steps=max(1, min(8, round(0.2 * num_steps) // len(models))),
     )
-    with _as_found(models):
+    with _quiet_cache_dit(), _as_found(models):
         try:
             cache_dit.enable_cache(pipe, cache_config=config)
             yield {}
@@ -729,15 +790,6 @@ def _cache_dit(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, An
 
 
 PEERS: tuple[Method, ...] = (
-    Method(
-        name="uniform",
-        label="whole steps, evenly spaced",
-        dial="share of the steps that are evaluated",
-        values=BUDGETS,
-        apply=_uniform,
-        refuses=_refuses_uniform,
-        budget=True,
-    ),
     Method(
         name="easycache",
         label="EasyCache",
@@ -761,6 +813,7 @@ PEERS: tuple[Method, ...] = (
         values=(0.04, 0.06, 0.1, 0.2, 0.4),
         apply=_first_block_cache,
         refuses=lambda pipe: _refuses_unregistered(pipe, "First Block Cache"),
+        whole_batch=True,
     ),
     Method(
         name="magcache",
@@ -793,5 +846,6 @@ PEERS: tuple[Method, ...] = (
         values=(0.04, 0.08, 0.12, 0.2, 0.4),
         apply=_cache_dit,
         refuses=_refuses_cache_dit,
+        whole_batch=True,
     ),
 )
