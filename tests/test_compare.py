@@ -1,6 +1,7 @@
 """The comparison on a small random pipeline: what is measured, what a stop and a fault leave, what is read off."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -11,13 +12,16 @@ import torch
 from rich.console import Console
 
 from heterostep.compare import summary, table
-from heterostep.compare.measure import Prompt, counted, generate, likeness
+from heterostep.compare.catalogue import METHODS
+from heterostep.compare.judging import Judges, judge, world_scores
+from heterostep.compare.measure import Prompt, counted, generate, likeness, refuses_batch
 from heterostep.compare.method import Method
 from heterostep.compare.own import OWN
-from heterostep.compare.prompts import held_out, read_prompts
+from heterostep.compare.prompts import NEXT_SEED, held_out, read_prompts, with_seeds
 from heterostep.compare.run import CHANCE, DENSE, Comparison, Settings, sweep
 from heterostep.errors import HeterostepError
 from heterostep.video import read_video
+from rows import ROWS
 from small import small_pipeline
 
 OPTIONS = {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": 3.0, "num_inference_steps": 12}
@@ -108,11 +112,12 @@ def test_a_stopped_comparison_goes_on(pipe, methods, tmp_path, monkeypatch):
 
 
 def test_a_bound_stands_at_the_budget_that_it_is_the_bound_of(pipe, tmp_path):
-    methods = [BY_NAME["heterostep"], BY_NAME["heterostep-fresh"]]
+    diagnostic = next(method for method in OWN if method.diagnostic)
+    methods = [BY_NAME["heterostep"], diagnostic]
     results = Comparison(pipe, PROMPTS[:1], methods, settings(runtimes=(0.5,)), tmp_path, "").run()
-    (bound,) = (r for r in results["generations"] if r["method"] == "heterostep-fresh")
+    (bound,) = (r for r in results["generations"] if r["method"] == diagnostic.name)
     assert bound["runtime"] == bound["evaluations"] == 0.5
-    assert results["frontier"][0]["winners"]["psnr"] != "heterostep-fresh"
+    assert results["frontier"][0]["winners"]["psnr"] != diagnostic.name
 
 
 def test_repeats_are_interleaved_and_their_median_counts(pipe, methods, tmp_path):
@@ -128,46 +133,66 @@ def test_repeats_are_interleaved_and_their_median_counts(pipe, methods, tmp_path
 @pytest.mark.parametrize("method", OWN, ids=lambda method: method.name)
 def test_every_budget_saves_what_it_says_and_leaves_nothing(pipe, method):
     scheduler = pipe.scheduler
-    plain = generate(pipe, PROMPTS[0], None, 1.0, OPTIONS)
-    half = generate(pipe, PROMPTS[0], method, 0.5, OPTIONS)
+    plain = generate(pipe, PROMPTS[:1], None, 1.0, OPTIONS)
+    half = generate(pipe, PROMPTS[:1], method, 0.5, OPTIONS)
     if not method.diagnostic:
         assert half.rows / plain.rows == pytest.approx(0.5, abs=0.02)
-    assert not np.array_equal(half.clip, plain.clip)
+    assert not np.array_equal(half.clips, plain.clips)
     assert pipe.scheduler is scheduler
-    assert np.array_equal(generate(pipe, PROMPTS[0], None, 1.0, OPTIONS).clip, plain.clip)
+    assert np.array_equal(generate(pipe, PROMPTS[:1], None, 1.0, OPTIONS).clips, plain.clips)
 
 
 def test_rows_tell_skipped_tokens_from_skipped_steps(pipe):
     with counted(pipe) as rows, torch.no_grad():
-        generate(pipe, PROMPTS[0], None, 1.0, OPTIONS)
+        generate(pipe, PROMPTS[:1], None, 1.0, OPTIONS)
     # Queries and feed-forward of two layers, two guidance branches, 48 tokens, 12 steps.
     assert sum(rows) == 2 * 2 * 2 * 48 * 12
 
 
-def test_likeness_of_equal_and_of_other_clips():
+def test_likeness_of_equal_and_of_other_clips(tmp_path):
     rng = np.random.default_rng(0)
     clip = rng.integers(0, 255, (3, 32, 32, 3), np.uint8)
-    assert likeness(clip, clip)["psnr"] is None and likeness(clip, clip)["ssim"] == pytest.approx(1)
-    other = likeness(np.clip(clip.astype(int) + 8, 0, 255).astype(np.uint8), clip)
-    assert 28 < other["psnr"] < 32 and 0.9 < other["ssim"] < 1
+    np.save(tmp_path / "dense.npy", clip)
+    assert judge(clip, tmp_path / "dense.npy", None) == {"psnr": None} and likeness(clip, clip)[
+        "ssim"
+    ] == pytest.approx(1)
+    other = np.clip(clip.astype(int) + 8, 0, 255).astype(np.uint8)
+    assert 28 < judge(other, tmp_path / "dense.npy", None)["psnr"] < 32 and 0.9 < likeness(other, clip)["ssim"] < 1
 
 
-def point(runtime, psnr, value=0.0):
+def point(runtime, psnr, value=0.0, evaluations=None):
     figure = {"mean": psnr, "spread": 0.0}
     runtimes = {"mean": runtime, "spread": 0.0}
-    return {"value": value, "runtime": runtimes, "evaluations": runtimes, "psnr": figure, "ssim": None, "lpips": None,
-            "caption": None, "motion": None}  # fmt: skip
+    spent = runtimes if evaluations is None else {"mean": evaluations, "spread": 0.0}
+    return {"value": value, "runtime": runtimes, "evaluations": spent, "psnr": figure, "ssim": None, "lpips": None,
+            "caption": None, "motion": None, "vbench": None}  # fmt: skip
 
 
 def test_curves_are_read_off_between_points_and_never_beyond_the_fast_end():
     points = [point(0.8, 40.0), point(0.4, 30.0)]
     assert summary.read_off(points, 0.6) == {
         "reached": True, "interpolated": True, "psnr": pytest.approx(35.0),
-        "ssim": None, "lpips": None, "caption": None, "motion": None,
+        "ssim": None, "lpips": None, "caption": None, "motion": None, "vbench": None,
     }  # fmt: skip
     assert summary.read_off(points, 0.4)["psnr"] == 30.0 and not summary.read_off(points, 0.4)["interpolated"]
     assert summary.read_off(points, 1.0)["psnr"] == 40.0
     assert not summary.read_off(points, 0.3)["reached"] and not summary.read_off([], 0.5)["reached"]
+    # Half way to a video that equals the dense one is no figure.
+    identical = [point(1.0, summary.IDENTICAL_DB), point(0.4, 30.0)]
+    assert summary.read_off(identical, 0.7)["psnr"] is None and summary.read_off(identical, 0.4)["psnr"] == 30.0
+
+
+def test_curves_can_be_read_off_by_evaluations():
+    points = [
+        {**point(0.0, 40.0, evaluations=0.8), "runtime": None},
+        {**point(0.0, 30.0, evaluations=0.4), "runtime": None},
+    ]
+    read = summary.read_off(points, 0.6, summary.EVALUATIONS)
+    assert read["psnr"] == pytest.approx(35.0) and read["interpolated"]
+    assert not summary.read_off(points, 0.3, summary.EVALUATIONS)["reached"]
+    crossed = [point(0.4, 40.0, evaluations=0.8), point(0.8, 30.0, evaluations=0.4)]
+    (at,) = summary.frontier([{"method": "ours", "points": crossed}], [0.8], cost=summary.EVALUATIONS)
+    assert at["rows"][0]["psnr"] == 40.0
 
 
 def test_bounds_never_win():
@@ -193,11 +218,15 @@ def test_the_table_marks_winners_and_what_was_not_reached():
     results = {
         "frontier": summary.frontier(lines, [0.5]),
         "methods": [{"name": "failing", "label": "x", "status": "failed", "reason": "no luck [1]"}],
+        "settings": {"cost": "runtime"},
     }
     console = Console(width=100, file=io.StringIO())
     table.show(results, console)
     shown = console.file.getvalue()
     assert "30.0 *" in shown and "not reached" in shown and "failing: failed: no luck [1]" in shown
+    assert "runtime 0.5 of dense" in shown
+    table.show(results | {"settings": {"cost": "evaluations"}}, console)
+    assert "token evaluations" in console.file.getvalue()
 
 
 def test_prompts_come_from_a_file_or_are_held_out(tmp_path):
@@ -213,5 +242,183 @@ def test_prompts_come_from_a_file_or_are_held_out(tmp_path):
         read_prompts(tmp_path / "bad.txt", 0, (64, 64))
     with pytest.raises(HeterostepError, match="no file"):
         read_prompts(tmp_path / "none.txt", 0, None)
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n")
+    assert read_prompts(tmp_path / "marked.txt", 0, None)[0].text == "a cat"
+    (tmp_path / "other.txt").write_bytes("a caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(HeterostepError, match="no text in UTF-8: .* at byte 5"):
+        read_prompts(tmp_path / "other.txt", 0, None)
     first, second = held_out(2, with_image=True)
     assert first.text != second.text and first.image.shape == (192, 192, 3)
+
+
+# Batches.
+
+
+def pictures():
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, 255, (64, 64, 3), np.uint8) for _ in PROMPTS]
+
+
+@pytest.mark.parametrize("kind", ["wan2.2-ti2v-t2v", "wan2.2-ti2v-i2v", "wan2.2-i2v", "ltx2.0-t2v"])
+@pytest.mark.parametrize("name", ["dense", "heterostep", "steps"])
+def test_a_batch_gives_each_prompt_the_video_that_it_has_alone(kind, name):
+    pipe, method = ROWS[kind].build(), BY_NAME.get(name)
+    prompts = PROMPTS
+    if kind.endswith("i2v"):
+        prompts = [dataclasses.replace(prompt, image=image) for prompt, image in zip(PROMPTS, pictures())]
+    alone = [generate(pipe, [prompt], method, 0.5, OPTIONS) for prompt in prompts]
+    batch = generate(pipe, prompts, method, 0.5, OPTIONS)
+    assert batch.clips.shape == (2, 9, 64, 64, 3) and batch.rows == sum(run.rows for run in alone)
+    for i, run in enumerate(alone):
+        assert np.abs(batch.clips[i].astype(int) - run.clips[0]).max() <= 1, "rounding, no more"
+        if name == "heterostep":
+            assert (batch.steps_maps[i] == run.steps_maps[0]).mean() > 0.95
+    assert np.abs(batch.clips[0].astype(int) - batch.clips[1]).mean() > 1, "two prompts, two videos"
+    assert "prepare_latents" not in vars(pipe)
+
+
+def test_first_frames_of_another_size_are_scaled_as_one_is_alone():
+    pipe, images = ROWS["wan2.2-ti2v-i2v"].build(), [image[:48, :, :] for image in pictures()]
+    prompts = [dataclasses.replace(prompt, image=image) for prompt, image in zip(PROMPTS, images)]
+    batch = generate(pipe, prompts, None, 1.0, OPTIONS)
+    alone = [generate(pipe, [prompt], None, 1.0, OPTIONS).clips[0] for prompt in prompts]
+    assert np.abs(batch.clips.astype(int) - np.stack(alone)).max() <= 1
+
+
+def test_a_pipeline_that_cannot_take_several_first_frames_says_so(tmp_path):
+    assert refuses_batch(small_pipeline(), False) is None
+    assert refuses_batch(small_pipeline(image_to_video=True), True) is None
+    prompts = [dataclasses.replace(prompt, image=image) for prompt, image in zip(PROMPTS, pictures())]
+    for kind in ("wan2.1-i2v", "ltx2.0-i2v"):
+        pipe = ROWS[kind].build()
+        with pytest.raises(HeterostepError, match="leave out --batch") as caught:
+            Comparison(pipe, prompts, [], settings(batch=2), tmp_path / "report", "")
+        assert "\n" not in str(caught.value) and not (tmp_path / "report").exists()
+        with pytest.raises(HeterostepError, match="leave out --batch"):
+            generate(pipe, prompts, None, 1.0, OPTIONS)
+
+
+def three_prompts():
+    return [*PROMPTS, Prompt("a green circle", 2)]
+
+
+def test_a_comparison_in_batches(pipe, methods, tmp_path):
+    told = []
+    comparison = Comparison(pipe, three_prompts(), methods, settings(batch=2, shown=1), tmp_path, "", told.append)
+    assert [list(v.prompts) for v in comparison.visits() if v.name == DENSE] == [[0, 1], [2]]
+    results = comparison.run()
+    assert results["settings"]["cost"] == "evaluations" and results["settings"]["batch"] == 2
+    ran = {(r["method"], r["value"], r["prompt"]) for r in results["generations"]}
+    assert ran == set(itertools.product(("heterostep", "steps"), (0.75, 0.5), (0, 1, 2)))
+    for record in results["generations"] + results["dense"] + results["chance"]:
+        assert record["seconds"] is record["runtime"] is record["peak_bytes"] is None
+    assert all(r["evaluations"] == 1 and r["psnr"] is None for r in results["dense"])
+    for record in results["generations"]:
+        assert record["evaluations"] == pytest.approx(record["value"], abs=0.03)
+        assert (record["video"] is not None) == (record["prompt"] == 0)
+    for line in results["curves"]:
+        assert [p["evaluations"]["mean"] for p in line["points"]] == pytest.approx([0.75, 0.5], abs=0.03)
+        assert all(p["runtime"] is None for p in line["points"])
+    (steps,) = (r for at in results["frontier"][-1:] for r in at["rows"] if r["method"] == "steps")
+    assert steps["reached"] and not steps["interpolated"]
+    # Two batches of two dense runs and four of the methods, and one that failed.
+    assert len(told) == 2 * (2 + 4) + 1 and "prompts 1-2 steps 0.5" in told[5] and "prompt 3 dense" in told[7]
+    alone = Comparison(pipe, three_prompts(), methods[:2], settings(shown=0), tmp_path / "alone", "").run()
+    for one, other in zip(*(sorted(r["generations"], key=str_of) for r in (results, alone))):
+        assert str_of(one) == str_of(other) and one["psnr"] == pytest.approx(other["psnr"], abs=0.1)
+
+
+def str_of(record):
+    return f"{record['method']} {record['value']} {record['prompt']}"
+
+
+def test_half_a_batch_is_made_again(pipe, methods, tmp_path, monkeypatch):
+    from heterostep.compare import run as module
+
+    arguments = pipe, three_prompts(), methods[:2], settings(batch=2, shown=0), tmp_path, ""
+    results = Comparison(*arguments).run()
+    log = tmp_path / "work" / "generations.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    (at,) = (i for i, line in enumerate(lines) if json.loads(line)["key"] == [0, 1, "steps", 0.75])
+    log.write_text("".join([*lines[:at], lines[at][:20] + "\n", *lines[at + 1 :]]))
+    made, plain = [], module.generate
+    monkeypatch.setattr(module, "generate", lambda *a: made.append(a[1]) or plain(*a))
+    again = Comparison(*arguments).run()
+    assert made == [PROMPTS]
+    assert again["curves"] == results["curves"] and again["frontier"] == results["frontier"]
+    assert len(log.read_text().splitlines()) == len(lines)
+
+
+def test_the_time_that_is_left_is_told(pipe, methods, tmp_path, monkeypatch):
+    from heterostep.compare import run as module
+
+    # Every generation takes two minutes; nothing is left to say after the last.
+    now = itertools.count(step=120)
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
+    told = []
+    Comparison(pipe, PROMPTS, methods[1:3], settings(runtimes=(0.5,), shown=0), tmp_path, "", told.append).run()
+    names = [line.split(":")[0].rpartition(" ")[0] for line in told]
+    left = [int(line.split("about ")[1].split()[0]) if "about" in line else 0 for line in told]
+    assert [name.split("prompt ")[1] for name in names] == ["1 dense", "1 dense, another seed", "1 steps", "1 failing",
+                                                           "2 dense", "2 dense, another seed", "2 steps"]  # fmt: skip
+    # Of nine there are eight left; then the failing method's three others are not made.
+    assert left == [18, 16, 14, 6, 4, 2, 0]
+
+
+def test_judging_in_other_processes_gives_the_same(pipe, tmp_path, monkeypatch):
+    from heterostep.compare import run as module
+
+    arguments = pipe, held_out(3), [BY_NAME["steps"]], settings(batch=2, shown=0, judged=True)
+    here = Comparison(*arguments, tmp_path / "here", "").run()
+    monkeypatch.setattr(module, "free_cores", lambda: 2)
+    there = Comparison(*arguments, tmp_path / "there", "").run()
+    assert there["generations"][0]["caption"] is not None
+    assert all(here[key] == there[key] for key in ("dense", "chance", "generations", "curves", "frontier"))
+    logs = [(tmp_path / name / "work" / "generations.jsonl").read_text() for name in ("here", "there")]
+    assert [json.loads(x) for x in logs[0].splitlines()] == [json.loads(x) for x in logs[1].splitlines()]
+
+
+def test_an_interrupt_does_not_wait_for_the_judges(pipe, tmp_path, monkeypatch):
+    from heterostep.compare import run as module
+
+    monkeypatch.setattr(module, "free_cores", lambda: 2)
+    plain, made = module.generate, []
+
+    def interrupted(*arguments):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(arguments)
+        return plain(*arguments)
+
+    arguments = pipe, held_out(2), [BY_NAME["steps"]], settings(batch=2, shown=0, judged=True), tmp_path, ""
+    monkeypatch.setattr(module, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Comparison(*arguments).run()
+    monkeypatch.setattr(module, "generate", plain)
+    results = Comparison(*arguments).run()
+    assert len(results["generations"]) == 4 and all(r["caption"] for r in results["generations"])
+
+
+def test_judges_here_answer_at_once(tmp_path):
+    (prompt,) = held_out(1, with_image=True)
+    clip = np.repeat(prompt.image[None], 5, 0)
+    np.save(tmp_path / "dense.npy", clip)
+    judges = Judges(0)
+    figures = judges.judge(clip, tmp_path / "dense.npy", prompt.text)
+    assert figures.done() and figures.result() == {"psnr": None, **world_scores(clip, prompt.text)}
+    judges.close()
+
+
+def test_every_seed_is_a_prompt_and_whole_seeds_come_first():
+    prompts = held_out(2, with_image=True)
+    listed = with_seeds(prompts, 3)
+    assert [p.text for p in listed] == [p.text for p in prompts] * 3
+    assert [p.seed for p in listed] == [0, 1, NEXT_SEED, NEXT_SEED + 1, 2 * NEXT_SEED, 2 * NEXT_SEED + 1]
+    assert listed[3].image is prompts[1].image and with_seeds(prompts, 1) == prompts
+
+
+def test_which_methods_decide_for_a_whole_batch_is_in_the_results(pipe, tmp_path):
+    assert {name for name, method in METHODS.items() if method.whole_batch} == {"first-block-cache", "cache-dit"}
+    methods = [METHODS["steps"], METHODS["first-block-cache"]]
+    results = Comparison(pipe, PROMPTS, methods, settings(batch=2, points=1, shown=0), tmp_path, "").run()
+    assert [method["whole_batch"] for method in results["methods"]] == [False, True]

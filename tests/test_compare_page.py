@@ -59,7 +59,7 @@ CURVES = {
 METRICS = ("psnr", "ssim", "lpips", "caption", "motion")
 
 
-def method(name, label, status="ran", reason=None, diagnostic=False):
+def method(name, label, status="ran", reason=None, diagnostic=False, whole_batch=False):
     dial = CURVES.get(name, ("its own",))[0]
     return {
         "name": name,
@@ -68,6 +68,7 @@ def method(name, label, status="ran", reason=None, diagnostic=False):
         "status": status,
         "reason": reason,
         "diagnostic": diagnostic,
+        "whole_batch": whole_batch,
     }
 
 
@@ -133,7 +134,7 @@ def results():
         if (kept["method"], kept["value"]) == ("heterostep", 0.5):
             kept["heatmap"] = "videos/method.mp4"
     return {
-        "schema": 1,
+        "schema": 2,
         "complete": True,
         "command": "heterostep compare --prompts 'my \"prompts\".txt' --runtimes 0.5,0.25 --out report/",
         "machine": {"processor": "a processor", "threads": 2, "gpu": None, "platform": "Linux"},
@@ -149,12 +150,15 @@ def results():
             "runtimes": [0.5, 0.25],
             "repeats": 2,
             "fps": 16.0,
+            "cost": "runtime",
+            "batch": 1,
+            "seeds": 1,
         },
         "prompts": [{"prompt": prompt, "seed": 7 + i} for i, prompt in enumerate(PROMPTS)],
         "methods": [
             method("heterostep", "heterostep"),
             method("fewer-steps", "plain sampling with fewer steps"),
-            method("whole-step", "whole steps cached"),
+            method("whole-step", "whole steps cached", whole_batch=True),
             method("blocks", "blocks cached", "not supported", "it needs a <hook> that this model lacks"),
             method("broken", "broken cache", "failed", "ValueError: shapes differ & more"),
             method("oracle", "oracle scores", diagnostic=True),
@@ -351,6 +355,32 @@ def test_a_variant_of_heterostep_does_not_win_for_it(tmp_path):
     assert "picked at random wins, 40.0 dB; heterostep loses by 4.8 dB." in text
 
 
+def test_batched_runs_are_about_token_evaluations(tmp_path):
+    data = results()
+    data["settings"] |= {"cost": "evaluations", "batch": 64, "seeds": 2, "repeats": 1}
+    data["command"] = "heterostep compare --batch 64"
+    for entry in data["generations"] + data["dense"] + data["chance"]:
+        entry |= dict.fromkeys(("seconds", "runtime", "peak_bytes"))
+        if entry["method"] == "heterostep" and entry["value"] == 0.5:
+            entry["video"] = "videos/none.mp4"
+    for point in [p for curve in data["curves"] for p in curve["points"]]:
+        point["runtime"] = None
+    page = Page(write(tmp_path, data).read_text(encoding="utf-8"))
+    assert "untime" not in page.text and "Seconds" not in page.text
+    assert "Wall-clock was not measured: prompts ran 64 at a time" in page.text and "1 prompt x 2 seeds" in page.text
+    assert "At 0.5 of dense's token evaluations" in page.text and "nearest to 0.5 of dense's token" in page.text
+    assert "not reached (its points: 0.40 to 0.80)" in rows_of(page, "whole steps cached", 1)
+    assert "decides for the whole batch of 64" in rows_of(page, "whole steps cached", 0)
+    assert page.text.count("decides for the whole batch of 64") == 3, "in both tables and beneath the plots' key"
+    charts = [attrs["aria-label"] for attrs in page.all("svg") if attrs.get("role") == "img"]
+    assert len(charts) == 4 and all("against token evaluations" in label for label in charts)
+    assert sum(attrs.get("class") == "asked" for attrs in page.all("path")) == 2 * 4
+
+
+def test_one_at_a_time_nothing_is_said_of_batches(page):
+    assert "batch" not in page.text and "Wall-clock" not in page.text
+
+
 def test_one_prompt_has_no_spread(tmp_path):
     data = results()
     for key in ("prompts", "dense", "chance"):
@@ -437,7 +467,7 @@ def test_a_run_that_was_stopped_early_has_a_page(tmp_path):
 def test_another_schema_is_refused_and_leaves_the_old_page(tmp_path):
     page = write(tmp_path, results())
     before = page.read_bytes()
-    for text in (json.dumps(results() | {"schema": 2}), "[]", "{"):
+    for text in (json.dumps(results() | {"schema": 1}), "[]", "{"):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(HeterostepError, match=r"results\.json"):
             write_page(tmp_path)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from heterostep.compare.summary import EVALUATIONS, RUNTIME
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -39,8 +41,8 @@ SSIM = Metric("ssim", "SSIM", "", 3, True, 1.0, (0, 1))
 LPIPS = Metric("lpips", "LPIPS", "", 3, False, 0.0, (0, math.inf))
 CAPTION = Metric("caption", "Caption score", "", 2, True, None, (0, 1))
 MOTION = Metric("motion", "Motion distance", "", 2, False, 0.0, (0, math.inf))
-METRICS = (PSNR, SSIM, LPIPS, CAPTION, MOTION)
-RUNTIME, EVALUATIONS = "runtime", "evaluations"
+VBENCH = Metric("vbench", "VBench", "", 3, True, None, (0, 1))
+METRICS = (PSNR, SSIM, LPIPS, CAPTION, MOTION, VBENCH)
 AXES = {RUNTIME: "runtime, dense = 1", EVALUATIONS: "token evaluations, dense = 1"}
 
 

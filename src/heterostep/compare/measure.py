@@ -1,15 +1,13 @@
 """One generation, measured: its seconds, its token evaluations, its peak memory, and how its video differs.
 
-Shapes: F frames, H height, W width.
+Shapes: B videos of a batch, F frames, H height, W width; f, h, w those of the token grid.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 
 import heterostep
 from heterostep.compare.method import Method
-from heterostep.metrics import psnr
+from heterostep.errors import HeterostepError
 from heterostep.pipeline import transformers
 
 
@@ -33,21 +31,21 @@ class Prompt:
 
 @dataclass
 class Run:
-    """One generation.
+    """One call of the pipeline: one generation, or a batch of them.
 
     Attributes:
-        clip: frames uint8 [F, H, W, 3].
+        clips: frames uint8 [B, F, H, W, 3].
         seconds: of the denoising loop.
         rows: that went through the blocks.
         peak_bytes: of the GPU's memory; None on the CPU.
-        steps_map: evaluations per token, where the method has such a map.
+        steps_maps: evaluations per token [B, f, h, w], where the method has such a map.
     """
 
-    clip: np.ndarray
+    clips: np.ndarray
     seconds: float
     rows: int
     peak_bytes: int | None
-    steps_map: np.ndarray | None = None
+    steps_maps: np.ndarray | None = None
 
 
 @contextlib.contextmanager
@@ -74,11 +72,54 @@ def counted(pipe: Any) -> Iterator[list[int]]:
             hook.remove()
 
 
-def generate(pipe: Any, prompt: Prompt, method: Method | None, value: float, options: dict[str, Any]) -> Run:
-    """Run the pipeline once, plainly where `method` is None.
+def refuses_batch(pipe: Any, with_images: bool) -> str | None:
+    """Why a pipeline cannot make several videos in one call, in one line; None where it can."""
+    if not with_images:
+        return None
+    name = type(pipe).__name__
+    if name != "WanImageToVideoPipeline":
+        return f"{name} is not known to take several first frames in one call: leave out --batch"
+    if any(model.config.image_dim is not None for model in transformers(pipe)):
+        return f"{name} repeats the image encoder's states over a batch of different first frames: leave out --batch"
+    return None
+
+
+@contextlib.contextmanager
+def _first_frames_apart(pipe: Any) -> Iterator[None]:
+    """Let WanImageToVideoPipeline prepare a batch sample by sample.
+
+    With a list of generators diffusers (0.42.1) encodes all first frames once for each of them: B * B conditions.
+    """
+    prepare = pipe.prepare_latents
+
+    def one_by_one(image: torch.Tensor, batch_size: int, *args: Any) -> tuple[torch.Tensor, ...]:
+        # channels, height, width, frames, dtype, device; then what belongs to the samples.
+        *common, generators, latents, last_image = args
+        made = []
+        for i in range(batch_size):
+            given = None if latents is None else latents[i : i + 1]
+            last = None if last_image is None else last_image[i : i + 1]
+            made.append(prepare(image[i : i + 1], 1, *common, generators[i], given, last))
+        noise, conditions, *masks = zip(*made)
+        # The mask of a pipeline that expands timesteps, [1, 1, f, h, w], is the same for all.
+        return torch.cat(noise), torch.cat(conditions), *(mask[0] for mask in masks)
+
+    pipe.prepare_latents = one_by_one
+    try:
+        yield
+    finally:
+        del pipe.prepare_latents
+
+
+def generate(pipe: Any, prompts: Sequence[Prompt], method: Method | None, value: float, options: dict[str, Any]) -> Run:
+    """Run the pipeline once, plainly where `method` is None; each prompt from the noise that it has alone.
 
     Args:
+        prompts: one, or several that are made in one call, all with a first frame or all without.
         options: the dense call's, with `num_inference_steps`.
+
+    Raises:
+        HeterostepError: the pipeline cannot make several such videos in one call.
     """
     marks: list[float] = []
     cuda = pipe.device.type == "cuda"
@@ -95,47 +136,64 @@ def generate(pipe: Any, prompt: Prompt, method: Method | None, value: float, opt
 
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    if prompt.image is not None:
-        from PIL import Image
-
-        options = {**options, "image": Image.fromarray(prompt.image)}
+    texts: Any = [prompt.text for prompt in prompts]
+    noise: Any = [torch.Generator("cpu").manual_seed(prompt.seed) for prompt in prompts]
+    pictures = [_picture(prompt.image) for prompt in prompts if prompt.image is not None]
+    apart: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if len(prompts) == 1:
+        (texts,), (noise,) = texts, noise
+        if pictures:
+            options = {**options, "image": pictures[0]}
+    elif reason := refuses_batch(pipe, bool(pictures)):
+        raise HeterostepError(reason)
+    elif pictures:
+        # It takes one picture, or a tensor [B, 3, H, W] in 0..1, which it would not scale as it does pictures.
+        sized = [pipe.video_processor.resize(each, options["height"], options["width"]) for each in pictures]
+        frames = pipe.video_processor.numpy_to_pt(pipe.video_processor.pil_to_numpy(sized))
+        options, apart = {**options, "image": frames}, _first_frames_apart(pipe)
     plain: contextlib.AbstractContextManager[dict[str, Any]] = contextlib.nullcontext({})
     how = plain if method is None else method.apply(pipe, value, options["num_inference_steps"])
     hooks = [model.register_forward_pre_hook(first) for model in transformers(pipe)]
     try:
-        with how as changed, counted(pipe) as rows:
+        with how as changed, counted(pipe) as rows, apart:
             output = pipe(
-                prompt=prompt.text,
-                generator=torch.Generator("cpu").manual_seed(prompt.seed),
+                prompt=texts,
+                generator=noise,
                 callback_on_step_end=mark,
-                output_type="np",
+                output_type="pt",
                 **{**options, **changed},
             )
-            steps_map = heterostep.report(pipe).steps_map if method is not None and method.maps else None
+            steps_maps = heterostep.report(pipe).steps_maps if method is not None and method.maps else None
     finally:
         for hook in hooks:
             hook.remove()
-    clip = (output.frames[0] * 255).round().astype(np.uint8)
+    # [B, F, 3, H, W] in 0..1; made small before it leaves the GPU.
+    clips = (output.frames * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous().cpu().numpy()
     peak = torch.cuda.max_memory_allocated() if cuda else None
-    return Run(clip, marks[-1] - marks[0], sum(rows), peak, steps_map)
+    return Run(clips, marks[-1] - marks[0], sum(rows), peak, steps_maps)
+
+
+def _picture(image: np.ndarray) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(image)
 
 
 def likeness(clip: np.ndarray, dense: np.ndarray, device: Any = "cpu") -> dict[str, float | None]:
-    """PSNR (dB, None where equal), SSIM and, where the `lpips` package is at hand, LPIPS, of two clips."""
+    """SSIM and, where the `lpips` package is at hand, LPIPS, of two clips uint8 [F, H, W, 3], on a device."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    value = psnr(clip, dense)
     # [F, 3, H, W]; frame by frame, as everybody else does.
     a, b = (torch.from_numpy(x).to(device).permute(0, 3, 1, 2).float() for x in (clip, dense))
     ssim = structural_similarity_index_measure(a, b, data_range=255.0)
     assert isinstance(ssim, torch.Tensor)
-    return {"psnr": value if math.isfinite(value) else None, "ssim": float(ssim), "lpips": _lpips(clip, dense)}
+    return {"ssim": float(ssim), "lpips": _lpips(a, b)}
 
 
 _perceptual: list[Any] = []
 
 
-def _lpips(clip: np.ndarray, dense: np.ndarray) -> float | None:
+def _lpips(a: torch.Tensor, b: torch.Tensor) -> float | None:
     if not _perceptual:
         try:
             import lpips
@@ -147,33 +205,19 @@ def _lpips(clip: np.ndarray, dense: np.ndarray) -> float | None:
     (network,) = _perceptual
     if network is None:
         return None
-    a, b = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (clip, dense))
     with torch.no_grad():
-        return float(network(a, b).mean())
-
-
-def world_scores(clip: np.ndarray, text: str) -> dict[str, Any]:
-    """What the bundled model's world says of a clip by itself: the caption's parts met (0..1), motion, flicker."""
-    from heterostep.tiny import world
-
-    verdict, reading = world.judge(clip, text), world.read(clip)
-    moves = [math.hypot(*shape.displacement) for shape in reading.shapes]
-    return {
-        "caption": {name: getattr(verdict, name) for name in ("colour", "direction", "kind", "background")},
-        "displacement": statistics.mean(moves) if moves else None,
-        "flicker": reading.background_flicker,
-    }
+        return float(network.to(a.device)(a / 127.5 - 1, b / 127.5 - 1).mean())
 
 
 @dataclass
 class Record:
-    """One generation's line of `results.json`; see docs/compare.md."""
+    """One generation's line of `results.json`; see docs/compare.md. A batch's seconds and memory are not a video's."""
 
     method: str
     value: float
     prompt: int
-    seconds: list[float]
-    runtime: float
+    seconds: list[float] | None
+    runtime: float | None
     evaluations: float
     peak_bytes: int | None
     psnr: float | None
@@ -184,6 +228,7 @@ class Record:
     flicker: float | None = None
     video: str | None = None
     heatmap: str | None = None
+    vbench: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

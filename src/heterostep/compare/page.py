@@ -27,6 +27,7 @@ from heterostep.compare.chart import (
     PSNR,
     RUNTIME,
     SSIM,
+    VBENCH,
     Chart,
     Metric,
     Value,
@@ -37,21 +38,14 @@ from heterostep.compare.summary import IDENTICAL_DB
 from heterostep.errors import HeterostepError
 from heterostep.files import replacing
 
-SCHEMA = 1
+SCHEMA = 2
 Record = dict[str, Any]
 _OURS = "heterostep"
 _MEDIA_TYPES = {".mp4": "video/mp4", ".png": "image/png"}
+_PLOTS = (PSNR, SSIM, CAPTION, MOTION, LPIPS, VBENCH)
 
 
 _CAPTION_PARTS = ("colour", "direction", "kind", "background")
-_PLOTS = (
-    (RUNTIME, PSNR),
-    (EVALUATIONS, PSNR),
-    (RUNTIME, SSIM),
-    (RUNTIME, CAPTION),
-    (RUNTIME, MOTION),
-    (RUNTIME, LPIPS),
-)
 
 
 def write_page(folder: Path) -> Path:
@@ -118,6 +112,15 @@ def _caption_score(record: Record) -> float | None:
     return statistics.mean(known) if known else None
 
 
+def _vbench_part(part: str, record: Record) -> str:
+    return _fixed((record.get("vbench") or {}).get(part), 4)
+
+
+def _vbench_score(record: Record) -> float | None:
+    known = [score for value in (record.get("vbench") or {}).values() if (score := _number(value)) is not None]
+    return statistics.mean(known) if known else None
+
+
 def _with_spread(metric: Metric, value: Value | None) -> str:
     if value is None:
         return "–"
@@ -166,6 +169,11 @@ class _Report:
         self.folder = folder
         self.prompts: list[Record] = data.get("prompts") or []
         self.settings: Record = data.get("settings") or {}
+        # What the asked runtimes are of: a batch's seconds are not a video's.
+        self.cost = str(self.settings.get("cost") or RUNTIME)
+        self.axis = AXES[self.cost].split(",")[0]
+        self._budget = "runtime" if self.cost == RUNTIME else f"share of {self.axis}"
+        self.batch = int(self.settings.get("batch") or 1)
         self.dense: list[Record] = data.get("dense") or []
         self.chance: list[Record] = data.get("chance") or []
         self.generations: list[Record] = data.get("generations") or []
@@ -203,7 +211,12 @@ class _Report:
         )
 
     def _named(self, name: str) -> str:
-        return f'<div class="named">{self._mark(name)}<span>{self._label(name)}</span></div>'
+        return f'<div class="named">{self._mark(name)}<span>{self._label(name)}{self._batched(name)}</span></div>'
+
+    def _batched(self, name: str) -> str:
+        """What is to be known of a method in a batch."""
+        whole = self.batch > 1 and self.methods.get(name, {}).get("whole_batch")
+        return f"<small>decides for the whole batch of {self.batch}</small>" if whole else ""
 
     def html(self) -> str:
         model = escape(str(self.settings.get("model", "")))
@@ -218,7 +231,7 @@ class _Report:
         sections = [
             ("verdict", "Verdict", self._verdicts()),
             ("plots", "Quality against cost", self._plots()),
-            ("tables", "At each runtime", self._tables()),
+            ("tables", f"At each {self._budget}", self._tables()),
             ("videos", "Side by side", self._videos()),
             ("chance", "What chance scores", self._chance()),
             ("run", "The run", self._run()),
@@ -242,17 +255,23 @@ class _Report:
     def _summary(self) -> str:
         get = self.settings.get
         mode = {"text": "text-to-video", "image": "image-to-video"}.get(str(get("mode")), str(get("mode")))
-        count = len(self.prompts)
+        seeds = int(get("seeds") or 1)
+        count = len(self.prompts) // seeds
         words = [
             mode,
             f"{get('width')} x {get('height')} pixels, {get('num_frames')} frames",
             f"{get('num_inference_steps')} steps",
-            f"{count} prompt{'s' if count != 1 else ''}",
+            f"{count} prompt{'s' if count != 1 else ''}" + (f" x {seeds} seeds" if seeds > 1 else ""),
         ]
         seconds = [s for record in self.dense for s in record.get("seconds") or []]
         if seconds:
             words.append(f"dense takes {statistics.median(seconds):.3g} s in the denoising loop")
         html = f'<p class="summary">{escape("; ".join(words))}.</p>'
+        if self.cost == EVALUATIONS:
+            html += (
+                f'<p class="summary">Wall-clock was not measured: prompts ran {self.batch} at a time, so that cost is '
+                "token evaluations throughout.</p>"
+            )
         if not self.data.get("complete"):
             html += (
                 '<p class="warning"><strong>Incomplete.</strong> The run has not finished, or was stopped: what is '
@@ -280,10 +299,10 @@ class _Report:
         return value
 
     def _spread_at(self, name: str, runtime: float, metric: Metric) -> float | None:
-        """The spread of a method's points, linear in runtime between them; its nearest point's outside of them."""
+        """The spread of a method's points, linear in their cost between them; its nearest point's outside of them."""
         known = []
         for point in self.curves.get(name, []):
-            x, y = _value(point.get(RUNTIME)), _value(point.get(metric.key))
+            x, y = _value(point.get(self.cost)), _value(point.get(metric.key))
             if x is not None and y is not None and y.spread is not None:
                 known.append((x.mean, y.spread))
         known.sort()
@@ -315,8 +334,9 @@ class _Report:
             parts = [self._verdict(at, PSNR)]
             if CAPTION in self.metrics:
                 parts.append(self._verdict(at, CAPTION))
-            note = " <small>(dense itself takes no longer)</small>" if at["runtime"] >= 1 else ""
-            head = f'<strong class="runtime">At {at["runtime"]:g} of dense\'s runtime{note}</strong>'
+            no_more = "takes no longer" if self.cost == RUNTIME else "spends no more"
+            note = f" <small>(dense itself {no_more})</small>" if at["runtime"] >= 1 else ""
+            head = f'<strong class="runtime">At {at["runtime"]:g} of dense\'s {self.axis}{note}</strong>'
             items.append(f"<li>{head} {' '.join(parts)}</li>")
         return f'<ul class="verdicts">{"".join(items)}</ul>' if items else ""
 
@@ -371,7 +391,7 @@ class _Report:
 
     def _tables(self) -> str:
         return "".join(
-            f"<h3>{at['runtime']:g} of dense's runtime</h3>{self._frontier_table(at)}" for at in self.frontier
+            f"<h3>{at['runtime']:g} of dense's {self.axis}</h3>{self._frontier_table(at)}" for at in self.frontier
         )
 
     def _frontier_table(self, at: Record) -> str:
@@ -385,7 +405,7 @@ class _Report:
         bodies = ["".join(self._frontier_row(name, rows.get(name), at["runtime"], winners) for name in names)]
         if self.dense:
             cells = [_with_spread(metric, self._dense_value(metric)) for metric in self.metrics]
-            bodies[0] += _row("dense, for reference", [*cells, "at runtime 1"], "reference")
+            bodies[0] += _row("dense, for reference", [*cells, f"at {self.axis} 1"], "reference")
         if self.diagnostic:
             group = f'<th scope="rowgroup" colspan="{len(head)}">Diagnostic: bounds, not results</th>'
             found = [self._frontier_row(name, rows.get(name), at["runtime"], {}) for name in self.diagnostic]
@@ -397,7 +417,7 @@ class _Report:
                 for method in absent
             )
         )
-        return _table(f"Methods at {at['runtime']:g} of dense's runtime", head, bodies)
+        return _table(f"Methods at {at['runtime']:g} of dense's {self.axis}", head, bodies)
 
     def _frontier_row(self, name: str, row: Record | None, runtime: float, winners: dict[str, list[str]]) -> str:
         head = self._named(name)
@@ -408,10 +428,10 @@ class _Report:
             text = _with_spread(metric, self._cell(row, runtime, metric))
             best = name in winners.get(metric.key, [])
             cells.append(f'<strong class="best">{text} <span class="badge">best</span></strong>' if best else text)
-        means = self._runtimes(name)
+        means = self._costs(name)
         found = "interpolated" if row.get("interpolated") else "measured"
         if means and runtime > 1.01 * max(means):
-            found = f"its slowest point, at {max(means):.2f}"
+            found = f"its {'slowest' if self.cost == RUNTIME else 'dearest'} point, at {max(means):.2f}"
         return _row(head, [*cells, found])
 
     def _unmeasured(self, head: str, why: str) -> str:
@@ -419,11 +439,11 @@ class _Report:
         return f'<tr class="absent"><th scope="row">{head}</th><td colspan="{span}"><div>{why}</div></td></tr>'
 
     def _range(self, name: str) -> str:
-        means = self._runtimes(name)
+        means = self._costs(name)
         return f" (its points: {min(means):.2f} to {max(means):.2f})" if means else ""
 
-    def _runtimes(self, name: str) -> list[float]:
-        return [x.mean for p in self.curves.get(name, []) if (x := _value(p.get(RUNTIME))) is not None]
+    def _costs(self, name: str) -> list[float]:
+        return [x.mean for p in self.curves.get(name, []) if (x := _value(p.get(self.cost))) is not None]
 
     # Plots
 
@@ -435,10 +455,14 @@ class _Report:
         key = "".join(
             f'<li><label><input type="checkbox" id="show{self.series[name]}" checked> {self._mark(name)} '
             f"<span><b>{self._label(name)}</b>{bound if name in self.diagnostic else ''}"
-            f"<small>{escape(str(self.methods[name].get('dial') or ''))}</small></span></label></li>"
+            f"<small>{escape(str(self.methods[name].get('dial') or ''))}</small>{self._batched(name)}"
+            "</span></label></li>"
             for name in shown
         )
-        figures = "".join(self._figure(x_key, metric, shown) for x_key, metric in _PLOTS if metric in self.metrics)
+        plots = [(self.cost, metric) for metric in _PLOTS if metric in self.metrics]
+        if self.cost == RUNTIME:
+            plots.insert(1, (EVALUATIONS, PSNR))
+        figures = "".join(self._figure(x_key, metric, shown) for x_key, metric in plots)
         return (
             f'<ul class="key">{key}</ul><div class="figures">{figures}</div>'
             "<p>A point is the mean over prompts at one setting of a method's dial, its whiskers the standard "
@@ -454,7 +478,7 @@ class _Report:
         chart.dense = dense.mean if dense else None
         chance = _of(_record_value(metric, r, self.dense) for r in self.chance)
         chart.chance = chance.mean if chance and metric in (PSNR, SSIM, LPIPS) else None
-        chart.asked = [at["runtime"] for at in self.frontier] if x_key == RUNTIME else []
+        chart.asked = [at["runtime"] for at in self.frontier] if x_key == self.cost else []
         svg, notes = chart.svg()
         legend = "".join(f"<li class='m{self.series[name]}'>{self._mark(name)} {escape(name)}</li>" for name in names)
         note = f" {' '.join(notes)}" if notes else ""
@@ -475,14 +499,14 @@ class _Report:
         kept = [record for record in self.generations if record.get("video")]
         target = self._shown_runtime(kept)
         html = ""
-        for index, prompt in enumerate(self.prompts):
+        for index, prompt in enumerate(self.prompts[: self.settings.get("shown")]):
             tiles = [self._tile(r, index) for r in self.dense if r["prompt"] == index and r.get("video")]
             heat = []
             for name in [*self.ordinary, *self.diagnostic]:
                 own = [r for r in kept if r["prompt"] == index and r["method"] == name]
                 if not own:
                     continue
-                record = min(own, key=lambda r: abs((_number(r.get("runtime")) or 0) - (target or 0)))
+                record = min(own, key=lambda r: abs((_number(r.get(self.cost)) or 0) - (target or 0)))
                 tiles.append(self._tile(record, index))
                 if record.get("heatmap"):
                     heat.append(self._heat(record, index))
@@ -498,12 +522,12 @@ class _Report:
             )
         if not html:
             return ""
-        where = f" The methods' videos are those nearest to {target:g} of dense's runtime." if target else ""
+        where = f" The methods' videos are those nearest to {target:g} of dense's {self.axis}." if target else ""
         return f"<p>Dense and every method from the same noise.{where}</p>{html}"
 
     def _shown_runtime(self, kept: list[Record]) -> float | None:
-        """The asked runtime that the kept videos are about."""
-        runtimes = [r for record in kept if (r := _number(record.get("runtime"))) is not None]
+        """The asked cost that the kept videos are about."""
+        runtimes = [r for record in kept if (r := _number(record.get(self.cost))) is not None]
         asked = [at["runtime"] for at in self.frontier] or list(self.settings.get("runtimes") or [])
         if not runtimes or not asked:
             return None
@@ -517,7 +541,7 @@ class _Report:
         title = label or ("dense" if dense else self._label(record["method"]))
         facts = []
         if not dense and label is None:
-            facts.append(f"runtime {_plain(_number(record.get('runtime')) and round(record['runtime'], 2))}")
+            facts.append(f"{self.axis} {_plain(_number(record.get(self.cost)) and round(record[self.cost], 2))}")
         if not dense or label:
             psnr = _record_value(PSNR, record, self.dense)
             facts.append("identical to dense" if psnr is None else f"{psnr:.1f} dB to dense")
@@ -585,16 +609,23 @@ class _Report:
 
     def _run(self) -> str:
         blocks = []
+        # The cost is said at the top, and one at a time goes without saying.
+        unsaid = {"cost", *(key for key in ("batch", "seeds") if self.settings.get(key) == 1)}
         for title, entries in (
             ("Machine", self.data.get("machine")),
             ("Versions", self.data.get("versions")),
             ("Settings", self.settings),
         ):
             pairs = "".join(
-                f"<div><dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(_plain(value))}</dd></div>"
+                f"<div><dt>{escape(self._key(key))}</dt><dd>{escape(_plain(value))}</dd></div>"
                 for key, value in (entries or {}).items()
+                if key not in unsaid
             )
             blocks.append(f"<div><h3>{title}</h3><dl>{pairs}</dl></div>")
+        failed = "".join(
+            f"<li>{self._label(each['method'])}, {each['value']:g}: {escape(str(each['reason']))}</li>"
+            for each in (self.data.get("vbench") or {}).get("failed") or []
+        )
         prompts = "".join(
             f"<li>{escape(str(p['prompt']))} <small>seed {escape(str(p['seed']))}</small></li>" for p in self.prompts
         )
@@ -603,7 +634,12 @@ class _Report:
         return (
             f'<h3>Command</h3><pre tabindex="0"><code>{escape(command)}</code></pre>'
             f'<div class="facts">{"".join(blocks)}</div><h3>Prompts</h3><ol class="prompts">{prompts}</ol>'
+            f"{f'<h3>Without scores by VBench</h3><ul>{failed}</ul>' if failed else ''}"
         )
+
+    def _key(self, key: str) -> str:
+        """What a setting is called."""
+        return f"{self.axis} asked" if key == "runtimes" and self.cost != RUNTIME else key.replace("_", " ")
 
     def _numbers(self) -> str:
         """Every record, folded away: also what the plots say, for those who cannot see them."""
@@ -614,10 +650,13 @@ class _Report:
         columns: list[tuple[str, Callable[[Record], str]]] = [
             ("Prompt", lambda r: str(r["prompt"] + 1)),
             ("Dial", lambda r: f"{r['value']:g}"),
-            ("Seconds", lambda r: ", ".join(f"{s:.3g}" for s in r.get("seconds") or [])),
-            ("Runtime, dense = 1", lambda r: _fixed(r.get("runtime"), 3)),
-            ("Evaluations, dense = 1", lambda r: _fixed(r.get("evaluations"), 3)),
         ]
+        if self.cost == RUNTIME:
+            columns += [
+                ("Seconds", lambda r: ", ".join(f"{s:.3g}" for s in r.get("seconds") or [])),
+                ("Runtime, dense = 1", lambda r: _fixed(r.get("runtime"), 3)),
+            ]
+        columns.append(("Evaluations, dense = 1", lambda r: _fixed(r.get("evaluations"), 3)))
         if peak:
             columns.append(
                 ("Peak memory, MiB", lambda r: _fixed((_number(r.get("peak_bytes")) or math.nan) / 2**20, 0))
@@ -632,6 +671,8 @@ class _Report:
             columns.append(("Displacement, px", lambda r: _fixed(r.get("displacement"), 1)))
         if any(r.get("flicker") is not None for r in records):
             columns.append(("Flicker, grey levels", lambda r: _fixed(r.get("flicker"), 2)))
+        for name in dict.fromkeys(name for r in records for name in r.get("vbench") or {}):
+            columns.append((f"VBench: {name.replace('_', ' ')}", partial(_vbench_part, name)))
         chance = {id(record) for record in self.chance}
         rows = [
             _row(
@@ -644,10 +685,22 @@ class _Report:
         return f"<details><summary>All {len(records)} generations</summary>{table}</details>"
 
     def _reading(self) -> str:
-        items = [
+        batched = (
+            f" Prompts ran {self.batch} at a time, and a batch's seconds are not a video's, so no wall-clock was "
+            "measured."
+        )
+        if self.cost == RUNTIME:
+            ends, cheap = "A method that is done sooner has its slowest point;", "fast"
+        else:
+            ends, cheap = "A method that always spends less has its dearest point;", "cheap"
+        runtime = (
             "<b>Runtime</b> is the median time of the denoising loop over dense's on the same machine, in the same "
-            "process; text encoding and decoding are not in it. <b>Token evaluations</b> count how often the "
-            "transformer evaluated a token, over dense's: they do not depend on the machine and know no overhead.",
+            "process; text encoding and decoding are not in it. "
+        )
+        items = [
+            f"{runtime if self.cost == RUNTIME else ''}<b>Token evaluations</b> count how often the transformer "
+            "evaluated a token, over dense's: they do not depend on the machine and know no overhead."
+            f"{'' if self.cost == RUNTIME else batched}",
             "<b>PSNR</b> and <b>SSIM</b> say how near a video is to dense's from the same noise: whether it is the "
             "same video, not whether it is a good one. “Identical” means bit for bit.",
         ]
@@ -664,16 +717,27 @@ class _Report:
                 "<b>Motion distance</b> is how far the shapes' displacement is from dense's, as a share of it: 0 moves "
                 "as far, 1 stands still or goes twice as far. A frozen video can have a good PSNR; here it shows."
             )
+        if VBENCH in self.metrics:
+            items.append(
+                "<b>VBench</b> is the mean of what VBench gives for any video: consistency of subject and background, "
+                "smoothness of motion, whether much moves, and aesthetic and imaging quality; each 0 to 1. It does not "
+                "look at dense's video, nor at the prompt."
+            )
         items += [
             "<b>±</b> is the standard deviation over prompts. Prompts often differ more than methods do on one prompt, "
             "so a gap below it can still be real; it can also be luck. With few prompts, believe large gaps only.",
-            "At an asked runtime a method is <b>measured</b> where one of its points lies there, else "
-            "<b>interpolated</b> between its two neighbouring points, and so is its spread. A method that is done "
-            "sooner has its slowest point; one that cannot be made so fast has <b>not reached</b> it.",
+            f"At an asked {self._budget} a method is <b>measured</b> where one of its points lies there, else "
+            "<b>interpolated</b> between its two neighbouring points, and so is its spread. "
+            f"{ends} one that cannot be made so {cheap} has <b>not reached</b> it.",
             "<b>Best</b> is marked on every method that cannot be told from the winner at the digits shown. "
             "<b>Diagnostic</b> methods spend more than they save, to show a bound: they stand at the "
             "budget that they were set to, whatever they cost, and never win.",
         ]
+        if self.batch > 1 and any(method.get("whole_batch") for method in self.methods.values()):
+            items.append(
+                "A method that <b>decides for the whole batch</b> skips for all of its prompts or for none; one prompt "
+                "at a time it might do better or worse."
+            )
         return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
 
 
@@ -681,6 +745,8 @@ def _record_value(metric: Metric, record: Record, dense: list[Record]) -> float 
     """A metric of one generation; the motion distance is taken to the same prompt's dense record."""
     if metric is CAPTION:
         return _caption_score(record)
+    if metric is VBENCH:
+        return _vbench_score(record)
     if metric is not MOTION:
         return _number(record.get(metric.key))
     own = _number(record.get("displacement"))

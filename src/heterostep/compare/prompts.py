@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from heterostep.errors import HeterostepError
 
 # The seeds of the clips that `recipes/tiny` keeps out of training begin here.
 HELD_OUT = 10_005_000
+# From one noise of a prompt to its next: a prime, so that no two prompts of a comparison share one.
+NEXT_SEED = 1_000_003
 
 
 def held_out(count: int, first: int = 0, with_image: bool = False) -> list[Prompt]:
@@ -26,18 +29,28 @@ def held_out(count: int, first: int = 0, with_image: bool = False) -> list[Promp
     return prompts
 
 
+def with_seeds(prompts: list[Prompt], count: int) -> list[Prompt]:
+    """Every prompt from `count` noises: all with their own seed, then all with the next, which is NEXT_SEED further."""
+    return [replace(prompt, seed=prompt.seed + k * NEXT_SEED) for k in range(count) for prompt in prompts]
+
+
 def read_prompts(path: Path, seed: int, size: tuple[int, int] | None) -> list[Prompt]:
     """One prompt a line; with a `size` (width, height) each is followed by a tab and the path of its first frame.
 
     Raises:
-        HeterostepError: the file or an image is missing or empty; says which line.
+        HeterostepError: the file or an image is missing, empty or cannot be read; says which line.
     """
     from PIL import Image, ImageOps
 
     if not path.is_file():
         raise HeterostepError(f"there is no file {path}")
+    try:
+        # Some editors begin a file with a byte order mark.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise HeterostepError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from error
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         text, _, name = (part.strip() for part in line.partition("\t"))
         if not text:
             continue

@@ -7,8 +7,11 @@ import json
 import platform
 import statistics
 import sys
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ import torch
 
 import heterostep
 from heterostep.compare import summary
-from heterostep.compare.measure import Prompt, Record, generate, likeness, world_scores
+from heterostep.compare.judging import Judges, free_cores
+from heterostep.compare.measure import Prompt, Record, generate, likeness, refuses_batch
 from heterostep.compare.method import Method
 from heterostep.errors import HeterostepError, first_line
 from heterostep.files import replacing
@@ -26,7 +30,9 @@ DENSE = "dense"
 CHANCE = "dense, another seed"
 # Added to a prompt's seed for the dense run that the figures at chance come from.
 OTHER_SEED = 7919
-SCHEMA = 1
+# Visits whose clips may wait to be judged: clips are large.
+MOST_WAITING = 4
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class Settings:
         points: dial values for each method that is not set by a budget.
         shown: prompts whose videos are kept.
         judged: whether the bundled model's world can judge the videos.
+        batch: prompts that are generated in one call. Above 1 nothing is timed.
+        seeds: noises that each caption is generated from; the prompts list them all.
     """
 
     model: str
@@ -52,21 +60,53 @@ class Settings:
     points: int = 4
     shown: int = 2
     judged: bool = False
+    batch: int = 1
+    seeds: int = 1
+
+    @property
+    def cost(self) -> str:
+        """What the curves are against, and the asked runtimes are of: a batch's seconds are not a video's."""
+        return summary.RUNTIME if self.batch == 1 else summary.EVALUATIONS
 
 
 @dataclass(frozen=True)
 class Visit:
-    """One generation that is to be made. `method` is None for the dense ones."""
+    """One call of the pipeline that is to be made. `method` is None for the dense ones."""
 
     repeat: int
-    prompt: int
+    prompts: range
     name: str
     value: float
     method: Method | None
 
     @property
-    def key(self) -> list[Any]:
-        return [self.repeat, self.prompt, self.name, self.value]
+    def keys(self) -> list[list[Any]]:
+        """Of the lines in the log, one for each prompt."""
+        return [[self.repeat, prompt, self.name, self.value] for prompt in self.prompts]
+
+
+class _Clock:
+    """How long the rest will take: as the same took before, or as all did on average."""
+
+    def __init__(self, visits: Sequence[Visit]) -> None:
+        self._left = Counter((visit.name, visit.value) for visit in visits)
+        self._took: dict[tuple[str, float], list[float]] = {}
+
+    def note(self, visit: Visit, seconds: float) -> None:
+        """A visit is made."""
+        kind = visit.name, visit.value
+        self._left[kind] -= 1
+        self._took.setdefault(kind, []).append(seconds)
+
+    def drop(self, name: str) -> None:
+        """The method is not visited again."""
+        self._left = Counter({kind: count for kind, count in self._left.items() if kind[0] != name})
+
+    def left(self) -> float | None:
+        """Seconds; None where nothing is left."""
+        mean = statistics.mean(seconds for each in self._took.values() for seconds in each)
+        kinds = [(count, self._took.get(kind, [mean])) for kind, count in self._left.items() if count]
+        return sum(count * statistics.mean(took) for count, took in kinds) if kinds else None
 
 
 def sweep(method: Method, settings: Settings) -> list[float]:
@@ -79,6 +119,15 @@ def sweep(method: Method, settings: Settings) -> list[float]:
     return [method.values[round(i * (len(method.values) - 1) / (count - 1))] for i in range(count)]
 
 
+@dataclass
+class _Made:
+    """One call's lines for the log, what is still to be added to each of them, and what to say of it."""
+
+    lines: list[dict[str, Any]]
+    said: str
+    figures: list[Future[dict[str, Any]]] = field(default_factory=list)
+
+
 class Comparison:
     """Args:
     pipe: the pipeline, where it is to run.
@@ -87,10 +136,10 @@ class Comparison:
     settings: see `Settings`.
     folder: where everything goes; a comparison of the same settings that was stopped goes on.
     command: what the user typed, for the page.
-    tell: called with one line after each generation.
+    tell: called with one line after each call of the pipeline.
 
     Raises:
-        HeterostepError: the folder holds another comparison.
+        HeterostepError: the folder holds another comparison, or the pipeline makes one video at a time.
     """
 
     def __init__(
@@ -105,6 +154,8 @@ class Comparison:
     ) -> None:
         self.pipe, self.prompts, self.methods, self.settings = pipe, prompts, methods, settings
         self.folder, self.command, self.tell = folder, command, tell
+        if settings.batch > 1 and (reason := refuses_batch(pipe, prompts[0].image is not None)):
+            raise HeterostepError(reason)
         self.refused = {method.name: reason for method in methods if (reason := method.refuses(pipe)) is not None}
         self.failed: dict[str, str] = {}
         self._lines: list[dict[str, Any]] = []
@@ -126,29 +177,40 @@ class Comparison:
                 part.write_text(json.dumps(mine, indent=1) + "\n")
         log = self.folder / "work" / "generations.jsonl"
         if log.is_file():
-            # A line that was being written when the run was stopped is made again.
+            # A line that was being written when the run was stopped is made again, and so is a batch that lacks it.
+            lines = []
             for text in log.read_text().splitlines():
                 try:
-                    self._lines.append(json.loads(text))
+                    lines.append(json.loads(text))
                 except ValueError:
                     continue
+            logged = {json.dumps(line["key"]) for line in lines}
+            for line in lines:
+                repeat, prompt, *what = line["key"]
+                batch = self._batch(prompt - prompt % self.settings.batch)
+                if line.get("error") or all(json.dumps([repeat, other, *what]) in logged for other in batch):
+                    self._lines.append(line)
             with replacing(log) as part:
                 part.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
         for line in self._lines:
             if line.get("error"):
                 self.failed[line["key"][2]] = line["error"]
 
+    def _batch(self, first: int) -> range:
+        """The prompts that are generated together, of which the first is given."""
+        return range(first, min(first + self.settings.batch, len(self.prompts)))
+
     def visits(self) -> Iterator[Visit]:
-        """All generations in their order: A B A B over methods, prompt by prompt, then all again."""
+        """All generations in their order: A B A B over methods, batch by batch of prompts, then all again."""
         for repeat in range(self.settings.repeats):
-            for prompt in range(len(self.prompts)):
-                yield Visit(repeat, prompt, DENSE, 1.0, None)
+            for prompts in map(self._batch, range(0, len(self.prompts), self.settings.batch)):
+                yield Visit(repeat, prompts, DENSE, 1.0, None)
                 if repeat == 0:
-                    yield Visit(repeat, prompt, CHANCE, 1.0, None)
+                    yield Visit(repeat, prompts, CHANCE, 1.0, None)
                 for method in self.methods:
                     if method.name not in self.refused:
                         for value in sweep(method, self.settings):
-                            yield Visit(repeat, prompt, method.name, value, method)
+                            yield Visit(repeat, prompts, method.name, value, method)
 
     def run(self) -> dict[str, Any]:
         """Make what has not been made yet, and write `results.json`.
@@ -158,19 +220,45 @@ class Comparison:
         """
         visits = list(self.visits())
         made = {json.dumps(line["key"]) for line in self._lines}
-        for position, visit in enumerate(visits):
-            if json.dumps(visit.key) in made or visit.name in self.failed:
-                continue
-            if self._lines and visit.name == DENSE:
-                # What is known so far, should this be stopped.
-                self._write(complete=False)
-            line = self._make(visit)
-            self._lines.append(line)
-            with (self.folder / "work" / "generations.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
-            said = line.get("error") or f"{line['seconds']:.1f} s"
-            self.tell(f"{position + 1}/{len(visits)} prompt {visit.prompt + 1} {visit.name} {visit.value:g}: {said}")
+        todo = [(number, v) for number, v in enumerate(visits, 1) if json.dumps(v.keys[0]) not in made]
+        clock = _Clock([visit for _, visit in todo if visit.name not in self.failed])
+        # One video at a time is timed, so nothing may run beside it.
+        processes = free_cores() if self.settings.batch > 1 else 0
+        judges = Judges(processes if processes > 1 else 0)
+        waiting: deque[_Made] = deque()
+        try:
+            for number, visit in todo:
+                if visit.name in self.failed:
+                    continue
+                if self._lines and visit.name == DENSE:
+                    # What is known so far, should this be stopped.
+                    self._write(complete=False)
+                started = time.monotonic()
+                waiting.append(self._make(visit, judges))
+                said = waiting[-1].said
+                self._settle(waiting, MOST_WAITING)
+                clock.note(visit, time.monotonic() - started)
+                if visit.name in self.failed:
+                    clock.drop(visit.name)
+                if (left := clock.left()) is not None:
+                    said += f", about {max(1, round(left / 60))} min left"
+                first, last = visit.prompts[0] + 1, visit.prompts[-1] + 1
+                who = f"prompt {first}" if first == last else f"prompts {first}-{last}"
+                self.tell(f"{number}/{len(visits)} {who} {visit.name} {visit.value:g}: {said}")
+            self._settle(waiting, 0)
+        finally:
+            judges.close()
         return self._write(complete=True)
+
+    def _settle(self, waiting: deque[_Made], most: int) -> None:
+        """Log what has been judged, in order; wait until at most so many are left."""
+        while waiting and (len(waiting) > most or all(figures.done() for figures in waiting[0].figures)):
+            made = waiting.popleft()
+            for line, figures in zip(made.lines, made.figures):
+                line |= figures.result()
+            self._lines += made.lines
+            with (self.folder / "work" / "generations.jsonl").open("a") as log:
+                log.write("".join(json.dumps(line) + "\n" for line in made.lines))
 
     def _write(self, complete: bool) -> dict[str, Any]:
         results = self._results() | {"complete": complete}
@@ -178,39 +266,59 @@ class Comparison:
             part.write_text(json.dumps(results, indent=1) + "\n")
         return results
 
-    def _make(self, visit: Visit) -> dict[str, Any]:
-        prompt = self.prompts[visit.prompt]
+    def _make(self, visit: Visit, judges: Judges) -> _Made:
+        prompts = [self.prompts[at] for at in visit.prompts]
         if visit.name == CHANCE:
-            prompt = Prompt(prompt.text, prompt.seed + OTHER_SEED, prompt.image)
+            prompts = [replace(prompt, seed=prompt.seed + OTHER_SEED) for prompt in prompts]
         try:
-            made = generate(self.pipe, prompt, visit.method, visit.value, self.settings.options)
+            made = generate(self.pipe, prompts, visit.method, visit.value, self.settings.options)
         except Exception as error:
             if visit.method is None:
                 raise
             # Somebody else's method may fail in any way; the others go on.
             self.failed[visit.name] = f"{type(error).__name__}: {first_line(error)}"
-            return {"key": visit.key, "error": self.failed[visit.name]}
-        line: dict[str, Any] = {"key": visit.key, "seconds": made.seconds, "rows": made.rows}
-        line["peak_bytes"] = made.peak_bytes
+            return _Made([{"key": visit.keys[0], "error": self.failed[visit.name]}], self.failed[visit.name])
+        timed = self.settings.cost == summary.RUNTIME
+        cost = {"seconds": made.seconds if timed else None, "rows": made.rows}
+        cost["peak_bytes"] = made.peak_bytes if timed else None
+        done = _Made([{"key": key, **cost} for key in visit.keys], f"{made.seconds:.1f} s")
         if visit.repeat == 0:
-            kept = self.folder / "work" / f"dense-{visit.prompt}.npy"
-            if visit.name == DENSE:
-                with replacing(kept) as part, part.open("wb") as file:
-                    np.save(file, made.clip)
-            line |= likeness(made.clip, np.load(kept), self.pipe.device)
-            if self.settings.judged:
-                line |= world_scores(made.clip, prompt.text)
-            if visit.prompt < self.settings.shown:
-                from heterostep.video import write_video
-                from heterostep.viz import write_heatmap
+            maps = [None] * len(prompts) if made.steps_maps is None else made.steps_maps
+            for prompt, line, clip, steps_map in zip(prompts, done.lines, made.clips, maps):
+                done.figures.append(self._judge(visit, prompt, line, clip, steps_map, judges))
+        return done
 
-                name = f"videos/{visit.prompt}-{_slug(visit.name)}-{visit.value:g}"
-                line["video"] = f"{name}.mp4"
-                write_video(self.folder / line["video"], made.clip, self.settings.fps)
-                if made.steps_map is not None:
-                    line["heatmap"] = f"{name}.png"
-                    write_heatmap(self.folder / line["heatmap"], made.clip, made.steps_map, self.settings.fps)
-        return line
+    def _judge(
+        self,
+        visit: Visit,
+        prompt: Prompt,
+        line: dict[str, Any],
+        clip: np.ndarray,
+        steps_map: np.ndarray | None,
+        judges: Judges,
+    ) -> Future[dict[str, Any]]:
+        """Add to a line what is known of its clip, uint8 [F, H, W, 3], and keep that.
+
+        Returns:
+            what is known later.
+        """
+        position = line["key"][1]
+        kept = self.folder / "work" / f"dense-{position}.npy"
+        if visit.name == DENSE:
+            with replacing(kept) as part, part.open("wb") as file:
+                np.save(file, clip)
+        line |= likeness(clip, np.load(kept), self.pipe.device)
+        if position < self.settings.shown:
+            from heterostep.video import write_video
+            from heterostep.viz import write_heatmap
+
+            name = f"videos/{position}-{_slug(visit.name)}-{visit.value:g}"
+            line["video"] = f"{name}.mp4"
+            write_video(self.folder / line["video"], clip, self.settings.fps)
+            if steps_map is not None:
+                line["heatmap"] = f"{name}.png"
+                write_heatmap(self.folder / line["heatmap"], clip, steps_map, self.settings.fps)
+        return judges.judge(clip, kept, prompt.text if self.settings.judged else None)
 
     def _records(self) -> list[Record]:
         cells: dict[tuple[int, str, float], list[dict[str, Any]]] = {}
@@ -223,9 +331,12 @@ class Comparison:
         bounds = {method.name for method in self.methods if method.diagnostic}
         records = []
         for (prompt, name, value), lines in cells.items():
-            first, seconds = lines[0], [line["seconds"] for line in lines]
-            of_dense = statistics.median(line["seconds"] for line in dense[prompt])
-            runtime, evaluations = statistics.median(seconds) / of_dense, first["rows"] / dense[prompt][0]["rows"]
+            first, seconds, runtime = lines[0], None, None
+            if self.settings.cost == summary.RUNTIME:
+                seconds = [line["seconds"] for line in lines]
+                of_dense = statistics.median(line["seconds"] for line in dense[prompt])
+                runtime = value if name in bounds else statistics.median(seconds) / of_dense
+            evaluations = first["rows"] / dense[prompt][0]["rows"]
             optional = ("caption", "displacement", "flicker", "video", "heatmap")
             records.append(
                 Record(
@@ -233,7 +344,7 @@ class Comparison:
                     value=value,
                     prompt=prompt,
                     seconds=seconds,
-                    runtime=value if name in bounds else runtime,
+                    runtime=runtime,
                     evaluations=value if name in bounds else evaluations,
                     peak_bytes=first["peak_bytes"],
                     psnr=first["psnr"],
@@ -248,7 +359,8 @@ class Comparison:
         records = [record.to_dict() for record in self._records()]
         dense, chance = ([r for r in records if r["method"] == name] for name in (DENSE, CHANCE))
         rest = [r for r in records if r["method"] not in (DENSE, CHANCE)]
-        lines = summary.curves(rest, dense)
+        cost = self.settings.cost
+        lines = summary.curves(rest, dense, cost)
         bounds = [method.name for method in self.methods if method.diagnostic]
         options = self.settings.options
         sizes = ("num_inference_steps", "height", "width", "num_frames", "guidance_scale")
@@ -270,21 +382,29 @@ class Comparison:
             },
             "settings": {name: options.get(name) for name in sizes}
             | {"model": self.settings.model, "mode": self.settings.mode, "fps": self.settings.fps}
-            | {"runtimes": list(self.settings.runtimes), "repeats": self.settings.repeats},
+            | {"runtimes": list(self.settings.runtimes), "repeats": self.settings.repeats}
+            | {"cost": cost, "batch": self.settings.batch, "seeds": self.settings.seeds},
             "prompts": [{"prompt": p.text, "seed": p.seed} for p in self.prompts],
             "methods": [self._account(method) for method in self.methods],
             "dense": dense,
             "chance": chance,
             "generations": rest,
             "curves": lines,
-            "frontier": summary.frontier(lines, self.settings.runtimes, bounds),
+            "frontier": summary.frontier(lines, self.settings.runtimes, bounds, cost),
         }
 
     def _account(self, method: Method) -> dict[str, Any]:
         refused, failed = self.refused.get(method.name), self.failed.get(method.name)
         status = "not supported" if refused else "failed" if failed else "ran"
-        return {"name": method.name, "label": method.label, "dial": method.dial, "status": status,
-                "reason": refused or failed, "diagnostic": method.diagnostic}  # fmt: skip
+        return {
+            "name": method.name,
+            "label": method.label,
+            "dial": method.dial,
+            "status": status,
+            "reason": refused or failed,
+            "diagnostic": method.diagnostic,
+            "whole_batch": method.whole_batch,
+        }
 
 
 def _slug(name: str) -> str:

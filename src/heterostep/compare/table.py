@@ -7,16 +7,27 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips": "LPIPS", "caption": "caption", "motion": "motion off"}
+from heterostep.compare.chart import AXES
+
+COLUMNS = {
+    "psnr": "PSNR dB",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "caption": "caption",
+    "motion": "motion off",
+    "vbench": "VBench",
+}
 
 
 def show(results: dict[str, Any], console: Console | None = None) -> None:
-    """Print one table for each runtime; interpolated figures are marked ~, the best of a column *."""
+    """Print one table for each asked cost; interpolated figures are marked ~, the best of a column *."""
     console = console or Console(highlight=False)
+    axis = AXES[results["settings"]["cost"]].split(",")[0]
     labels = {method["name"]: method["label"] for method in results["methods"]}
     for at in results["frontier"]:
-        known = [name for name in COLUMNS if any(row[name] is not None for row in at["rows"])]
-        table = Table("method", *(COLUMNS[name] for name in known), title=f"runtime {at['runtime']:g} of dense")
+        # Where nobody reaches the cost, there is still a column to say so.
+        known = [name for name in COLUMNS if name == "psnr" or any(row[name] is not None for row in at["rows"])]
+        table = Table("method", *(COLUMNS[name] for name in known), title=f"{axis} {at['runtime']:g} of dense")
         for row in at["rows"]:
             label = labels.get(row["method"], row["method"])
             if not row["reached"]:
@@ -33,3 +44,6 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
     for method in results["methods"]:
         if method["reason"]:
             console.print(f"{method['name']}: {method['status']}: {method['reason']}", markup=False)
+    for each in (results.get("vbench") or {}).get("failed", []):
+        text = f"VBench of {each['method']} {each['value']:g}: failed: {each['reason']}"
+        console.print(text, markup=False, soft_wrap=True)
