@@ -69,6 +69,8 @@ def test_what_meetings_leave_goes_to_the_middles_of_gaps():
     for a, b in zip(meetings, [*meetings[1:], 40]):
         inside = {step: counts[step - 4] for step in range(a + 1, b) if counts[step - 4]}
         assert len(inside) <= 1 and all(abs(step - (a + b) / 2) <= 0.5 for step in inside)
+    whole = by_growing_gaps(8 * 320 + 50, tokens, steps, between=None)
+    assert set(whole) == {0, 320} and sum(whole) == 8 * 320
     # Less than a meeting's worth is not scattered.
     counts = by_growing_gaps(8 * 320 + 50, tokens, steps)
     assert sorted(count for count in counts if 0 < count < 320) == [50]

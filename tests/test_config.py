@@ -18,7 +18,7 @@ from heterostep.errors import HeterostepError
         {"share": 0.5, "divisors": (2, 3)},
         {"share": 0.5, "divisors": ()},
         {"share": 0.5, "between": 1.5},
-        {"share": 0.5, "between": None},
+        {"share": 0.5, "between": "0.2"},
         {"share": 0.5, "extrapolate": -0.5},
         {"share": 0.5, "dense_start": 0},
         {"share": 0.5, "dense_end": -1},

@@ -93,6 +93,11 @@ def test_held_velocities_go_along_their_last_slope(pipe, extrapolate):
 
 def test_whole_steps_keep_no_kv(pipe):
     """K and V are kept where a step between two meetings reads them, and nowhere else."""
+    for between, kept_bytes in ((None, False), (0.0, True)):
+        heterostep.enable(pipe, share=0.56, between=between)
+        run(pipe, steps=12)
+        assert (heterostep.report(pipe).memory.kv_cache_bytes > 0) == kept_bytes
+    assert heterostep.report(pipe).share.achieved > 0.55
     heterostep.enable(pipe, share=[1, 1, 0, 0, 1, 0])
     run(pipe, steps=6)
     assert heterostep.report(pipe).memory.kv_cache_bytes == 0

@@ -45,7 +45,7 @@ def by_growing_gaps(
     evaluations: int,
     tokens: Tokens,
     steps: range,
-    between: float = 0.0,
+    between: float | None = 0.0,
     restarts: Sequence[int] = (),
     exact: bool = True,
 ) -> list[int]:
@@ -57,16 +57,17 @@ def by_growing_gaps(
         evaluations: token evaluations that may be spent, 0..N * len(steps).
         tokens: how many there are.
         steps: the window's steps, or what is left of them, numbered from the run's first; the first one is a meeting.
-        between: share of the evaluations, 0..1, that is not for meetings.
+        between: share of the evaluations, 0..1, that is not for meetings; None leaves what they leave unspent.
         restarts: steps at which another model takes over: they are meetings.
         exact: let one count fall between the sizes, so that the last evaluation is spent; else spend up to a unit less.
 
     Returns:
-        A count in 0..N for each step. Their sum is `evaluations`, or the least that is possible.
+        A count in 0..N for each step. Their sum is `evaluations` (less than N fewer where `between` is None), or the
+        least that is possible.
     """
     first, stop, restarts = steps.start, steps.stop, tuple(step for step in restarts if step in steps)
     each = max(tokens.total - tokens.least, 1)
-    count = max(1, math.floor((evaluations - tokens.least * len(steps)) / each * (1 - between) + 1e-9))
+    count = max(1, math.floor((evaluations - tokens.least * len(steps)) / each * (1 - (between or 0)) + 1e-9))
     while True:
         meetings = meeting_steps(count, first, stop, restarts)
         counts = [tokens.total if step in meetings else tokens.least for step in steps]
@@ -74,6 +75,8 @@ def by_growing_gaps(
         if count >= len(steps) or left <= each * (len(steps) - len(meetings)):
             break
         count += 1
+    if between is None:
+        return counts
     # One step in each gap, and more where that would be nearly a meeting.
     for number in range(1, len(steps) + 1):
         inside = _inside(meetings, stop, number)

@@ -21,7 +21,8 @@ class HSAConfig:
         share: token evaluations over dense token evaluations, 0..1; deterministic. A sequence gives one active share
             for each step: with `report.active_share` it replays a run exactly.
         between: share of the caching window's evaluations, 0..1, that goes to the tokens ranked first between two
-            meeting steps (at which all tokens are evaluated); at 0 they get what whole meetings leave.
+            meeting steps (at which all tokens are evaluated); at 0 they get what whole meetings leave. With None that
+            is left unspent, less than one dense step: then no K and V are kept at all (but for LTX-2's sound).
         divisors: the paper's equal gaps in place of growing ones: the step divisors that tokens may get, ascending,
             each a multiple of the one before. A token of divisor d is evaluated at every d-th step; all tokens meet at
             multiples of the largest divisor in play. `between` then has no meaning.
@@ -43,7 +44,7 @@ class HSAConfig:
 
     runtime: float | None = None
     share: float | Sequence[float] | None = None
-    between: float = 0.0
+    between: float | None = 0.0
     divisors: tuple[int, ...] | None = None
     dense_start: int | None = None
     dense_end: int = 0
@@ -64,9 +65,9 @@ class HSAConfig:
             name, target = ("runtime", self.runtime) if self.share is None else ("share", self.share)
             if not isinstance(target, int | float) or not 0 < target <= 1:
                 raise HeterostepError(f"{name} must be above 0 and at most 1, not {target}")
-        for name in ("between", "extrapolate"):
-            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) <= 1:
-                raise HeterostepError(f"{name} must be in 0..1, not {getattr(self, name)}")
+        for name, value in (("between", self.between or 0), ("extrapolate", self.extrapolate)):
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise HeterostepError(f"{name} must be in 0..1, not {value}")
         if self.divisors is not None:
             divisors = tuple(self.divisors)
             object.__setattr__(self, "divisors", divisors)

@@ -46,15 +46,15 @@ BETWEEN = 0.2
 OWN = (
     heterostep_method("heterostep", "heterostep"),
     heterostep_method("heterostep-euler", "heterostep, Euler", solver="euler"),
+    heterostep_method("hsa", "HSA's step divisors, velocities constant", divisors=(1, 2, 4, 8), extrapolate=0.0),
+    heterostep_method("tokens", "tokens between meetings", between=BETWEEN),
+    heterostep_method("tokens-random", "tokens between meetings, at random (control)", between=BETWEEN, score="random"),
     heterostep_method(
-        "hsa", "HSA: groups of step divisors, constant velocities", divisors=(1, 2, 4, 8), extrapolate=0.0
+        "tokens-oracle", "tokens between meetings, true errors (bound)", True, between=BETWEEN, score="oracle"
     ),
-    heterostep_method("tokens", "a fifth for single tokens between meetings", between=BETWEEN),
-    heterostep_method("tokens-random", "the same, tokens picked at random (control)", between=BETWEEN, score="random"),
     heterostep_method(
-        "tokens-oracle", "the same, ranked by true errors (bound)", True, between=BETWEEN, score="oracle"
+        "tokens-fresh", "tokens between meetings, fresh K/V (bound)", True, between=BETWEEN, sync="fresh"
     ),
-    heterostep_method("tokens-fresh", "the same, everyone's K/V fresh (bound)", True, between=BETWEEN, sync="fresh"),
     Method("steps", "fewer steps, the pipeline's solver", "share of the steps", BUDGETS, _fewer_steps, budget=True),
     Method("steps-euler", "fewer steps, Euler", "share of the steps", BUDGETS, _fewer_euler_steps, budget=True),
 )
