@@ -235,6 +235,9 @@ def test_scene_without_a_shape_fails_in_one_line(no_model, capsys):
         (["--device", "cuda:99"], "no device cuda:99"),
         (["--dtype", "int3"], "--dtype"),
         (["--solver", "magic"], "--solver"),
+        (["--guidance", "nan"], "--guidance must be a number of at least 0, not nan"),
+        (["--guidance", "inf"], "--guidance"),
+        (["--guidance", "-0.5"], "--guidance"),
         (["--fps", "0"], "--fps"),
         (["--fps", "inf"], "--fps"),
         (["--seed", str(2**64)], "--seed"),
@@ -348,6 +351,14 @@ def test_the_k_v_cache_needs_what_it_was_said_to(pipes):
     assert report["memory"]["kv_cache_bytes"] == kv_cache_bytes(pipes[0], **sizes)
 
 
+def test_whole_steps_alone_need_no_k_v_cache(pipes, capsys):
+    arguments = ["generate", PROMPT, *SMALL, "--share", "0.72", "--no-kv", "--report", "report.json", "--quiet"]
+    assert cli.main(arguments) == 0
+    report = json.loads(Path("report.json").read_text())
+    assert report["memory"]["kv_cache_bytes"] == 0 and set(report["active_share"]) == {0.0, 1.0}
+    assert "not both" in only_line(fails(capsys, *SMALL, "--no-kv", "--between", "0.2"))
+
+
 def test_ctrl_c_is_one_line_and_restores_the_pipeline(pipes, capsys, monkeypatch):
     _interrupt_at(monkeypatch, 2, KeyboardInterrupt())
     assert only_line(fails(capsys, *SMALL, "--quiet", code=130)) == "heterostep: interrupted\n"
@@ -433,7 +444,9 @@ def test_compare_in_batches(pipes, capsys, mode):
     arguments = [*SMALL, "--count", "2", "--seeds", "2", "--batch", "3", "--runtimes", "0.5", "--methods", "steps"]
     assert cli.main(["compare", *arguments, *mode, "--videos", "0"]) == 0
     out, err = capsys.readouterr()
-    assert "token evaluations" in out and "prompts 1-3 dense" in err and "prompt 4 steps" in err and "min left" in err
+    assert (
+        "token evaluations" in out and "prompts 1-3 dense" in err and "prompt 4 steps" in err and "minute left" in err
+    )
     results = json.loads(Path("report/results.json").read_text())
     assert [p["seed"] for p in results["prompts"]] == [0, 1, 1000003, 1000004]
     assert results["prompts"][0]["prompt"] == results["prompts"][2]["prompt"]
@@ -449,9 +462,30 @@ def test_compare_in_batches(pipes, capsys, mode):
         (["--methods", "heterostep,magic"], "no such method: magic; the methods are heterostep"),
         (["--prompts", "none.txt"], "no file none.txt"),
         (["--repeats", "2", "--batch", "2"], "leave out --repeats or --batch"),
+        (["--methods", ""], "--methods names none; the methods are heterostep"),
+        (["--methods", ","], "--methods names none"),
+        (["--guidance", "nan"], "--guidance must be a number of at least 0, not nan"),
+        (["--guidance", "-1"], "not -1"),
+        (["--prompts", "empty.txt"], "empty.txt has no prompts"),
+        (["--prompts", "prompts.txt", "--image-to-video"], "line 1: image-to-video wants a tab"),
+        (["--prompts", "latin.txt"], "latin.txt is no text"),
+        (["--out", "empty.txt"], "empty.txt is no folder"),
+        (["--out", "empty.txt/deep/report"], "empty.txt is no folder"),
     ],
 )
-def test_compare_used_wrongly(pipes, capsys, arguments, message):
+def test_compare_used_wrongly(no_model, capsys, arguments, message):
+    Path("empty.txt").touch()
+    Path("prompts.txt").write_text("a cat\n")
+    Path("latin.txt").write_bytes(b"caf\xe9\n")
     before = files()
     assert cli.main(["compare", *SMALL, *arguments]) == 2
     assert message in only_line(capsys.readouterr().err) and files() == before
+
+
+def test_compare_ignores_empty_names_and_goes_on_with_other_methods(pipes, capsys):
+    arguments = ["compare", *SMALL, "--count", "1", "--runtimes", "0.5", "--videos", "0", "--quiet", "--methods"]
+    assert cli.main([*arguments, "steps,,steps-euler,"]) == 0
+    assert cli.main([*arguments, "heterostep"]) == 0
+    results = json.loads(Path("report/results.json").read_text())
+    assert [method["name"] for method in results["methods"]] == ["heterostep", "steps", "steps-euler"]
+    assert {line["method"] for line in results["curves"]} == {"heterostep", "steps", "steps-euler"}

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,8 +109,103 @@ def test_a_stopped_comparison_goes_on(pipe, methods, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "generate", lambda *a: again.append(a))
     assert Comparison(pipe, PROMPTS, methods[:2], settings(), tmp_path, "third").run()["curves"] == results["curves"]
     assert not again
-    with pytest.raises(HeterostepError, match="another comparison"):
-        Comparison(pipe, PROMPTS, methods[:2], settings(runtimes=(0.3,)), tmp_path, "other")
+    other = settings(runtimes=(0.3,), options={**OPTIONS, "num_inference_steps": 20})
+    with pytest.raises(
+        HeterostepError, match=r"another comparison \(runtimes 1.0,0.75,0.5, not 0.3; steps 12, not 20\)"
+    ):
+        Comparison(pipe, PROMPTS, methods[:2], other, tmp_path, "other")
+    with pytest.raises(HeterostepError, match=r"\(2 prompts, not 1\)"):
+        Comparison(pipe, PROMPTS[:1], methods[:2], settings(), tmp_path, "other")
+    with pytest.raises(HeterostepError, match=r"\(other prompts or seeds\)"):
+        Comparison(pipe, PROMPTS[::-1], methods[:2], settings(), tmp_path, "other")
+
+
+def test_a_comparison_is_extended_method_by_method(pipe, tmp_path):
+    bound = next(method for method in OWN if method.diagnostic)
+    known, runtimes = list(METHODS.values()), settings(runtimes=(0.5,), shown=0)
+    Comparison(pipe, PROMPTS, [bound, failing()], runtimes, tmp_path, "", known=known).run()
+    log = tmp_path / "work" / "generations.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    (line,) = (line for line in lines if line["key"] == [0, 0, bound.name, 0.5])
+    with log.open("a") as file:
+        file.write(json.dumps({**line, "key": [0, 0, "ours, once", 0.5]}) + "\n")
+    results = Comparison(pipe, PROMPTS, [BY_NAME["heterostep"]], runtimes, tmp_path, "", known=known).run()
+    assert [(m["name"], m["status"], m["diagnostic"]) for m in results["methods"]] == [
+        ("heterostep", "ran", False), (bound.name, "ran", True), ("failing", "failed", False),
+        ("ours, once", "ran", False),
+    ]  # fmt: skip
+    assert results["methods"][1]["label"] == bound.label and results["methods"][3]["label"] == "ours, once"
+    assert results["methods"][1]["reason"] is None and "1 of 2 prompts" in results["methods"][3]["reason"]
+    assert [line["method"] for line in results["curves"]] == ["heterostep", bound.name, "ours, once"]
+    assert results["frontier"][0]["winners"]["psnr"] != bound.name
+    assert all(r["evaluations"] == 0.5 for r in results["generations"] if r["method"] == bound.name)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_budget_that_cannot_be_met_is_left_out_alone(pipe, tmp_path, batch):
+    told = []
+    few = settings(options={**OPTIONS, "num_inference_steps": 4}, runtimes=(0.75, 0.5, 0.01), batch=batch, shown=0)
+    methods = [BY_NAME["heterostep"]]
+    for _ in range(2):
+        # Again: what was left out is known.
+        results = Comparison(pipe, PROMPTS, methods, few, tmp_path, "", told.append).run()
+        (method,) = results["methods"]
+        assert method["status"] == "ran"
+        assert method["reason"].startswith("without 0.01: ") and "lowest possible" in method["reason"]
+        assert {r["value"] for r in results["generations"]} == {0.75, 0.5}
+        assert not results["frontier"][-1]["rows"][0]["reached"]
+    assert len([line for line in told if "left out" in line]) == 1
+    console = Console(width=200, file=io.StringIO())
+    table.show(results, console)
+    assert "heterostep: without 0.01: " in console.file.getvalue()
+    none = Comparison(pipe, PROMPTS, methods, dataclasses.replace(few, runtimes=(0.01,)), tmp_path / "none", "").run()
+    assert none["methods"][0]["status"] == "not supported" and not none["curves"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"settings": 1, "prompts": []}', None, b"\xff"])
+def test_damaged_settings_are_told_in_one_line(pipe, methods, tmp_path, content):
+    arguments = pipe, PROMPTS[:1], [], settings(shown=0), tmp_path, ""
+    Comparison(*arguments).run()
+    known = tmp_path / "settings.json"
+    known.unlink()
+    if content is not None:
+        known.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(HeterostepError, match="settings.json is missing or damaged: restore it, or remove") as caught:
+        Comparison(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["dense-0.npy", "0-dense-1.mp4", "0-heterostep-0-5.png", "results.json", "jsonl"])
+def test_a_full_disk_is_told_with_the_file(pipe, tmp_path, monkeypatch, name):
+    from heterostep import video, viz
+
+    arguments = pipe, PROMPTS[:1], [BY_NAME["heterostep"]], settings(runtimes=(0.5,)), tmp_path, ""
+
+    def full(*_):
+        # As numpy says it.
+        raise (
+            OSError("problem writing element 303104 to file") if name.endswith("npy") else OSError(errno.ENOSPC, "full")
+        )
+
+    comparison = Comparison(*arguments)
+    with monkeypatch.context() as patch:
+        if name.endswith("npy"):
+            patch.setattr(np, "save", full)
+        elif name.endswith("mp4"):
+            patch.setattr(video, "write_video", full)
+        elif name.endswith("png"):
+            patch.setattr(viz, "write_heatmap", full)
+        elif name == "jsonl":
+            (tmp_path / "work" / "generations.jsonl").symlink_to("/dev/full")
+        else:
+            patch.setattr(Path, "write_text", full)
+        with pytest.raises(
+            HeterostepError, match=f"no room left for .*{name.split('-')[-1]}: the same command goes on"
+        ):
+            comparison.run()
+    if name == "jsonl":
+        (tmp_path / "work" / "generations.jsonl").unlink()
+    assert Comparison(*arguments).run()["complete"]
 
 
 def test_a_bound_stands_at_the_budget_that_it_is_the_bound_of(pipe, tmp_path):
@@ -359,10 +456,17 @@ def test_the_time_that_is_left_is_told(pipe, methods, tmp_path, monkeypatch):
     Comparison(pipe, PROMPTS, methods[1:3], settings(runtimes=(0.5,), shown=0), tmp_path, "", told.append).run()
     names = [line.split(":")[0].rpartition(" ")[0] for line in told]
     left = [int(line.split("about ")[1].split()[0]) if "about" in line else 0 for line in told]
+    assert all(line.endswith(" min left") for line in told[:-1]) and "left" not in told[-1]
     assert [name.split("prompt ")[1] for name in names] == ["1 dense", "1 dense, another seed", "1 steps", "1 failing",
                                                            "2 dense", "2 dense, another seed", "2 steps"]  # fmt: skip
     # Of nine there are eight left; then the failing method's three others are not made.
     assert left == [18, 16, 14, 6, 4, 2, 0]
+
+
+def test_the_last_minute_is_told_as_less_than_one(pipe, tmp_path):
+    told = []
+    Comparison(pipe, PROMPTS[:1], [], settings(shown=0), tmp_path, "", told.append).run()
+    assert [line.endswith(", less than a minute left") for line in told] == [True, False]
 
 
 def test_judging_in_other_processes_gives_the_same(pipe, tmp_path, monkeypatch):

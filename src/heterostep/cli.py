@@ -23,7 +23,7 @@ from rich import filesize
 import heterostep
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError, first_line
-from heterostep.files import replacing
+from heterostep.files import replacing, writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,6 +111,10 @@ def generate(
     model: Annotated[str | None, typer.Option(help="Diffusers folder or hub id.  [default: the bundled model]")] = None,
     runtime: Annotated[float | None, typer.Option(help="Promised seconds over dense seconds.  [default: 0.5]")] = None,
     share: Annotated[float | None, typer.Option(help="Token evaluations over dense ones; repeatable.")] = None,
+    between: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of it for single tokens between whole steps.")
+    ] = 0.0,
+    no_kv: Annotated[bool, typer.Option("--no-kv", help="Whole steps alone, which keep no K/V in memory.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 40,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
@@ -136,7 +140,10 @@ def generate(
     """Generate a video."""
     from heterostep.schedule import Schedule
 
-    config = _config(runtime, share, dense, both, solver.value)
+    if no_kv and between:
+        raise HeterostepError("give --between or --no-kv, not both of them")
+    _check_guidance(guidance)
+    config = _config(runtime, share, None if no_kv else between, dense, both, solver.value)
     Schedule(config, steps).check()
     _check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
     picture = _open_image(image) if image is not None else None
@@ -206,8 +213,8 @@ def compare(
     wanted = _runtimes(runtimes)
     if batch > 1 and repeats > 1:
         raise HeterostepError("--repeats is for timings, and a batch is not timed: leave out --repeats or --batch")
-    if out.exists() and not out.is_dir():
-        raise HeterostepError(f"{out} is no folder")
+    _check_guidance(guidance)
+    _check_folder(out)
     if prompts is not None and not prompts.is_file():
         raise HeterostepError(f"there is no file {prompts}")
     if prompts is None and model is not None:
@@ -225,6 +232,9 @@ def compare(
     from heterostep.compare.run import Comparison, Settings
 
     chosen = _methods(methods, METHODS)
+    if prompts is not None:
+        # Faults in it are found before the model is loaded, which knows the size that first frames are cropped to.
+        source.read_prompts(prompts, seed, (1, 1) if image_to_video else None)
     with _silence():
         place = _device(device)
         pipe, defaults = _load(model, image_to_video, _precision(dtype, place))
@@ -253,7 +263,8 @@ def compare(
         )
         command = "heterostep " + " ".join(map(shlex.quote, sys.argv[1:]))
         tell = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
-        results = Comparison(pipe.to(place), todo, chosen, settings, out, command, tell).run()
+        known = list(METHODS.values())
+        results = Comparison(pipe.to(place), todo, chosen, settings, out, command, tell, known).run()
         if vbench:
             import torch
 
@@ -261,7 +272,8 @@ def compare(
             pipe.to("cpu")
             torch.cuda.empty_cache()
             results = scores.score(out, videos, tell)
-        written = page.write_page(out)
+        with writing(out / "index.html"):
+            written = page.write_page(out)
     if not quiet:
         table.show(results)
         typer.echo(f"{written}")
@@ -278,21 +290,40 @@ def _runtimes(text: str) -> tuple[float, ...]:
 
 
 def _methods(text: str, known: dict[str, Any]) -> list[Any]:
-    names = list(known) if text == "all" else [name.strip() for name in text.split(",")]
+    names = list(known) if text.strip() == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise HeterostepError(f"--methods names none; the methods are {', '.join(known)}")
     unknown = [name for name in names if name not in known]
     if unknown:
         raise HeterostepError(f"no such method: {', '.join(unknown)}; the methods are {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(names)]
 
 
-def _config(runtime: float | None, share: float | None, dense: bool, both: bool, solver: str) -> HSAConfig:
-    if dense and (runtime is not None or share is not None or both):
-        raise HeterostepError("--dense skips nothing: leave out --runtime, --share and --both")
+def _config(
+    runtime: float | None, share: float | None, between: float | None, dense: bool, both: bool, solver: str
+) -> HSAConfig:
+    if dense and (runtime is not None or share is not None or between or both):
+        raise HeterostepError("--dense skips nothing: leave out --runtime, --share, --between and --both")
     if runtime is not None and share is not None:
         raise HeterostepError("give --runtime or --share, not both of them")
     if dense:
         return HSAConfig(share=1.0, solver=solver)
-    return HSAConfig(runtime=0.5 if runtime is None and share is None else runtime, share=share, solver=solver)
+    runtime = 0.5 if runtime is None and share is None else runtime
+    return HSAConfig(runtime=runtime, share=share, between=between, solver=solver)
+
+
+def _check_guidance(guidance: float | None) -> None:
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise HeterostepError(f"--guidance must be a number of at least 0, not {guidance:g}")
+
+
+def _check_folder(path: Path) -> None:
+    """Whether the folder is there or can be made, before any work."""
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise HeterostepError(f"{there} is no folder")
+    if not os.access(there, os.W_OK):
+        raise HeterostepError(f"cannot write to the folder {there}")
 
 
 def _check_outputs(*outputs: tuple[Path | None, tuple[str, ...]]) -> None:
@@ -391,13 +422,13 @@ def _memory_advice(pipe: Any, config: HSAConfig, sizes: dict[str, Any]) -> Itera
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
             raise
         advice = "lower --height, --width or --frames, or take a smaller --dtype"
-        if config.target == 1:
+        if config.target == 1 or config.between is None:
             raise HeterostepError(f"out of memory: {advice}") from error
         from heterostep.checkpoints import kv_cache_bytes
 
         needed = kv_cache_bytes(pipe, **sizes)
         cache = f"; the K/V cache alone needs {filesize.decimal(needed)}" if needed else ""
-        raise HeterostepError(f"out of memory{cache}: {advice}, or use --dense, which keeps no K/V") from error
+        raise HeterostepError(f"out of memory{cache}: {advice}, or use --no-kv") from error
 
 
 def _run(pipe: Any, config: HSAConfig, options: dict[str, Any], seed: int, name: str, quiet: bool) -> Result:

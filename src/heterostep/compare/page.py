@@ -422,7 +422,8 @@ class _Report:
     def _frontier_row(self, name: str, row: Record | None, runtime: float, winners: dict[str, list[str]]) -> str:
         head = self._named(name)
         if row is None or not row.get("reached"):
-            return self._unmeasured(head, f"not reached{self._range(name)}")
+            reason = self.methods.get(name, {}).get("reason")
+            return self._unmeasured(head, f"not reached{self._range(name)}" + (f"; {escape(reason)}" if reason else ""))
         cells = []
         for metric in self.metrics:
             text = _with_spread(metric, self._cell(row, runtime, metric))

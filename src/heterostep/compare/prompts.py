@@ -61,7 +61,8 @@ def read_prompts(path: Path, seed: int, size: tuple[int, int] | None) -> list[Pr
             try:
                 with Image.open(path.parent / name) as opened:
                     image = np.asarray(ImageOps.fit(opened.convert("RGB"), size))
-            except OSError as error:
+            except Exception as error:
+                # Pillow's decoders raise more than OSError for broken files.
                 raise HeterostepError(f"{path}, line {number}: cannot read the image {name}") from error
         prompts.append(Prompt(text, seed + number - 1, image))
     if not prompts:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from heterostep.compare.judging import Judges, free_cores
 from heterostep.compare.measure import Prompt, Record, generate, likeness, refuses_batch
 from heterostep.compare.method import Method
 from heterostep.errors import HeterostepError, first_line
-from heterostep.files import replacing
+from heterostep.files import replacing, writing
 
 DENSE = "dense"
 CHANCE = "dense, another seed"
@@ -33,6 +33,8 @@ OTHER_SEED = 7919
 # Visits whose clips may wait to be judged: clips are large.
 MOST_WAITING = 4
 SCHEMA = 2
+# Settings that go by another name on the command line.
+_OPTIONS = {"num_inference_steps": "steps", "num_frames": "frames", "guidance_scale": "guidance", "shown": "videos"}
 
 
 @dataclass(frozen=True)
@@ -98,15 +100,21 @@ class _Clock:
         self._left[kind] -= 1
         self._took.setdefault(kind, []).append(seconds)
 
-    def drop(self, name: str) -> None:
-        """The method is not visited again."""
-        self._left = Counter({kind: count for kind, count in self._left.items() if kind[0] != name})
+    def drop(self, gone: Callable[[str, float], bool]) -> None:
+        """These methods at these values are not visited again."""
+        self._left = Counter({kind: count for kind, count in self._left.items() if not gone(*kind)})
 
     def left(self) -> float | None:
         """Seconds; None where nothing is left."""
         mean = statistics.mean(seconds for each in self._took.values() for seconds in each)
         kinds = [(count, self._took.get(kind, [mean])) for kind, count in self._left.items() if count]
         return sum(count * statistics.mean(took) for count, took in kinds) if kinds else None
+
+
+def _said_left(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return ", less than a minute left" if seconds < 60 else f", about {round(seconds / 60)} min left"
 
 
 def sweep(method: Method, settings: Settings) -> list[float]:
@@ -134,12 +142,14 @@ class Comparison:
     prompts: what to generate.
     methods: with what.
     settings: see `Settings`.
-    folder: where everything goes; a comparison of the same settings that was stopped goes on.
+    folder: where everything goes; a comparison of the same settings that was stopped goes on, also with other methods.
     command: what the user typed, for the page.
     tell: called with one line after each call of the pipeline.
+    known: methods that the folder's earlier generations may be by, in the order in which all are shown.
 
     Raises:
-        HeterostepError: the folder holds another comparison, or the pipeline makes one video at a time.
+        HeterostepError: the folder holds another comparison or a damaged one, or cannot be written to; or the pipeline
+            makes one video at a time.
     """
 
     def __init__(
@@ -151,6 +161,7 @@ class Comparison:
         folder: Path,
         command: str,
         tell: Callable[[str], None] = lambda line: None,
+        known: Sequence[Method] = (),
     ) -> None:
         self.pipe, self.prompts, self.methods, self.settings = pipe, prompts, methods, settings
         self.folder, self.command, self.tell = folder, command, tell
@@ -158,8 +169,16 @@ class Comparison:
             raise HeterostepError(reason)
         self.refused = {method.name: reason for method in methods if (reason := method.refuses(pipe)) is not None}
         self.failed: dict[str, str] = {}
+        # Values of a method's dial that cannot be met, and why.
+        self.left_out: dict[tuple[str, float], str] = {}
         self._lines: list[dict[str, Any]] = []
         self._open()
+        names = {line["key"][2] for line in self._lines} - {DENSE, CHANCE}
+        catalogue = {method.name: method for method in (*known, *methods)}
+        called = {method.name for method in methods}
+        # All that results are about: this call's methods, and those that earlier calls made something by.
+        self.shown = [method for name, method in catalogue.items() if name in called | names]
+        self.shown += [_unknown(name) for name in sorted(names - set(catalogue))]
 
     def _open(self) -> None:
         """Make the folder, or take up what is in it."""
@@ -169,17 +188,19 @@ class Comparison:
         known = self.folder / "settings.json"
         (self.folder / "videos").mkdir(parents=True, exist_ok=True)
         (self.folder / "work").mkdir(exist_ok=True)
-        if known.is_file():
-            if json.loads(known.read_text()) != mine:
-                raise HeterostepError(f"{self.folder} holds another comparison: give another folder, or remove it")
-        else:
-            with replacing(known) as part:
-                part.write_text(json.dumps(mine, indent=1) + "\n")
         log = self.folder / "work" / "generations.jsonl"
+        if known.is_file() or log.is_file():
+            if theirs := _differences(_read_settings(known), mine):
+                raise HeterostepError(
+                    f"{self.folder} holds another comparison ({'; '.join(theirs)}): give another folder, or remove it"
+                )
+        else:
+            with writing(known), replacing(known) as part:
+                part.write_text(json.dumps(mine, indent=1) + "\n")
         if log.is_file():
             # A line that was being written when the run was stopped is made again, and so is a batch that lacks it.
             lines = []
-            for text in log.read_text().splitlines():
+            for text in log.read_text(errors="replace").splitlines():
                 try:
                     lines.append(json.loads(text))
                 except ValueError:
@@ -188,13 +209,24 @@ class Comparison:
             for line in lines:
                 repeat, prompt, *what = line["key"]
                 batch = self._batch(prompt - prompt % self.settings.batch)
-                if line.get("error") or all(json.dumps([repeat, other, *what]) in logged for other in batch):
+                if (
+                    "error" in line
+                    or "left_out" in line
+                    or all(json.dumps([repeat, other, *what]) in logged for other in batch)
+                ):
                     self._lines.append(line)
-            with replacing(log) as part:
+            with writing(log), replacing(log) as part:
                 part.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
         for line in self._lines:
-            if line.get("error"):
-                self.failed[line["key"][2]] = line["error"]
+            _, _, name, value = line["key"]
+            if "error" in line:
+                self.failed[name] = line["error"]
+            if "left_out" in line:
+                self.left_out[name, value] = line["left_out"]
+
+    def _gone(self, name: str, value: float) -> bool:
+        """Whether the method is not run at the value, this time or again."""
+        return name in self.failed or (name, value) in self.left_out
 
     def _batch(self, first: int) -> range:
         """The prompts that are generated together, of which the first is given."""
@@ -221,14 +253,14 @@ class Comparison:
         visits = list(self.visits())
         made = {json.dumps(line["key"]) for line in self._lines}
         todo = [(number, v) for number, v in enumerate(visits, 1) if json.dumps(v.keys[0]) not in made]
-        clock = _Clock([visit for _, visit in todo if visit.name not in self.failed])
+        clock = _Clock([visit for _, visit in todo if not self._gone(visit.name, visit.value)])
         # One video at a time is timed, so nothing may run beside it.
         processes = free_cores() if self.settings.batch > 1 else 0
         judges = Judges(processes if processes > 1 else 0)
         waiting: deque[_Made] = deque()
         try:
             for number, visit in todo:
-                if visit.name in self.failed:
+                if self._gone(visit.name, visit.value):
                     continue
                 if self._lines and visit.name == DENSE:
                     # What is known so far, should this be stopped.
@@ -238,10 +270,8 @@ class Comparison:
                 said = waiting[-1].said
                 self._settle(waiting, MOST_WAITING)
                 clock.note(visit, time.monotonic() - started)
-                if visit.name in self.failed:
-                    clock.drop(visit.name)
-                if (left := clock.left()) is not None:
-                    said += f", about {max(1, round(left / 60))} min left"
+                clock.drop(self._gone)
+                said += _said_left(clock.left())
                 first, last = visit.prompts[0] + 1, visit.prompts[-1] + 1
                 who = f"prompt {first}" if first == last else f"prompts {first}-{last}"
                 self.tell(f"{number}/{len(visits)} {who} {visit.name} {visit.value:g}: {said}")
@@ -257,12 +287,14 @@ class Comparison:
             for line, figures in zip(made.lines, made.figures):
                 line |= figures.result()
             self._lines += made.lines
-            with (self.folder / "work" / "generations.jsonl").open("a") as log:
+            path = self.folder / "work" / "generations.jsonl"
+            with writing(path), path.open("a") as log:
                 log.write("".join(json.dumps(line) + "\n" for line in made.lines))
 
     def _write(self, complete: bool) -> dict[str, Any]:
         results = self._results() | {"complete": complete}
-        with replacing(self.folder / "results.json") as part:
+        path = self.folder / "results.json"
+        with writing(path), replacing(path) as part:
             part.write_text(json.dumps(results, indent=1) + "\n")
         return results
 
@@ -275,6 +307,10 @@ class Comparison:
         except Exception as error:
             if visit.method is None:
                 raise
+            if isinstance(error, HeterostepError):
+                # A budget that cannot be met: the curve does not reach it.
+                reason = self.left_out[visit.name, visit.value] = first_line(error)
+                return _Made([{"key": visit.keys[0], "left_out": reason}], f"left out: {reason}")
             # Somebody else's method may fail in any way; the others go on.
             self.failed[visit.name] = f"{type(error).__name__}: {first_line(error)}"
             return _Made([{"key": visit.keys[0], "error": self.failed[visit.name]}], self.failed[visit.name])
@@ -305,7 +341,7 @@ class Comparison:
         position = line["key"][1]
         kept = self.folder / "work" / f"dense-{position}.npy"
         if visit.name == DENSE:
-            with replacing(kept) as part, part.open("wb") as file:
+            with writing(kept), replacing(kept) as part, part.open("wb") as file:
                 np.save(file, clip)
         line |= likeness(clip, np.load(kept), self.pipe.device)
         if position < self.settings.shown:
@@ -314,21 +350,25 @@ class Comparison:
 
             name = f"videos/{position}-{_slug(visit.name)}-{visit.value:g}"
             line["video"] = f"{name}.mp4"
-            write_video(self.folder / line["video"], clip, self.settings.fps)
+            path = self.folder / line["video"]
+            with writing(path):
+                write_video(path, clip, self.settings.fps)
             if steps_map is not None:
                 line["heatmap"] = f"{name}.png"
-                write_heatmap(self.folder / line["heatmap"], clip, steps_map, self.settings.fps)
+                path = self.folder / line["heatmap"]
+                with writing(path):
+                    write_heatmap(path, clip, steps_map, self.settings.fps)
         return judges.judge(clip, kept, prompt.text if self.settings.judged else None)
 
     def _records(self) -> list[Record]:
         cells: dict[tuple[int, str, float], list[dict[str, Any]]] = {}
         for line in self._lines:
             _, prompt, name, value = line["key"]
-            if name not in self.failed:
+            if not self._gone(name, value):
                 cells.setdefault((prompt, name, value), []).append(line)
         dense = {prompt: lines for (prompt, name, _), lines in cells.items() if name == DENSE}
         # A bound is about the budget that it is set to, whatever it costs.
-        bounds = {method.name for method in self.methods if method.diagnostic}
+        bounds = {method.name for method in self.shown if method.diagnostic}
         records = []
         for (prompt, name, value), lines in cells.items():
             first, seconds, runtime = lines[0], None, None
@@ -360,8 +400,9 @@ class Comparison:
         dense, chance = ([r for r in records if r["method"] == name] for name in (DENSE, CHANCE))
         rest = [r for r in records if r["method"] not in (DENSE, CHANCE)]
         cost = self.settings.cost
-        lines = summary.curves(rest, dense, cost)
-        bounds = [method.name for method in self.methods if method.diagnostic]
+        names = [method.name for method in self.shown]
+        lines = sorted(summary.curves(rest, dense, cost), key=lambda line: names.index(line["method"]))
+        bounds = [method.name for method in self.shown if method.diagnostic]
         options = self.settings.options
         sizes = ("num_inference_steps", "height", "width", "num_frames", "guidance_scale")
         return {
@@ -385,7 +426,7 @@ class Comparison:
             | {"runtimes": list(self.settings.runtimes), "repeats": self.settings.repeats}
             | {"cost": cost, "batch": self.settings.batch, "seeds": self.settings.seeds},
             "prompts": [{"prompt": p.text, "seed": p.seed} for p in self.prompts],
-            "methods": [self._account(method) for method in self.methods],
+            "methods": [self._account(method, rest) for method in self.shown],
             "dense": dense,
             "chance": chance,
             "generations": rest,
@@ -393,18 +434,62 @@ class Comparison:
             "frontier": summary.frontier(lines, self.settings.runtimes, bounds, cost),
         }
 
-    def _account(self, method: Method) -> dict[str, Any]:
+    def _account(self, method: Method, records: list[dict[str, Any]]) -> dict[str, Any]:
+        made = Counter(record["value"] for record in records if record["method"] == method.name)
         refused, failed = self.refused.get(method.name), self.failed.get(method.name)
-        status = "not supported" if refused else "failed" if failed else "ran"
+        reasons = [each for each in (refused, failed) if each]
+        reasons += [f"without {value:g}: {why}" for (name, value), why in self.left_out.items() if name == method.name]
+        if method not in self.methods and made and min(made.values()) < len(self.prompts):
+            reasons.append(f"stopped after {min(made.values())} of {len(self.prompts)} prompts, and not gone on with")
+        # What an earlier call made is there, also where this one could not.
+        status = "failed" if failed else "ran" if made or not reasons else "not supported"
         return {
             "name": method.name,
             "label": method.label,
             "dial": method.dial,
             "status": status,
-            "reason": refused or failed,
+            "reason": "; ".join(reasons) or None,
             "diagnostic": method.diagnostic,
             "whole_batch": method.whole_batch,
         }
+
+
+def _unknown(name: str) -> Method:
+    """A method that is known by its generations alone."""
+
+    def apply(pipe: Any, value: float, num_steps: int) -> NoReturn:
+        raise HeterostepError(f"no such method: {name}")
+
+    return Method(name, name, "its dial", (), apply)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """What a folder's comparison is of: `settings`, `prompts`, `images`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content["settings"]["options"], dict) and isinstance(content["prompts"], list):
+            return content
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass
+    raise HeterostepError(f"{path} is missing or damaged: restore it, or remove the folder {path.parent}")
+
+
+def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
+    """What a folder's comparison has that another one has not, for people: such as "steps 40, not 20"."""
+    (old, new) = ({**each["settings"], **each["settings"]["options"]} for each in (theirs, mine))
+    names = [name for name in {**new, **old} if name != "options" and old.get(name) != new.get(name)]
+    out = [f"{_OPTIONS.get(name, name)} {_plain(old.get(name))}, not {_plain(new.get(name))}" for name in names]
+    if len(theirs["prompts"]) != len(mine["prompts"]):
+        out.append(f"{len(theirs['prompts'])} prompts, not {len(mine['prompts'])}")
+    elif theirs["prompts"] != mine["prompts"]:
+        out.append("other prompts or seeds")
+    elif theirs.get("images") != mine["images"]:
+        out.append("other first frames")
+    return out
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(_plain, value)) if isinstance(value, list) else str(value)
 
 
 def _slug(name: str) -> str:

@@ -78,7 +78,7 @@ def read_off(points: list[dict[str, Any]], asked: float, cost: str = RUNTIME) ->
     values = {}
     for metric in METRICS:
         low, high = cheaper.get(metric), dearer.get(metric)
-        if metric == "psnr" and IDENTICAL_DB in (low["mean"], high["mean"]):
+        if metric == "psnr" and low and high and IDENTICAL_DB in (low["mean"], high["mean"]):
             # On the way to a video that equals the dense one the decibels have no end.
             high = None
         values[metric] = low["mean"] * (1 - weight) + high["mean"] * weight if low and high else None

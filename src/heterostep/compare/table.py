@@ -43,7 +43,8 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
         console.print(table)
     for method in results["methods"]:
         if method["reason"]:
-            console.print(f"{method['name']}: {method['status']}: {method['reason']}", markup=False)
+            status = "" if method["status"] == "ran" else f"{method['status']}: "
+            console.print(f"{method['name']}: {status}{method['reason']}", markup=False, soft_wrap=True)
     for each in (results.get("vbench") or {}).get("failed", []):
         text = f"VBench of {each['method']} {each['value']:g}: failed: {each['reason']}"
         console.print(text, markup=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from heterostep.compare import summary
 from heterostep.errors import HeterostepError
-from heterostep.files import replacing
+from heterostep.files import replacing, writing
 
 # Those that VBench has for any video (mode custom_input): none of them reads the prompt.
 DIMENSIONS = (
@@ -131,7 +131,8 @@ def _write(folder: Path, results: Results, complete: bool) -> None:
     bounds = [method["name"] for method in results["methods"] if method["diagnostic"]]
     results["frontier"] = summary.frontier(results["curves"], settings["runtimes"], bounds, settings["cost"])
     results["complete"] = complete
-    with replacing(folder / "results.json") as part:
+    path = folder / "results.json"
+    with writing(path), replacing(path) as part:
         part.write_text(json.dumps(results, indent=1) + "\n")
 
 
