@@ -71,9 +71,29 @@ def test_what_meetings_leave_goes_to_the_middles_of_gaps():
         assert len(inside) <= 1 and all(abs(step - (a + b) / 2) <= 0.5 for step in inside)
     whole = by_growing_gaps(8 * 320 + 50, tokens, steps, between=None)
     assert set(whole) == {0, 320} and sum(whole) == 8 * 320
-    # Less than a meeting's worth is not scattered.
+    # What is left over by chance is spent once, in the last gap, and where it need not be exact only if it is worth it.
     counts = by_growing_gaps(8 * 320 + 50, tokens, steps)
-    assert sorted(count for count in counts if 0 < count < 320) == [50]
+    (at,) = (step for step, count in enumerate(counts) if 0 < count < 320)
+    assert counts[at] == 50 and all(count == 0 for count in counts[at + 1 :])
+    assert sum(by_growing_gaps(8 * 320 + 30, tokens, steps, exact=False)) == 8 * 320
+    assert sum(by_growing_gaps(8 * 320 + 300, tokens, steps, exact=False)) == 8 * 320 + 300
+
+
+@pytest.mark.parametrize("fixed", [0.0, 0.05, 0.2, 0.4])
+def test_seconds_buy_the_most_whole_steps_that_fit(fixed):
+    """Each step that is not empty has a fixed cost; what is left over never costs a whole step."""
+    tokens, steps = Tokens(75_600), range(12, 40)
+
+    def cost(count):
+        return fixed + (1 - fixed) * count / tokens.total if count else 0.0
+
+    def plan(evaluations):
+        return by_growing_gaps(evaluations, tokens, steps, exact=False)
+
+    for budget in (3.0, 8.0, 8.3, 9.2, 15.9, 27.0):
+        counts = plan(evaluations_within(budget, cost, tokens.total * len(steps), plan))
+        assert sum(map(cost, counts)) <= budget
+        assert sum(count == tokens.total for count in counts) == int(budget)
 
 
 def test_too_small_a_budget_gives_the_fewest_meetings_and_too_large_a_dense_window():

@@ -51,7 +51,8 @@ def by_growing_gaps(
 ) -> list[int]:
     """Active tokens at each of the window's steps: meetings whose gaps grow in proportion to the step's number.
 
-    What the meetings leave is spent in the middle of the gaps, or at several steps in each.
+    What the meetings leave is spent in the middle of the last gap; with `between`, in the middle of all, or at several
+    steps in each.
 
     Args:
         evaluations: token evaluations that may be spent, 0..N * len(steps).
@@ -82,9 +83,12 @@ def by_growing_gaps(
         inside = _inside(meetings, stop, number)
         if left <= each * len(inside) / 2:
             break
-    # Less than a few larger steps is not scattered over many small ones: each has its overhead.
-    used = min(len(inside), max(1, left // max(1, tokens.total // LEAST_SHARE)))
-    _spread(counts, left, [step - first for step in inside[:used]], tokens, exact)
+    # Each step has its overhead, so that little is not scattered over many. What is left over by chance comes last: as
+    # seconds come in it is spent once, and in one gap.
+    enough = max(1, tokens.total // LEAST_SHARE)
+    used = min(len(inside), max(1, left // enough) if between else math.ceil(left / each))
+    if used and (exact or left >= enough):
+        _spread(counts, left, [step - first for step in inside[-used:]], tokens, exact)
     return counts
 
 
@@ -192,7 +196,8 @@ def evaluations_within(
 
     Args:
         seconds: what the steps may take.
-        cost: active tokens of one step -> its seconds; must not fall as the count rises.
+        cost: active tokens of one step -> its seconds. A plan of more evaluations should not take less, or what is
+            found may not be the most.
         most: token evaluations of a dense run over these steps.
         plan: token evaluations -> active tokens at each step.
     """

@@ -114,7 +114,7 @@ def generate(
     between: Annotated[
         float, typer.Option(min=0, max=1, help="Share of it for single tokens between whole steps.")
     ] = 0.0,
-    no_kv: Annotated[bool, typer.Option("--no-kv", help="Whole steps alone, which keep no K/V in memory.")] = False,
+    no_kv: Annotated[bool, typer.Option("--no-kv", help="Whole steps alone: no K/V in memory; not for LTX-2.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 40,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
@@ -302,8 +302,8 @@ def _methods(text: str, known: dict[str, Any]) -> list[Any]:
 def _config(
     runtime: float | None, share: float | None, between: float | None, dense: bool, both: bool, solver: str
 ) -> HSAConfig:
-    if dense and (runtime is not None or share is not None or between or both):
-        raise HeterostepError("--dense skips nothing: leave out --runtime, --share, --between and --both")
+    if dense and (runtime is not None or share is not None or between != 0 or both):
+        raise HeterostepError("--dense skips nothing: leave out --runtime, --share, --between, --no-kv and --both")
     if runtime is not None and share is not None:
         raise HeterostepError("give --runtime or --share, not both of them")
     if dense:
@@ -428,7 +428,7 @@ def _memory_advice(pipe: Any, config: HSAConfig, sizes: dict[str, Any]) -> Itera
 
         needed = kv_cache_bytes(pipe, **sizes)
         cache = f"; the K/V cache alone needs {filesize.decimal(needed)}" if needed else ""
-        raise HeterostepError(f"out of memory{cache}: {advice}, or use --no-kv") from error
+        raise HeterostepError(f"out of memory{cache}: {advice}, or use --no-kv (LTX-2: --dense)") from error
 
 
 def _run(pipe: Any, config: HSAConfig, options: dict[str, Any], seed: int, name: str, quiet: bool) -> Result:

@@ -22,13 +22,14 @@ class HSAConfig:
             for each step: with `report.active_share` it replays a run exactly.
         between: share of the caching window's evaluations, 0..1, that goes to the tokens ranked first between two
             meeting steps (at which all tokens are evaluated); at 0 they get what whole meetings leave. With None that
-            is left unspent, less than one dense step: then no K and V are kept at all (but for LTX-2's sound).
+            is left unspent, less than one dense step: then no K and V are kept at all. Not for LTX-2, whose sound runs
+            at every step.
         divisors: the paper's equal gaps in place of growing ones: the step divisors that tokens may get, ascending,
             each a multiple of the one before. A token of divisor d is evaluated at every d-th step; all tokens meet at
             multiples of the largest divisor in play. `between` then has no meaning.
         dense_start: steps before the window, all dense, at least 1; by default chosen from the target.
         dense_end: steps after the window, all dense.
-        regroup_every: tokens are ranked anew at every such meeting step.
+        regroup_every: tokens are ranked anew at every such meeting step that single tokens follow.
         extrapolate: how far a held velocity follows its last slope over sigma: 0 holds it as it is, as the paper does;
             1 extends the line through its last two evaluations.
         solver: "pipeline" feeds held velocities to the scheduler that the pipeline has; "euler" is the paper's update,

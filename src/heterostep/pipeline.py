@@ -28,14 +28,19 @@ class _Session:
     """What `enable` changed on one pipeline. Refers to the pipeline weakly, so that neither keeps the other alive."""
 
     def __init__(self, pipe: DiffusionPipeline, config: HSAConfig, on_step: Callable[[StepInfo], None] | None) -> None:
+        models = transformers(pipe)
+        adapter = FAMILIES[type(models[0]).__name__].adapter
+        if config.between is None and config.divisors is None and adapter.least_active:
+            raise HeterostepError(
+                f"{type(pipe).__name__} has something to do at every step, which reads everyone's K/V: give between=0 "
+                "in place of None (no --no-kv)"
+            )
         self.name = type(pipe).__name__
         self._pipe = weakref.ref(pipe)
         self.original_scheduler = pipe.scheduler
         self.own_scheduler = first_order(pipe.scheduler) if config.solver == "euler" else None
         if self.own_scheduler is not None:
             pipe.scheduler = self.own_scheduler
-        models = transformers(pipe)
-        adapter = FAMILIES[type(models[0]).__name__].adapter
         self.runner = Runner(self._pipe, models, adapter, config, self._check, on_step)
         # Whoever drops the pipeline may go on with its transformer.
         weakref.finalize(pipe, self.runner.uninstall)

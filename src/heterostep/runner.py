@@ -9,7 +9,8 @@ inside is the adapter's. Each call is one of four:
     empty    no token: all velocities are held
 
 Holding a token's velocity over k steps is one Euler step over all of them: with one velocity, their sum telescopes. By
-default held velocities go on as they changed between the token's last two evaluations, which is of second order.
+default held velocities go on along half of their slope between the token's last two evaluations. The whole slope would
+be the second-order update; half of it measured best.
 
 Shapes: B samples, b batch of a call, N tokens, n active tokens, C values a token.
 """
@@ -164,7 +165,9 @@ class Runner:
             keep = sparse_follows and self.config.sync == "hold"
             branch.follow_text(inputs.get("encoder_hidden_states"))
             self._branch, self._active = branch, active
-            self._keep_scores = generation.is_meeting and any(0 < n < total for n in generation.counts[step + 1 :])
+            # With a runtime the plan may yet come to have single tokens.
+            some = self.config.runtime is not None or any(0 < n < total for n in generation.counts[step + 1 :])
+            self._keep_scores = generation.is_meeting and some
             self._call.index, self._call.num_tokens = index, total
             if index is not None or keep:
                 for (_, processor), store in zip(expert.seams.attentions, branch.stores, strict=True):
@@ -226,7 +229,7 @@ class Runner:
             branch.velocity = rows
             if self._keep_scores:
                 branch.scores = velocity_change(rows, old, elapsed)
-            if self.config.extrapolate:
+            if self.config.extrapolate and generation.skips_follow:
                 branch.slope = velocity_slope(rows, old, elapsed)
             return rows
         where = active[..., None].expand_as(rows)

@@ -50,12 +50,13 @@ class Schedule:
             name = "runtime" if config.runtime is not None else "share"
             start, stop = self.window
             dense, divisors = num_steps - stop + start, config.divisors
-            then = f"then every {divisors[-1]}th" if divisors else "one more at the window's start"
+            then = f", then every {divisors[-1]}th" if divisors else ", one more at the window's start"
+            then = then if start < stop else ""
             switch = ", one more where the second transformer takes over" if self.restarts else ""
             advice = "take more steps, or allow larger divisors" if divisors else "or take more steps"
             raise HeterostepError(
                 f"{name}={config.target:g} is below the lowest possible {math.ceil(self.lowest_share * 1000) / 1000:g} "
-                f"for {num_steps} steps (dense ones: {dense}, {then}{switch}): raise {name}, {advice}"
+                f"for {num_steps} steps (dense ones: {dense}{then}{switch}): raise {name}, {advice}"
             )
 
     def _check_replay(self, shares: tuple[float, ...]) -> None:

@@ -91,6 +91,11 @@ class Generation:
         ahead = itertools.takewhile(lambda count: count < total, self.counts[self.step + 1 :])
         return any(ahead)
 
+    @property
+    def skips_follow(self) -> bool:
+        """Whether any velocity will be held."""
+        return any(count < self.schedule.tokens.total for count in self.counts[self.step + 1 :])
+
     def branch(self, position: int) -> Branch:
         """The branch of the step's call number `position`."""
         while len(self.branches) <= position:

@@ -20,6 +20,7 @@ import torch
 
 import heterostep
 from heterostep.compare import summary
+from heterostep.compare.folder import Folder
 from heterostep.compare.judging import Judges, free_cores
 from heterostep.compare.measure import Prompt, Record, generate, likeness, refuses_batch
 from heterostep.compare.method import Method
@@ -33,8 +34,6 @@ OTHER_SEED = 7919
 # Visits whose clips may wait to be judged: clips are large.
 MOST_WAITING = 4
 SCHEMA = 2
-# Settings that go by another name on the command line.
-_OPTIONS = {"num_inference_steps": "steps", "num_frames": "frames", "guidance_scale": "guidance", "shown": "videos"}
 
 
 @dataclass(frozen=True)
@@ -168,11 +167,11 @@ class Comparison:
         if settings.batch > 1 and (reason := refuses_batch(pipe, prompts[0].image is not None)):
             raise HeterostepError(reason)
         self.refused = {method.name: reason for method in methods if (reason := method.refuses(pipe)) is not None}
-        self.failed: dict[str, str] = {}
+        self._store = Folder(folder, self._content())
+        self._lines = self._store.lines(lambda prompt: self._batch(prompt - prompt % settings.batch))
+        self.failed = {line["key"][2]: line["error"] for line in self._lines if "error" in line}
         # Values of a method's dial that cannot be met, and why.
-        self.left_out: dict[tuple[str, float], str] = {}
-        self._lines: list[dict[str, Any]] = []
-        self._open()
+        self.left_out = {tuple(line["key"][2:]): line["left_out"] for line in self._lines if "left_out" in line}
         names = {line["key"][2] for line in self._lines} - {DENSE, CHANCE}
         catalogue = {method.name: method for method in (*known, *methods)}
         called = {method.name for method in methods}
@@ -180,49 +179,11 @@ class Comparison:
         self.shown = [method for name, method in catalogue.items() if name in called | names]
         self.shown += [_unknown(name) for name in sorted(names - set(catalogue))]
 
-    def _open(self) -> None:
-        """Make the folder, or take up what is in it."""
+    def _content(self) -> dict[str, Any]:
+        """What the comparison is of, as its folder has it."""
         pictures = [hashlib.sha256(p.image.tobytes()).hexdigest() for p in self.prompts if p.image is not None]
         prompts = [[p.text, p.seed] for p in self.prompts]
-        mine = json.loads(json.dumps({"settings": asdict(self.settings), "prompts": prompts, "images": pictures}))
-        known = self.folder / "settings.json"
-        (self.folder / "videos").mkdir(parents=True, exist_ok=True)
-        (self.folder / "work").mkdir(exist_ok=True)
-        log = self.folder / "work" / "generations.jsonl"
-        if known.is_file() or log.is_file():
-            if theirs := _differences(_read_settings(known), mine):
-                raise HeterostepError(
-                    f"{self.folder} holds another comparison ({'; '.join(theirs)}): give another folder, or remove it"
-                )
-        else:
-            with writing(known), replacing(known) as part:
-                part.write_text(json.dumps(mine, indent=1) + "\n")
-        if log.is_file():
-            # A line that was being written when the run was stopped is made again, and so is a batch that lacks it.
-            lines = []
-            for text in log.read_text(errors="replace").splitlines():
-                try:
-                    lines.append(json.loads(text))
-                except ValueError:
-                    continue
-            logged = {json.dumps(line["key"]) for line in lines}
-            for line in lines:
-                repeat, prompt, *what = line["key"]
-                batch = self._batch(prompt - prompt % self.settings.batch)
-                if (
-                    "error" in line
-                    or "left_out" in line
-                    or all(json.dumps([repeat, other, *what]) in logged for other in batch)
-                ):
-                    self._lines.append(line)
-            with writing(log), replacing(log) as part:
-                part.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
-        for line in self._lines:
-            _, _, name, value = line["key"]
-            if "error" in line:
-                self.failed[name] = line["error"]
-            if "left_out" in line:
-                self.left_out[name, value] = line["left_out"]
+        return json.loads(json.dumps({"settings": asdict(self.settings), "prompts": prompts, "images": pictures}))
 
     def _gone(self, name: str, value: float) -> bool:
         """Whether the method is not run at the value, this time or again."""
@@ -287,15 +248,11 @@ class Comparison:
             for line, figures in zip(made.lines, made.figures):
                 line |= figures.result()
             self._lines += made.lines
-            path = self.folder / "work" / "generations.jsonl"
-            with writing(path), path.open("a") as log:
-                log.write("".join(json.dumps(line) + "\n" for line in made.lines))
+            self._store.append(made.lines)
 
     def _write(self, complete: bool) -> dict[str, Any]:
         results = self._results() | {"complete": complete}
-        path = self.folder / "results.json"
-        with writing(path), replacing(path) as part:
-            part.write_text(json.dumps(results, indent=1) + "\n")
+        self._store.write_results(results)
         return results
 
     def _make(self, visit: Visit, judges: Judges) -> _Made:
@@ -339,7 +296,7 @@ class Comparison:
             what is known later.
         """
         position = line["key"][1]
-        kept = self.folder / "work" / f"dense-{position}.npy"
+        kept = self._store.dense(position)
         if visit.name == DENSE:
             with writing(kept), replacing(kept) as part, part.open("wb") as file:
                 np.save(file, clip)
@@ -461,35 +418,6 @@ def _unknown(name: str) -> Method:
         raise HeterostepError(f"no such method: {name}")
 
     return Method(name, name, "its dial", (), apply)
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    """What a folder's comparison is of: `settings`, `prompts`, `images`."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content["settings"]["options"], dict) and isinstance(content["prompts"], list):
-            return content
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        pass
-    raise HeterostepError(f"{path} is missing or damaged: restore it, or remove the folder {path.parent}")
-
-
-def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
-    """What a folder's comparison has that another one has not, for people: such as "steps 40, not 20"."""
-    (old, new) = ({**each["settings"], **each["settings"]["options"]} for each in (theirs, mine))
-    names = [name for name in {**new, **old} if name != "options" and old.get(name) != new.get(name)]
-    out = [f"{_OPTIONS.get(name, name)} {_plain(old.get(name))}, not {_plain(new.get(name))}" for name in names]
-    if len(theirs["prompts"]) != len(mine["prompts"]):
-        out.append(f"{len(theirs['prompts'])} prompts, not {len(mine['prompts'])}")
-    elif theirs["prompts"] != mine["prompts"]:
-        out.append("other prompts or seeds")
-    elif theirs.get("images") != mine["images"]:
-        out.append("other first frames")
-    return out
-
-
-def _plain(value: Any) -> str:
-    return ",".join(map(_plain, value)) if isinstance(value, list) else str(value)
 
 
 def _slug(name: str) -> str:

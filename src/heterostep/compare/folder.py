@@ -1,0 +1,112 @@
+"""A comparison's folder: what it is of (`settings.json`) and what has been made so far (`work/generations.jsonl`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from heterostep.errors import HeterostepError
+from heterostep.files import replacing, writing
+
+# Settings that go by another name on the command line.
+_OPTIONS = {"num_inference_steps": "steps", "num_frames": "frames", "guidance_scale": "guidance", "shown": "videos"}
+
+Line = dict[str, Any]
+
+
+class Folder:
+    """The folder of one comparison, new or taken up again.
+
+    A line of the log is what is known of one generation; its `key` is [repeat, prompt, method, value]. Lines with an
+    `error` or a `left_out` are about the method or the value alone.
+
+    Args:
+        path: the folder; made where it is not there.
+        content: what the comparison is of: `settings`, `prompts`, `images`, as JSON has them.
+
+    Raises:
+        HeterostepError: it holds another comparison or a damaged one, or cannot be written to.
+    """
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self.path = path
+        self._settings, self._log = path / "settings.json", path / "work" / "generations.jsonl"
+        (path / "videos").mkdir(parents=True, exist_ok=True)
+        (path / "work").mkdir(exist_ok=True)
+        if self._settings.is_file() or self._log.is_file():
+            if theirs := _differences(self._read_settings(), content):
+                raise HeterostepError(
+                    f"{path} holds another comparison ({'; '.join(theirs)}): give another folder, or remove it"
+                )
+        else:
+            with writing(self._settings), replacing(self._settings) as part:
+                part.write_text(json.dumps(content, indent=1) + "\n")
+
+    def lines(self, batch: Callable[[int], Sequence[int]]) -> list[Line]:
+        """What has been made. What was being written when the run was stopped is dropped, with the rest of its batch.
+
+        Args:
+            batch: a prompt -> the prompts that are generated together with it.
+        """
+        if not self._log.is_file():
+            return []
+        found = []
+        for text in self._log.read_text(errors="replace").splitlines():
+            try:
+                found.append(json.loads(text))
+            except ValueError:
+                continue
+        logged = {json.dumps(line["key"]) for line in found}
+
+        def whole(line: Line) -> bool:
+            repeat, prompt, *what = line["key"]
+            return all(json.dumps([repeat, other, *what]) in logged for other in batch(prompt))
+
+        kept = [line for line in found if "error" in line or "left_out" in line or whole(line)]
+        with writing(self._log), replacing(self._log) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        return kept
+
+    def append(self, lines: Sequence[Line]) -> None:
+        """Add to the log."""
+        with writing(self._log), self._log.open("a") as log:
+            log.write("".join(json.dumps(line) + "\n" for line in lines))
+
+    def dense(self, prompt: int) -> Path:
+        """Where the dense video of a prompt is kept, uint8 [F, H, W, 3]."""
+        return self.path / "work" / f"dense-{prompt}.npy"
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write `results.json`."""
+        path = self.path / "results.json"
+        with writing(path), replacing(path) as part:
+            part.write_text(json.dumps(results, indent=1) + "\n")
+
+    def _read_settings(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self._settings.read_text(encoding="utf-8"))
+            if isinstance(content["settings"]["options"], dict) and isinstance(content["prompts"], list):
+                return content
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            pass
+        raise HeterostepError(f"{self._settings} is missing or damaged: restore it, or remove the folder {self.path}")
+
+
+def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
+    """What a folder's comparison has that another one has not, for people: such as "steps 40, not 20"."""
+    (old, new) = ({**each["settings"], **each["settings"]["options"]} for each in (theirs, mine))
+    names = [name for name in {**new, **old} if name != "options" and old.get(name) != new.get(name)]
+    out = [f"{_OPTIONS.get(name, name)} {_plain(old.get(name))}, not {_plain(new.get(name))}" for name in names]
+    if len(theirs["prompts"]) != len(mine["prompts"]):
+        out.append(f"{len(theirs['prompts'])} prompts, not {len(mine['prompts'])}")
+    elif theirs["prompts"] != mine["prompts"]:
+        out.append("other prompts or seeds")
+    elif theirs.get("images") != mine["images"]:
+        out.append("other first frames")
+    return out
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(_plain, value)) if isinstance(value, list) else str(value)
