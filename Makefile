@@ -7,8 +7,8 @@ COMPARE ?= --count 2 --points 2 --runtimes 1,0.5,0.25 --methods heterostep,steps
 
 demo: .venv/.installed
 	mkdir -p demo
-	.venv/bin/heterostep generate "$(PROMPT)" --runtime 0.5 --both --heatmap demo/heatmap.png --report demo/report.json --out demo/video.mp4
-	@echo "The video is demo/video.mp4, the heat map demo/heatmap.png, the report demo/report.json"
+	.venv/bin/heterostep generate "$(PROMPT)" --runtime 0.5 --both --report demo/report.json --out demo/video.mp4
+	@echo "The video is demo/video.mp4, the report demo/report.json"
 
 compare: .venv/.installed
 	.venv/bin/heterostep compare $(COMPARE) --out report
