@@ -16,14 +16,7 @@ from torch.nn.functional import pad
 
 from heterostep.adapters.attention import CachedAttention
 from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
-from heterostep.kernels import gather_rows
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of neighbouring pairs: x [B, n, H, D], cos and sin [B or 1, n, 1, D] with each value twice."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+from heterostep.kernels import gather_rows, rotate
 
 
 class JointAttention(CachedAttention):
@@ -37,7 +30,7 @@ class JointAttention(CachedAttention):
             project(hidden_states).unflatten(2, heads) for project in (attn.to_q, attn.to_k, attn.to_v)
         )
         rotary = [table[:, :, None] if table.ndim == 3 else table[None, :, None] for table in image_rotary_emb]
-        query, key = _rotate(attn.norm_q(query), *rotary), _rotate(attn.norm_k(key), *rotary)
+        query, key = rotate(attn.norm_q(query), *rotary), rotate(attn.norm_k(key), *rotary)
         text_query, text_key, text_value = (
             project(encoder_hidden_states).unflatten(2, heads)
             for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)

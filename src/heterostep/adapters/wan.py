@@ -17,18 +17,21 @@ from torch.nn.functional import pad
 
 from heterostep.adapters.attention import CachedAttention
 from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
-from heterostep.kernels import gather_rows
+from heterostep.kernels import gather_rows, norm_rotate, rotate
 from heterostep.kv_cache import StaticKV
 
 # WanAttention gives the text this many states; what comes before them is the image's.
 TEXT_STATES = 512
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of neighbouring pairs: x [B, n, H, D], cos and sin [B or 1, n, 1, D] with each value twice."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+def _norm_rotate(attn: Any, norm: Any, x: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """[B, n, H * D] -> [B, n, H, D]: a norm module of all heads together, then the rotary embedding."""
+    hooked = norm._forward_pre_hooks or norm._forward_hooks or "forward" in norm.__dict__
+    if type(norm) is not torch.nn.RMSNorm or hooked or (norm.weight is not None and norm.weight.dtype != x.dtype):
+        # Offloading and casting hooks bring the weight to where x is.
+        cos, sin = rotary_emb
+        return rotate(norm(x).unflatten(2, (attn.heads, -1)), cos, sin)
+    return norm_rotate(x, norm.weight, norm.eps, *rotary_emb, attn.heads)
 
 
 class SelfAttention(CachedAttention):
@@ -41,11 +44,9 @@ class SelfAttention(CachedAttention):
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key, value = (
-            x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(query), attn.norm_k(key), value)
-        )  # fmt: skip
-        query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
-        key, value = self.kv.update(key, value, self.call.index)
+        query = _norm_rotate(attn, attn.norm_q, query, rotary_emb)
+        key = _norm_rotate(attn, attn.norm_k, key, rotary_emb)
+        key, value = self.kv.update(key, value.unflatten(2, (attn.heads, -1)), self.call.index)
         return attn.to_out[1](attn.to_out[0](self.attend(query, key, value)))
 
 
@@ -84,7 +85,8 @@ class CrossAttention(CachedAttention):
             else:
                 key, value = attn.add_k_proj(image_states), attn.add_v_proj(image_states)
             kv += [attn.norm_added_k(key), value]
-        return tuple(x.unflatten(2, (attn.heads, -1)) for x in kv)
+        # Laid out as attention backends read it, so that no call copies it.
+        return tuple(x.unflatten(2, (attn.heads, -1)).transpose(1, 2).contiguous().transpose(1, 2) for x in kv)
 
 
 class WanAdapter(Adapter):

@@ -1,4 +1,4 @@
-"""Plain PyTorch row moves, right on every device.
+"""Plain PyTorch kernels, right on every device; `heterostep.kernels.fused` has faster ones of some, alike in signature.
 
 Shapes: B batch, N tokens, n active tokens, H heads, D head dim, ... whatever a row holds.
 """
@@ -6,6 +6,12 @@ Shapes: B batch, N tokens, n active tokens, H heads, D head dim, ... whatever a 
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import rms_norm
+
+# The largest value of float8_e4m3fn.
+E4M3_MAX = 448.0
+# The smallest normal number of float32 and bfloat16: a scale that decodes zeros to zeros and has a finite inverse.
+SMALLEST_SCALE = 2.0**-126
 
 
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -16,6 +22,77 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def write_rows(store: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
-    """Write rows [B, H, n, D] into `store` [B, H, N, D] at int64 [B, n], in place."""
+    """Write rows [B, H, n, ...] into `store` [B, H, N, ...] at int64 [B, n], in place."""
+    if store.shape[0] == 1:
+        # One operation: between two kernels the host's time counts.
+        store.index_copy_(2, index[0], rows)
+        return
     for sample in range(store.shape[0]):
         store[sample].index_copy_(1, index[sample], rows[sample])
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of neighbouring pairs: x [B, n, H, D], cos and sin [B or 1, n, 1, D] with each value twice.
+
+    Computed in the wider of the two dtypes (diffusers' tables are float32), rounded to that of x.
+    Source: `WanAttnProcessor` of diffusers.
+    """
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def norm_rotate(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float | None, cos: torch.Tensor, sin: torch.Tensor, heads: int
+) -> torch.Tensor:
+    """RMS norm over all heads together, then the rotary embedding of neighbouring pairs.
+
+    Args:
+        x: [B, n, H * D].
+        weight: [H * D], or None for 1.
+        eps: added to the mean square.
+        cos, sin: float32 [B or 1, n, 1, D], each value twice.
+        heads: H.
+
+    Returns:
+        [B, n, H, D] in the dtype of x: a transposed view of contiguous [B, H, n, D], as attention backends want it.
+    """
+    normed = rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, (heads, -1))
+    # Transposed first: what the rotation makes of it is contiguous as it is.
+    rotated = rotate(normed.transpose(1, 2), cos.transpose(1, 2), sin.transpose(1, 2))
+    return rotated.contiguous().transpose(1, 2)
+
+
+def quantise(
+    x: torch.Tensor,
+    index: torch.Tensor | None = None,
+    codes: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 codes with a scale for each token and head: the largest magnitude of its D values becomes 448.
+
+    Args:
+        x: [B, n, H, D] of any strides.
+        index, codes, scales: together or not at all: int64 [B, n], and what the rows are written into, in place.
+
+    Returns:
+        codes float8_e4m3fn [B, H, N, D] and scales bfloat16 [B, H, N]; N = n without an index. A value is code * scale
+        to within 2^-4 of itself or 2^-10 scales, whichever is more.
+    """
+    values = x.detach().transpose(1, 2).float()
+    # Products with inverses, for devices differ in how they divide.
+    new_scales = (values.abs().amax(-1) * (1 / E4M3_MAX)).clamp(min=SMALLEST_SCALE).bfloat16().contiguous()
+    # By the rounded scale, so that its rounding costs nothing. Rounded down, it makes a little over 448.
+    scaled = (values * new_scales.float().reciprocal()[..., None]).clamp(-E4M3_MAX, E4M3_MAX)
+    new_codes = scaled.to(torch.float8_e4m3fn).contiguous()
+    if index is None or codes is None or scales is None:
+        return new_codes, new_scales
+    # PyTorch moves bytes where it does not move float8.
+    write_rows(codes.view(torch.uint8), index, new_codes.view(torch.uint8))
+    write_rows(scales, index, new_scales)
+    return codes, scales
+
+
+def dequantise(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Codes [B, H, N, D] * scales [B, H, N] of `quantise`, rounded once, into `out` [B, H, N, D]; returns that."""
+    return out.copy_(codes.float() * scales.float()[..., None])
