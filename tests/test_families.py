@@ -53,15 +53,15 @@ def test_rows_of_a_subset_equal_the_dense_rows(row):
     pipe = row.build()
     for model, inputs in calls_of_a_step(row, pipe, step=2):
         seamed = Seamed(model, inputs)
-        assert equal(seamed.dense(), seamed.plain), "a dense call that keeps K/V is the plain call"
+        assert equal(seamed.dense(), seamed.plain_output), "a dense call that keeps K/V is the plain call"
         grid = seamed.adapter.token_grid(model, inputs)
-        assert torch.equal(seamed.adapter.arrange(model, grid, seamed.held), seamed.plain[0])
+        assert torch.equal(seamed.adapter.arrange(model, grid, seamed.held), seamed.plain_output[0])
         for count in (1, 7, seamed.num_tokens // 2, seamed.num_tokens):
-            for sparse, plain in zip(seamed.sparse(seamed.random_index(count)), seamed.plain, strict=True):
+            for sparse, plain in zip(seamed.sparse(seamed.random_index(count)), seamed.plain_output, strict=True):
                 # Outputs of random weights are not of size one.
                 torch.testing.assert_close(sparse, plain, atol=1e-5 * plain.std().item(), rtol=0)
         seamed.restore()
-        assert equal(model(**seamed.inputs), seamed.plain)
+        assert equal(model(**seamed.inputs), seamed.plain_output)
 
 
 @torch.no_grad()
@@ -76,12 +76,14 @@ def test_sleeping_tokens_are_seen_by_every_attention_that_reads_video(row):
         kept = [store for store in seamed.stores if isinstance(store, KVCache) and store.nbytes]
         assert kept
         for store in kept:
-            keys, values = store._keys.clone(), store._values.clone()
-            store._keys.zero_(), store._values.zero_()
+            parts = [part.clone() for part in store._parts]
+            for part in store._parts:
+                part.zero_()
             changed = seamed.sparse(index)
-            moved = max((a - b).abs().max() for a, b in zip(changed, seamed.plain))
+            moved = max((a - b).abs().max() for a, b in zip(changed, seamed.plain_output))
             assert moved > 1e-5
-            store._keys.copy_(keys), store._values.copy_(values)
+            for part, before in zip(store._parts, parts):
+                part.copy_(before)
         seamed.restore()
 
 

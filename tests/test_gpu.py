@@ -109,3 +109,14 @@ def test_compiled_blocks(name):
         model.compile_repeated_blocks(fullgraph=True)
     with heterostep.enabled(pipe, share=0.5, between=0.3):
         close(row.run(pipe, steps=STEPS), expected, 0.05)
+
+
+@pytest.mark.parametrize("store", ["fp8", "offload", "fp8-offload"])
+def test_stores(row, store):
+    pipe = row.build().to("cuda")
+    with heterostep.enabled(pipe, share=0.5, between=0.5, kv_store="device"):
+        expected = row.run(pipe, steps=STEPS)
+    with heterostep.enabled(pipe, share=0.5, between=0.5, kv_store=store):
+        made = row.run(pipe, steps=STEPS)
+    close(made, expected, 0.2 if "fp8" in store else 1e-3)
+    assert heterostep.report(pipe).memory.kv_store == store

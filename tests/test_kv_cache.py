@@ -13,7 +13,8 @@ def test_active_rows_are_overwritten_and_the_others_kept():
     cache, index = KVCache(), torch.tensor([[0, 4], [2, 3]])
     key, value, new_key, new_value = rows(5), rows(5, 1), rows(2, 2), rows(2, 3)
     first = cache.update(key, value, None)
-    assert first[0] is key and first[1] is value
+    assert torch.equal(first[0], key) and torch.equal(first[1], value)
+    assert first[0].transpose(1, 2).is_contiguous()
     got_key, got_value = cache.update(new_key, new_value, index)
     for sample in range(2):
         for got, new, old in ((got_key, new_key, key), (got_value, new_value, value)):

@@ -68,11 +68,13 @@ def test_rows_of_a_subset_equal_the_dense_rows(extra, version):
     plain_inputs = inputs(model)
     seamed = Seamed(model, {**plain_inputs, **EXTRAS[extra]})
     if extra != "no coordinates given":
-        assert not torch.equal(seamed.plain[0], model(**plain_inputs, return_dict=False)[0]), "the option does nothing"
-    for a, b in zip(seamed.dense(), seamed.plain, strict=True):
+        assert not torch.equal(seamed.plain_output[0], model(**plain_inputs, return_dict=False)[0]), (
+            "the option does nothing"
+        )
+    for a, b in zip(seamed.dense(), seamed.plain_output, strict=True):
         assert torch.equal(a, b)
     for count in (1, 7, TOKENS):
-        for a, b in zip(seamed.sparse(seamed.random_index(count)), seamed.plain, strict=True):
+        for a, b in zip(seamed.sparse(seamed.random_index(count)), seamed.plain_output, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5 * b.std().item(), rtol=0)
 
 

@@ -33,13 +33,28 @@ def imports(path):
             yield node.module
 
 
+def _from_package(path):
+    """What is imported as in `from heterostep import x`."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    return {alias.name for node in nodes if node.module == "heterostep" for alias in node.names}
+
+
 def module_files(name):
     path = SOURCE / name
     return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
 
 
 def test_public_names():
-    assert sorted(heterostep.__all__) == ["HSAConfig", "Report", "disable", "enable", "enabled", "report"]
+    assert sorted(heterostep.__all__) == [
+        "HSAConfig",
+        "Plan",
+        "Report",
+        "disable",
+        "enable",
+        "enabled",
+        "plan",
+        "report",
+    ]
     for name in heterostep.__all__:
         assert getattr(heterostep, name).__doc__
 
@@ -58,12 +73,30 @@ def test_modules_import_downwards_only():
         "schedule": {"allocation", "config", "errors"},
         "kernels": {"kernels"},
         "kv_cache": {"kernels"},
-        "state": {"adapters", "kv_cache", "schedule"},
+        "state": {"adapters", "kv_cache", "memory", "schedule"},
+        "direct": {"adapters", "errors", "kv_cache"},
+        "memory": {"direct", "errors", "kv_cache"},
+        "configs": {"errors"},
+        "rehearsal": {"adapters", "checkpoints", "configs", "errors", "pipeline"},
+        "planning": {
+            "adapters",
+            "allocation",
+            "config",
+            "configs",
+            "errors",
+            "kv_cache",
+            "memory",
+            "rehearsal",
+            "schedule",
+        }
+        | {"rehearsal", "schedule", "timings"},
+        "timings": set(),
+        "bench": {"configs", "direct", "errors", "kv_cache", "rehearsal", "timings"},
         "timing": set(),
         "reports": set(),
         "adapters": {"adapters", "kernels", "kv_cache"},
-        "runner": {"adapters", "allocation", "config", "errors", "kernels", "reports", "schedule", "scoring", "state"}
-        | {"timing", "wrapping"},
+        "runner": {"adapters", "allocation", "config", "errors", "kernels", "memory", "reports", "schedule", "scoring"}
+        | {"kv_cache", "state", "timing", "wrapping"},
         "wrapping": {"errors"},
         "pipeline": {"adapters", "config", "errors", "reports", "runner", "wrapping"},
         "checkpoints": {"adapters", "errors"},
@@ -73,7 +106,7 @@ def test_modules_import_downwards_only():
     for name, allowed in above.items():
         for path in module_files(name):
             used = {m.split(".")[1] for m in imports(path) if m.startswith("heterostep.")}
-            used |= {"allocation"} if "heterostep" in set(imports(path)) and name == "runner" else set()
+            used |= _from_package(path)
             assert used <= allowed, f"{path.name} imports {used - allowed}"
 
 
@@ -88,9 +121,9 @@ def test_report_as_json_has_the_documented_keys():
     heterostep.enable(pipe, runtime=0.6)
     run(pipe)
     report = json.loads(heterostep.report(pipe).to_json())
-    assert report["schema"] == 1 and report["pipeline"] == "WanPipeline" and report["num_inference_steps"] == 12
+    assert report["schema"] == 2 and report["pipeline"] == "WanPipeline" and report["num_inference_steps"] == 12
     assert set(report["runtime"]) == {"target", "achieved", "seconds", "dense_seconds"}
     assert set(report["share"]) == {"target", "achieved"}
     assert set(report["steps"]) == {"mean", "min", "max"}
-    assert set(report["memory"]) == {"kv_cache_bytes", "peak_bytes"}
+    assert set(report["memory"]) == {"kv_cache_bytes", "kv_host_bytes", "kv_store", "peak_bytes", "fell_back"}
     assert len(report["active_share"]) == 12 and report["seed"] is None

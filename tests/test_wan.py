@@ -55,15 +55,15 @@ def test_rows_of_a_subset_equal_the_dense_rows(kind, count):
             block.attn1.fuse_projections()
             block.attn2.fuse_projections()
     seamed = Seamed(model, inputs(model, kind == "per-token time"))
-    assert torch.equal(seamed.dense()[0], seamed.plain[0]), "a dense call that keeps K/V is the plain call"
+    assert torch.equal(seamed.dense()[0], seamed.plain_output[0]), "a dense call that keeps K/V is the plain call"
     index = seamed.random_index(count)
     sparse = seamed.sparse(index)[0]
     expected = seamed.held.gather(1, index[..., None].expand(-1, -1, seamed.held.shape[2]))
     assert seamed.rows.shape == (2, count, seamed.held.shape[2])
     torch.testing.assert_close(seamed.rows, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(sparse, seamed.plain[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(sparse, seamed.plain_output[0], atol=1e-5, rtol=0)
     seamed.restore()
-    assert torch.equal(model(**seamed.inputs)[0], seamed.plain[0])
+    assert torch.equal(model(**seamed.inputs)[0], seamed.plain_output[0])
 
 
 def test_clean_tokens_are_those_at_time_zero():
@@ -81,5 +81,5 @@ def test_a_control_video_shorter_than_the_video():
     channels = model.config.vace_in_channels
     arguments["control_hidden_states"] = torch.randn(2, channels, 2, 8, 8, generator=g)
     seamed = Seamed(model, arguments)
-    assert torch.equal(seamed.dense()[0], seamed.plain[0])
-    torch.testing.assert_close(seamed.sparse(seamed.random_index(20))[0], seamed.plain[0], atol=1e-5, rtol=0)
+    assert torch.equal(seamed.dense()[0], seamed.plain_output[0])
+    torch.testing.assert_close(seamed.sparse(seamed.random_index(20))[0], seamed.plain_output[0], atol=1e-5, rtol=0)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from heterostep.errors import HeterostepError
 
 SOLVERS = ("pipeline", "euler")
 SCORES = ("velocity", "random", "oracle")
 SYNCS = ("hold", "fresh")
+KV_STORES = ("auto", "device", "fp8", "offload", "fp8-offload")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class HSAConfig:
             "oracle" evaluates all tokens for nothing and ranks them by how wrong their held velocity is.
         sync: "hold" keeps the K/V of sleeping tokens as they were; "fresh" recomputes them at every step for nothing, a
             bound for experiments: it tells what stale K/V cost, and is no faster than dense.
+        kv_store: where K and V are kept. "device": in the model's precision; "fp8": in half of the bytes; "offload" and
+            "fp8-offload": in pinned host memory, fetched a layer ahead. "auto" takes the first of device, fp8,
+            fp8-offload that fits beside the run, or two of them by layer.
+        vram: bytes / 1e9 of the device's memory that the process may use, for "auto"; by default what is free.
 
     Raises:
         HeterostepError: a value is out of its range.
@@ -54,6 +61,8 @@ class HSAConfig:
     solver: str = "pipeline"
     score: str = "velocity"
     sync: str = "hold"
+    kv_store: str = "auto"
+    vram: float | None = None
 
     def __post_init__(self) -> None:
         if (self.runtime is None) == (self.share is None):
@@ -90,6 +99,24 @@ class HSAConfig:
             raise HeterostepError(f"score must be one of {', '.join(SCORES)}, not {self.score!r}")
         if self.sync not in SYNCS:
             raise HeterostepError(f"sync must be one of {', '.join(SYNCS)}, not {self.sync!r}")
+        if self.kv_store not in KV_STORES:
+            raise HeterostepError(f"kv_store must be one of {', '.join(KV_STORES)}, not {self.kv_store!r}")
+        if self.vram is not None and (not isinstance(self.vram, int | float) or not 0 < self.vram < math.inf):
+            raise HeterostepError(f"vram must be gigabytes above 0, not {self.vram}")
+
+    @classmethod
+    def of(cls, config: HSAConfig | None, options: dict[str, Any]) -> HSAConfig:
+        """The config that a caller gave as one, or as keywords.
+
+        Raises:
+            HeterostepError: both were given, or a keyword that is no field; or a value is out of its range.
+        """
+        if config is not None and options:
+            raise HeterostepError("give config= or its fields as keywords, not both")
+        if unknown := sorted(set(options) - set(cls.__dataclass_fields__)):
+            known = ", ".join(cls.__dataclass_fields__)
+            raise HeterostepError(f"no such option: {', '.join(unknown)}; the options are {known}")
+        return config or cls(**options)
 
     @property
     def target(self) -> float:

@@ -1,21 +1,172 @@
 """Keys and values of all tokens, kept over steps; active tokens overwrite their rows.
 
+How they are kept is a *store*:
+
+    device        in the model's precision, where the model runs, as attention backends read it without a copy
+    fp8           e4m3 codes with a scale for each token and head: half of the bytes; decoded as a layer is read
+    offload       in the model's precision in pinned host memory, fetched a layer ahead beside the computation
+    fp8-offload   the codes and scales in pinned host memory
+
 Shapes: B batch, N tokens, n active tokens, H heads, D head dim.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from heterostep.kernels import write_rows
+from heterostep.kernels import dequantise, quantise, write_rows
+
+STORES = ("device", "fp8", "offload", "fp8-offload")
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one attention layer keeps for one guidance branch: `vectors` (B * H * N) of `dim` values, of K and of V."""
+
+    vectors: int
+    dim: int
+    itemsize: int
+
+    def nbytes(self, store: str) -> int:
+        """Bytes of K and V in a store, wherever that is."""
+        return 2 * self.vectors * (self.dim + torch.bfloat16.itemsize if "fp8" in store else self.dim * self.itemsize)
+
+
+class Workspace:
+    """What the stores of one generation use in turn, layer after layer: decoded K/V, and transfers with the host.
+
+    Attributes:
+        write_back: whether rows that a sparse step writes are wanted by a later one, so that the host needs them too.
+    """
+
+    def __init__(self) -> None:
+        self.write_back = False
+        self._decoded: dict[tuple, torch.Tensor] = {}
+        self._staged: list[torch.Tensor | None] = [None, None]
+        self._slot = 0
+        self._stream: torch.cuda.Stream | None = None
+        self._last: KVCache | None = None
+        self._fetched: dict[KVCache, tuple[list[torch.Tensor], torch.cuda.Event | None]] = {}
+
+    def decode(self, which: int, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """K (`which` = 0) or V (1) of the layer at hand, [B, H, N, D]; valid until the next layer's."""
+        # By shape, for a block may have attentions of several.
+        kind = which, tuple(codes.shape), dtype, codes.device
+        if kind not in self._decoded:
+            self._decoded[kind] = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        return dequantise(codes, scales, self._decoded[kind])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on the device."""
+        return sum(t.nbytes for t in (*self._decoded.values(), *self._staged) if t is not None)
+
+    def reset(self) -> None:
+        """Free the memory."""
+        if self._stream is not None:
+            # The allocator does not know of the copies that are under way.
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        self._fetched.clear()
+        self._last = None
+        self._decoded.clear()
+        self._staged = [None, None]
+
+    def begin(self) -> None:
+        """A call of the transformer begins: its layers come in their order."""
+        self._last = None
+        self._fetched.clear()
+
+    def save(self, cache: KVCache, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Copy a layer's tensors to the host, beside what is computed meanwhile."""
+        if self._last is not None:
+            self._last.next = cache
+        self._last = cache
+        host = cache.host
+        if [t.shape for t in host] != [t.shape for t in parts] or [t.dtype for t in host] != [t.dtype for t in parts]:
+            host = [_pinned(part) for part in parts]
+        self.copy(parts, host)
+        return host
+
+    def fetch(self, cache: KVCache) -> list[torch.Tensor]:
+        """A layer's tensors on the device, valid until the next but one's; the next one's are on their way then."""
+        if cache not in self._fetched:
+            self._start(cache)
+        staged, ready = self._fetched.pop(cache)
+        if ready is not None:
+            torch.cuda.current_stream(ready.device).wait_event(ready)
+        if cache.next is not None:
+            self._start(cache.next)
+        return staged
+
+    def _start(self, cache: KVCache) -> None:
+        # Into the place of the layer before, whose attention has been queued.
+        self._slot = 1 - self._slot
+        needed = sum(_aligned(t.nbytes) for t in cache.host)
+        buffer = self._staged[self._slot]
+        if buffer is None or buffer.numel() < needed or buffer.device != cache.device:
+            buffer = self._staged[self._slot] = torch.empty(needed, dtype=torch.uint8, device=cache.device)
+        staged, offset = [], 0
+        for t in cache.host:
+            staged.append(buffer[offset : offset + t.nbytes].view(t.dtype).view(t.shape))
+            offset += _aligned(t.nbytes)
+        self._fetched[cache] = staged, self.copy(cache.host, staged)
+
+    def copy(self, sources: list[torch.Tensor], targets: list[torch.Tensor]) -> torch.cuda.Event | None:
+        """Copy between host and device after all that is queued so far; the event is when it is done (CPU: None)."""
+        device = next((t.device for t in (*sources, *targets) if t.device.type == "cuda"), None)
+        if device is None:
+            for source, target in zip(sources, targets):
+                target.copy_(source)
+            return None
+        if self._stream is None or self._stream.device != device:
+            self._stream = torch.cuda.Stream(device)
+        # What is read has been computed, and what is written over has been read, by all that is queued so far.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            for source, target in zip(sources, targets):
+                target.copy_(source, non_blocking=True)
+                for t in (source, target):
+                    if t.device == device:
+                        t.record_stream(self._stream)
+        return self._stream.record_event()
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 256) * 256
+
+
+def _pinned(like: torch.Tensor) -> torch.Tensor:
+    if like.device.type == "cuda":
+        try:
+            return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+        except RuntimeError:
+            # The system may limit what is pinned. Without, copies are slower and right.
+            pass
+    return torch.empty(like.shape, dtype=like.dtype)
 
 
 class KVCache:
-    """One attention layer's K/V for one guidance branch, stored [B, H, N, D]: attention backends read that uncopied."""
+    """One attention layer's K/V for one guidance branch, each [B, H, N, D].
 
-    def __init__(self) -> None:
-        self._keys: torch.Tensor | None = None
-        self._values: torch.Tensor | None = None
+    Args:
+        store: one of `STORES`.
+        workspace: shared with the generation's other layers.
+
+    Attributes:
+        host: the tensors in host memory, where the store is there.
+        next: the layer that is fetched after this one.
+        device: where K and V are read.
+    """
+
+    def __init__(self, store: str = "device", workspace: Workspace | None = None) -> None:
+        self.store, self._workspace = store, workspace or Workspace()
+        self._fp8, self._offload = "fp8" in store, "offload" in store
+        self._parts: list[torch.Tensor] = []
+        self.host: list[torch.Tensor] = []
+        self.next: KVCache | None = None
+        self.device = torch.device("cpu")
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor | None
@@ -27,27 +178,79 @@ class KVCache:
             index: the active tokens, int64 [B, n]; None where all are.
 
         Returns:
-            K and V of all tokens, [B, N, H, D].
+            K and V of all tokens, [B, N, H, D], valid until the next layer's update.
         """
+        if self._offload:
+            return self._update_offloaded(key, value, index)
         if index is None:
             # New tensors rather than a write into the old ones: compiled code need not ask whether there are any.
-            self._keys = key.transpose(1, 2).contiguous()
-            self._values = value.transpose(1, 2).contiguous()
-            return key, value
-        if self._keys is None or self._values is None:
+            self._parts = self._encode(key, value)
+            if self._fp8:
+                return key, value
+            # As kept, attention backends need no copy of their own.
+            return self._parts[0].transpose(1, 2), self._parts[1].transpose(1, 2)
+        if not self._parts:
             raise RuntimeError("a sparse step needs a dense one before it: the K/V cache is empty")
-        write_rows(self._keys, index, key.transpose(1, 2))
-        write_rows(self._values, index, value.transpose(1, 2))
-        return self._keys.transpose(1, 2), self._values.transpose(1, 2)
+        self._write(self._parts, key, value, index)
+        return self._decode(self._parts, key.dtype)
+
+    @torch.compiler.disable
+    def _update_offloaded(
+        self, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Streams and events do not belong into compiled code.
+        self.device = key.device
+        if index is None:
+            self.next = None
+            parts = self._encode(key, value)
+            self.host = self._workspace.save(self, parts)
+            return (key, value) if self._fp8 else (parts[0].transpose(1, 2), parts[1].transpose(1, 2))
+        if not self.host:
+            raise RuntimeError("a sparse step needs a dense one before it: the K/V cache is empty")
+        parts = self._workspace.fetch(self)
+        self._write(parts, key, value, index)
+        if self._workspace.write_back:
+            self._workspace.copy(parts, self.host)
+        return self._decode(parts, key.dtype)
+
+    def _encode(self, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+        if self._fp8:
+            return [*quantise(key), *quantise(value)]
+        return [key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()]
+
+    def _write(self, parts: list[torch.Tensor], key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
+        if self._fp8:
+            quantise(key, index, *parts[:2])
+            quantise(value, index, *parts[2:])
+        else:
+            write_rows(parts[0], index, key.transpose(1, 2))
+            write_rows(parts[1], index, value.transpose(1, 2))
+
+    def _decode(self, parts: list[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._fp8:
+            parts = [self._workspace.decode(which, parts[2 * which], parts[2 * which + 1], dtype) for which in (0, 1)]
+        return parts[0].transpose(1, 2), parts[1].transpose(1, 2)
+
+    @property
+    def shape(self) -> KVShape | None:
+        """What is kept; None where nothing is. Of a store in the model's precision alone."""
+        if not self._parts or self._fp8:
+            return None
+        return KVShape(self._parts[0].shape[:-1].numel(), self._parts[0].shape[-1], self._parts[0].element_size())
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(t.numel() * t.element_size() for t in (self._keys, self._values) if t is not None)
+        """Bytes held on the device."""
+        return sum(t.nbytes for t in self._parts)
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes held in host memory for the device."""
+        return sum(t.nbytes for t in self.host)
 
     def reset(self) -> None:
         """Free the memory."""
-        self._keys = self._values = None
+        self._parts, self.host, self.next = [], [], None
 
 
 class StaticKV:
@@ -57,13 +260,15 @@ class StaticKV:
         tensors: whatever the attention made of them; None until it has.
     """
 
+    host_nbytes = 0
+
     def __init__(self) -> None:
         self.tensors: tuple[torch.Tensor, ...] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(t.numel() * t.element_size() for t in self.tensors or ())
+        return sum(t.nbytes for t in self.tensors or ())
 
     def reset(self) -> None:
         """Free the memory."""

@@ -143,14 +143,7 @@ def enable(
     Raises:
         HeterostepError: an option is out of range, or the pipeline or its scheduler is not supported.
     """
-    if config is not None and options:
-        raise HeterostepError("give config= or its fields as keywords, not both")
-    try:
-        config = config or HSAConfig(**options)
-    except TypeError as error:
-        unknown = ", ".join(sorted(set(options) - set(HSAConfig.__dataclass_fields__)))
-        known = ", ".join(HSAConfig.__dataclass_fields__)
-        raise HeterostepError(f"no such option: {unknown}; the options are {known}") from error
+    config = HSAConfig.of(config, options)
     check_pipeline(pipe)
     disable(pipe)
     if any(is_wrapped(model) for model in transformers(pipe)):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,20 @@ class StepsReport:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes: the most K/V held at once, and the process's peak (on CUDA: the device's peak of allocated memory)."""
+    """Where K and V were kept, and bytes.
+
+    kv_cache_bytes: the most K/V held at once on the device, with what decoding and transfers use.
+    kv_host_bytes: the most held in host memory for it.
+    peak_bytes: the process's peak (on CUDA: the device's peak of allocated memory).
+    kv_store: the store's name, or how many layers had which; "none" where nothing was kept.
+    fell_back: memory ran out in the run, and `kv_store` took over from a larger one.
+    """
 
     kv_cache_bytes: int
     peak_bytes: int
+    kv_host_bytes: int = 0
+    kv_store: str = "none"
+    fell_back: bool = False
 
 
 @dataclass(frozen=True)

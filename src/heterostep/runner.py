@@ -18,27 +18,31 @@ Shapes: B samples, b batch of a call, N tokens, n active tokens, C values a toke
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from heterostep import allocation
+from heterostep import allocation, memory
 from heterostep.adapters.base import Adapter, Call, Seams
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 from heterostep.kernels import gather_rows
+from heterostep.kv_cache import KVCache, StaticKV
 from heterostep.reports import MemoryReport, Report, RuntimeReport, ShareReport, StepInfo, StepsReport
 from heterostep.schedule import Schedule
 from heterostep.scoring import velocity_change, velocity_slope
 from heterostep.state import Branch, Generation
 from heterostep.timing import StepClock, StepCost
 from heterostep.wrapping import WrappedForward
+
+_log = logging.getLogger("heterostep")
 
 # Each guidance branch's plain, dense and sparse calls are graphs of their own; torch gives up after 8 of a function.
 RECOMPILE_LIMIT = 64
@@ -134,10 +138,11 @@ class Runner:
             self._start_step(generation, step)
         branch = generation.branch(generation.calls)
         generation.calls += 1
-        if branch.expert != position:
+        if generation.expert != position:
             # Another model's K/V are of no use to this one.
-            branch.free_kv()
-            branch.stores = [processor.store() for _, processor in expert.seams.attentions]
+            generation.drop_stores()
+            generation.expert = position
+        if branch.expert != position:
             branch.expert, branch.last_step = position, -1
         try:
             return self._run(expert, generation, branch, inputs)
@@ -153,14 +158,15 @@ class Runner:
         step, total, count = generation.step, generation.schedule.tokens.total, generation.counts[generation.step]
         # A branch that missed a step (guidance switched off for a while) has stale K/V: it starts again, dense.
         self._stale = branch.last_step < 0 or branch.last_step < step - 1
-        branch.last_step = step
+        branch.last_step, branch.batch = step, inputs["hidden_states"].shape[0]
         if count == 0 and not self._stale:
             output = self._held_output(expert, generation, branch)
         else:
             if self.config.score == "oracle" and generation.calls == 1 and 0 < count < total and not self._stale:
                 self._rank_by_truth(expert, generation, branch, inputs)
             active = None if self._stale else self._rows(generation.index, generation, inputs)
-            index = active if self.config.sync == "hold" else None
+            # Without K/V (they went with a store that failed) everyone runs, and the active tokens count.
+            index = active if self.config.sync == "hold" and branch.stores else None
             sparse_follows = generation.sparse_follows
             keep = sparse_follows and self.config.sync == "hold"
             branch.follow_text(inputs.get("encoder_hidden_states"))
@@ -168,21 +174,122 @@ class Runner:
             # With a runtime the plan may yet come to have single tokens.
             some = self.config.runtime is not None or any(0 < n < total for n in generation.counts[step + 1 :])
             self._keep_scores = generation.is_meeting and some
-            self._call.index, self._call.num_tokens = index, total
-            if index is not None or keep:
-                for (_, processor), store in zip(expert.seams.attentions, branch.stores, strict=True):
-                    processor.kv = store
-            else:
-                branch.free_kv()
-            if index is not None:
-                inputs = self.adapter.select(expert.model, inputs, index)
-            output = branch.output = expert.wrapped.inner(**inputs)
-            generation.kv_bytes_peak = max(generation.kv_bytes_peak, sum(b.kv_bytes for b in generation.branches))
+            try:
+                output = self._call_model(expert, generation, branch, inputs, index, keep)
+            except torch.OutOfMemoryError:
+                if generation.fell_back or generation.stores is None or memory.smaller(generation.stores) is None:
+                    raise
+                output = None
+            if output is None:
+                # Out of the handler, so that nothing of the failed call is kept alive by its error.
+                self._fall_back(generation)
+                output = self._call_model(expert, generation, branch, inputs, None, keep)
+            branch.output = output
+            generation.note_kv()
             if not sparse_follows:
                 branch.free_kv()
+                if not any(each.kv_bytes or each.kv_host_bytes for each in generation.branches):
+                    generation.workspace.reset()
         if step == generation.schedule.num_steps - 1:
             self._finish(generation)
         return output
+
+    def _call_model(
+        self,
+        expert: _Expert,
+        generation: Generation,
+        branch: Branch,
+        inputs: dict[str, Any],
+        index: torch.Tensor | None,
+        keep: bool,
+    ) -> Any:
+        """The model's forward, of the tokens of `index` or of all; with K/V kept or read, or neither."""
+        if keep and not branch.stores:
+            branch.stores = self._make_stores(expert, generation, branch, inputs)
+            # The choice may be to keep nothing, and to let no token run alone.
+            keep = bool(branch.stores)
+        self._call.index, self._call.num_tokens = index, generation.schedule.tokens.total
+        if index is not None or keep:
+            if index is None:
+                # A dense call decodes nothing, and needs the room.
+                generation.workspace.reset()
+            generation.workspace.begin()
+            generation.workspace.write_back = keep
+            for (_, processor), store in zip(expert.seams.attentions, branch.stores, strict=True):
+                processor.kv = store
+        else:
+            branch.free_kv()
+        if index is not None:
+            inputs = self.adapter.select(expert.model, inputs, index)
+        return expert.wrapped.inner(**inputs)
+
+    def _make_stores(
+        self, expert: _Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]
+    ) -> list[KVCache | StaticKV]:
+        """Empty stores for one branch, of the kinds that fit; none where nothing does and nothing has to."""
+        processors = [processor for _, processor in expert.seams.attentions]
+        kinds = [processor.store is KVCache for processor in processors]
+        if generation.stores is None:
+            generation.stores = self._choose_stores(expert, generation, inputs, sum(kinds))
+            if generation.stores is None:
+                return []
+            generation.kv_store = str(generation.stores)
+        names, size = generation.stores.names, sum(kinds)
+        first = min(generation.branches.index(branch) * size, len(names) - size)
+        mine = iter(names[first : first + size])
+        return [
+            p.make_store(next(mine) if tokens else "", generation.workspace) for p, tokens in zip(processors, kinds)
+        ]
+
+    def _choose_stores(
+        self, expert: _Expert, generation: Generation, inputs: dict[str, Any], attentions: int
+    ) -> memory.Stores | None:
+        branches = len(generation.branches)
+        device, name = inputs["hidden_states"].device, self.config.kv_store
+        present = memory.room_on(device, self.config.vram)
+        if name != "auto" or present is None:
+            name = "device" if name == "auto" else name
+            return memory.Stores((name,) * attentions * branches, ())
+        total = generation.schedule.tokens.total
+        share = max(count for count in generation.counts if count < total) / total
+        try:
+            call = memory.call_memory(expert.model, inputs, share)
+        except HeterostepError as error:
+            _log.warning("%s; K and V are kept on the device, give kv_store= for another place", error)
+            return memory.Stores(("device",) * attentions * branches, ())
+        # The other branches' calls may be of more or fewer samples.
+        batches = [branch.batch for branch in generation.branches]
+        batch = inputs["hidden_states"].shape[0]
+        layers = [replace(each, vectors=each.vectors * b // batch) for b in batches for each in call.layers]
+        room = present - (call.static + call.held) * sum(batches) // batch
+        host_room = memory.host_room()
+        stores = memory.choose(layers, room - call.dense, room - call.sparse, host_room)
+        if stores is not None:
+            return stores
+        least = memory.uniform("fp8-offload", layers)
+        free, needed = max(room - call.dense, 0) / 1e9, least.device_bytes / 1e9
+        lacks = (
+            f"K and V do not fit: at the least they take {needed:.1f} GB of the device, where {free:.1f} are free, "
+            f"and {least.host_bytes / 1e9:.1f} GB of host memory, where {host_room / 1e9:.1f} are"
+        )
+        if self.config.between or self.config.divisors or self.adapter.least_active:
+            raise HeterostepError(
+                f"{lacks}: make a smaller or shorter video, offload other models, or give between=None"
+            )
+        # What whole steps leave of the budget is less than one of them, and can be left unspent.
+        _log.warning("%s; whole steps alone are evaluated, as with between=None", lacks)
+        generation.counts = [count if count == total else 0 for count in generation.counts]
+        return None
+
+    def _fall_back(self, generation: Generation) -> None:
+        """Memory ran out: smaller stores from now on, for all branches. What was kept is gone."""
+        assert generation.stores is not None
+        before, after = generation.stores, memory.smaller(generation.stores)
+        generation.drop_stores()
+        generation.stores, generation.kv_store, generation.fell_back = after, str(after), True
+        _log.warning("out of memory with K and V in the store %s: going on with %s", before, after)
+        if generation.evaluated_at.is_cuda:
+            torch.cuda.empty_cache()
 
     def _held_output(self, expert: _Expert, generation: Generation, branch: Branch) -> Any:
         """The transformer's last output, with the velocities that the tokens are held at."""
@@ -454,7 +561,13 @@ class Runner:
             ),
             steps=StepsReport(mean=float(steps.float().mean()), min=int(steps.min()), max=int(steps.max())),
             active_share=[count / total for count in done],
-            memory=MemoryReport(kv_cache_bytes=generation.kv_bytes_peak, peak_bytes=_peak_bytes(generation)),
+            memory=MemoryReport(
+                kv_cache_bytes=generation.kv_bytes_peak,
+                peak_bytes=_peak_bytes(generation),
+                kv_host_bytes=generation.kv_host_bytes_peak,
+                kv_store=generation.kv_store,
+                fell_back=generation.fell_back,
+            ),
             steps_maps=steps[:, : math.prod(grid)].view(-1, *grid).numpy().astype(np.int64),
             solver=config.solver,
             finished=generation.finished,

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from heterostep.kv_cache import KVCache, StaticKV
+from heterostep.kv_cache import KVCache, StaticKV, Workspace
 from heterostep.schedule import Schedule
 
 if TYPE_CHECKING:
     from heterostep.adapters import TokenGrid
+    from heterostep.memory import Stores
 
 
-@dataclass
+@dataclass(eq=False)
 class Branch:
     """One guidance branch (one of the transformer's calls in each step)."""
 
-    stores: Sequence[KVCache | StaticKV] = ()  # one for each attention of `expert` that keeps K and V
+    stores: Sequence[KVCache | StaticKV] = ()  # one for each attention of `expert` that keeps K and V, once any is kept
     expert: int = -1  # which of the pipeline's transformers the stores belong to
     velocity: torch.Tensor | None = None  # [b, N, C], of each token's last evaluation
     slope: torch.Tensor | None = None  # [b, N, C] float32, how it had changed since the one before, over sigma
@@ -32,11 +33,17 @@ class Branch:
     text_version: int | None = None
     output: Any = None  # what the transformer returned last
     last_step: int = -1
+    batch: int = 0  # b
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the self-attention and cross-attention K/V."""
+        """Bytes on the device of the self-attention and cross-attention K/V."""
         return sum(store.nbytes for store in self.stores)
+
+    @property
+    def kv_host_bytes(self) -> int:
+        """Bytes of K/V in host memory."""
+        return sum(store.host_nbytes for store in self.stores)
 
     def free_kv(self) -> None:
         """Give the K/V memory back; velocities stay."""
@@ -53,7 +60,7 @@ class Branch:
                     store.reset()
 
 
-@dataclass
+@dataclass(eq=False)
 class Generation:
     """One run of the denoising loop."""
 
@@ -68,6 +75,7 @@ class Generation:
     evaluated_at: torch.Tensor  # [B, N] sigma of each token's last evaluation
     elapsed: torch.Tensor  # [B, N] sigma between that and this step
     branches: list[Branch] = field(default_factory=list)
+    expert: int = -1  # which of the pipeline's transformers runs
     step: int = -1
     calls: int = 0  # the transformers' calls so far in this step
     calls_before: int = 0  # and in the step before
@@ -75,7 +83,12 @@ class Generation:
     ranking: torch.Tensor | None = None  # [B, N]
     meetings: int = 0
     unranked: bool = False  # a meeting's scores have not been looked at yet
+    workspace: Workspace = field(default_factory=Workspace)  # what the K/V stores use in turn
+    stores: Stores | None = None  # how K and V are kept, chosen when they first are, for each expert
+    kv_store: str = "none"  # the same for the report
+    fell_back: bool = False  # a store ran out of memory, and a smaller one took over
     kv_bytes_peak: int = 0
+    kv_host_bytes_peak: int = 0
     finished: bool = False
     closed: bool = False  # finished, and told so
 
@@ -106,3 +119,17 @@ class Generation:
         """Give all branches' K/V memory back."""
         for branch in self.branches:
             branch.free_kv()
+        self.workspace.reset()
+
+    def drop_stores(self) -> None:
+        """Give the memory back, and let stores be chosen anew."""
+        self.free_kv()
+        self.stores = None
+        for branch in self.branches:
+            branch.stores = ()
+
+    def note_kv(self) -> None:
+        """Take down how much is kept."""
+        device = sum(branch.kv_bytes for branch in self.branches)
+        self.kv_bytes_peak = max(self.kv_bytes_peak, device + self.workspace.nbytes if device else 0)
+        self.kv_host_bytes_peak = max(self.kv_host_bytes_peak, sum(branch.kv_host_bytes for branch in self.branches))

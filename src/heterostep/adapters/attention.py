@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-from heterostep.kv_cache import KVCache, StaticKV
+from heterostep.kv_cache import KVCache, StaticKV, Workspace
 
 
 class CachedAttention:
@@ -26,6 +26,11 @@ class CachedAttention:
     def __init__(self, original: Any, call: Any) -> None:
         self.original, self.call = original, call
         self.kv: Any = None
+
+    @classmethod
+    def make_store(cls, name: str, workspace: Workspace) -> KVCache | StaticKV:
+        """An empty store for one guidance branch; `name` is one of `heterostep.kv_cache.STORES`."""
+        return StaticKV() if cls.store is StaticKV else KVCache(name, workspace)
 
     # diffusers sets these on the processor that it finds (`set_attention_backend`, context parallelism).
     @property

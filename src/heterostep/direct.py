@@ -1,0 +1,113 @@
+"""A transformer's calls outside of a pipeline: for forecasts, benchmarks and tests.
+
+Shapes: B batch of a call, N tokens, n active tokens, C values a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from heterostep.adapters import FAMILIES, Call
+from heterostep.errors import HeterostepError, first_line
+from heterostep.kv_cache import KVCache, StaticKV, Workspace
+
+
+class DirectCalls:
+    """A model with its family's hooks and processors set, called without a runner.
+
+    Args:
+        model: a transformer of one of `FAMILIES`.
+        inputs: of one of its forwards, by name.
+        store: how K and V are kept, one of `heterostep.kv_cache.STORES`.
+
+    Attributes:
+        num_tokens: N.
+        rows: what the output projection returned last, [B, n, C].
+        held: all tokens' velocities of the last dense call, [B, N, C].
+        stores: of each attention that keeps K and V.
+    """
+
+    def __init__(self, model: Any, inputs: dict[str, Any], store: str = "device") -> None:
+        self.model, self.inputs = model, {**inputs, "return_dict": False}
+        self.adapter = FAMILIES[type(model).__name__].adapter
+        self.num_tokens = self.adapter.token_grid(model, inputs).num_tokens
+        self.call = Call(num_tokens=self.num_tokens)
+        self.rows: torch.Tensor | None = None
+        self.held: torch.Tensor | None = None
+        self._seams = self.adapter.install(model, self.call, self._velocity)
+        self.use(store)
+
+    def use(self, store: str) -> None:
+        """Keep K and V in another store from the next dense call on."""
+        self.workspace = Workspace()
+        self.stores: list[KVCache | StaticKV] = [
+            processor.make_store(store, self.workspace) for _, processor in self._seams.attentions
+        ]
+
+    def plain(self) -> tuple[torch.Tensor, ...]:
+        """All tokens, nothing kept: the model as it is."""
+        return self._run(None, keep=False)
+
+    def dense(self) -> tuple[torch.Tensor, ...]:
+        """All tokens, K and V kept."""
+        return self._run(None)
+
+    def sparse(self, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tokens of `index`, int64 [B, n], alone; after a dense call."""
+        return self._run(index)
+
+    def random_index(self, count: int, seed: int = 4) -> torch.Tensor:
+        """Other tokens for each row of the batch, ascending, int64 [B, count] where the inputs are."""
+        states = self.inputs["hidden_states"]
+        generator = torch.Generator().manual_seed(seed)
+        rows = [torch.randperm(self.num_tokens, generator=generator)[:count].sort().values for _ in states]
+        return torch.stack(rows).to(states.device)
+
+    def restore(self) -> None:
+        """Give the model back as it was, and the memory."""
+        for undo in reversed(self._seams.undo):
+            undo()
+        self.stores, self.rows, self.held = [], None, None
+        self.workspace.reset()
+
+    def _velocity(self, rows: torch.Tensor) -> torch.Tensor:
+        self.rows = rows
+        if self.call.index is None:
+            self.held = rows
+            return rows
+        assert self.held is not None
+        return self.held.scatter(1, self.call.index[..., None].expand_as(rows), rows)
+
+    def _run(self, index: torch.Tensor | None, keep: bool = True) -> tuple[torch.Tensor, ...]:
+        self.call.index = index
+        self.workspace.begin()
+        for (_, processor), store in zip(self._seams.attentions, self.stores, strict=True):
+            processor.kv = store if keep else None
+        inputs = self.inputs if index is None else self.adapter.select(self.model, self.inputs, index)
+        try:
+            return self.model(**inputs)
+        finally:
+            self.call.index = None
+            for _, processor in self._seams.attentions:
+                processor.kv = None
+
+
+def use_backend(model: Any, name: str) -> None:
+    """Set a model's attention backend, and leave other models theirs; diffusers makes it that of all without one.
+
+    Raises:
+        HeterostepError: there is no such backend, or it is not installed.
+    """
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    before, _ = registry.get_active_backend()
+    try:
+        model.set_attention_backend(name)
+    except ValueError as error:
+        raise HeterostepError(f"no such attention backend: {name}") from error
+    except (RuntimeError, ImportError) as error:
+        raise HeterostepError(f"the attention backend {name} cannot be used here: {first_line(error)}") from error
+    finally:
+        registry.set_active_backend(before)
