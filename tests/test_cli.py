@@ -359,6 +359,17 @@ def test_whole_steps_alone_need_no_k_v_cache(pipes, capsys):
     assert "not both" in only_line(fails(capsys, *SMALL, "--no-kv", "--between", "0.2"))
 
 
+def test_the_k_v_store_is_chosen_and_told(pipes, capsys):
+    arguments = ["generate", PROMPT, *SMALL, "--share", "0.72", "--kv-store", "fp8-offload"]
+    assert cli.main([*arguments, "--report", "report.json"]) == 0
+    out = capsys.readouterr().out
+    assert "(fp8-offload)" in out and "in host memory" in out
+    memory = json.loads(Path("report.json").read_text())["memory"]
+    assert memory["kv_store"] == "fp8-offload" and memory["kv_host_bytes"] > 0 and not memory["fell_back"]
+    assert "kv_store must be one of" in only_line(fails(capsys, *SMALL, "--kv-store", "disk"))
+    assert "vram must be" in only_line(fails(capsys, *SMALL, "--vram", "0"))
+
+
 def test_ctrl_c_is_one_line_and_restores_the_pipeline(pipes, capsys, monkeypatch):
     _interrupt_at(monkeypatch, 2, KeyboardInterrupt())
     assert only_line(fails(capsys, *SMALL, "--quiet", code=130)) == "heterostep: interrupted\n"

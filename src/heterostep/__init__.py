@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from heterostep.config import HSAConfig
     from heterostep.pipeline import disable, enable, enabled, report
+    from heterostep.planning import Plan, plan
     from heterostep.reports import Report
 
-__all__ = ["HSAConfig", "Report", "disable", "enable", "enabled", "report"]
+__all__ = ["HSAConfig", "Plan", "Report", "disable", "enable", "enabled", "plan", "report"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "HSAConfig": "heterostep.config",
+    "Plan": "heterostep.planning",
     "Report": "heterostep.reports",
     "disable": "heterostep.pipeline",
     "enable": "heterostep.pipeline",
     "enabled": "heterostep.pipeline",
+    "plan": "heterostep.planning",
     "report": "heterostep.pipeline",
 }
 

@@ -21,6 +21,7 @@ import typer
 from rich import filesize
 
 import heterostep
+from heterostep import cli_sizes
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError, first_line
 from heterostep.files import replacing, writing
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from heterostep.video import Audio
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(cli_sizes.plan)
+app.command()(cli_sizes.bench)
 
 
 class Dtype(str, Enum):
@@ -115,6 +118,8 @@ def generate(
         float, typer.Option(min=0, max=1, help="Share of it for single tokens between whole steps.")
     ] = 0.0,
     no_kv: Annotated[bool, typer.Option("--no-kv", help="Whole steps alone: no K/V in memory; not for LTX-2.")] = False,
+    kv_store: Annotated[str, typer.Option(help="auto, device, fp8, offload or fp8-offload.")] = "auto",
+    vram: Annotated[float | None, typer.Option(help="Gigabytes it may use, for auto.  [default: what is free]")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 40,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
@@ -144,6 +149,7 @@ def generate(
         raise HeterostepError("give --between or --no-kv, not both of them")
     _check_guidance(guidance)
     config = _config(runtime, share, None if no_kv else between, dense, both, solver.value)
+    config = dataclasses.replace(config, kv_store=kv_store, vram=vram)
     Schedule(config, steps).check()
     _check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
     picture = _open_image(image) if image is not None else None
@@ -494,7 +500,12 @@ def _summary(result: Result, reference: Result | None, files: Sequence[Path]) ->
     lines["steps"] = (
         f"mean {steps.mean:.1f} per token, min {steps.min}, max {steps.max}, of {report.num_inference_steps}"
     )
-    lines["memory"] = f"K/V cache {filesize.decimal(memory.kv_cache_bytes)}, peak {filesize.decimal(memory.peak_bytes)}"
+    where = "" if memory.kv_store in ("none", "device") else f" ({memory.kv_store})"
+    where += f", {filesize.decimal(memory.kv_host_bytes)} of it in host memory" if memory.kv_host_bytes else ""
+    where += ", after memory ran out with a larger store" if memory.fell_back else ""
+    lines["memory"] = (
+        f"K/V cache {filesize.decimal(memory.kv_cache_bytes)}{where}, peak {filesize.decimal(memory.peak_bytes)}"
+    )
     lines["files"] = ", ".join(map(str, files))
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
 

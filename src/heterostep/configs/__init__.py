@@ -92,8 +92,10 @@ def load(model: str | os.PathLike[str]) -> Configuration:
     )
 
 
-def build(component: Component, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
-    """The component on the meta device, where weights have shapes and take no memory, all of them in `dtype`.
+def build(
+    component: Component, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "meta"
+) -> torch.nn.Module:
+    """The component with all weights in `dtype`: without memory on the meta device, or random ones on another.
 
     Loading real weights keeps a few in float32 whatever is asked: in Wan's transformers 0.2 % of them.
 
@@ -102,13 +104,18 @@ def build(component: Component, dtype: torch.dtype = torch.bfloat16) -> torch.nn
     """
     cls = _find_class(component["class"])
     config = {name: value for name, value in component.items() if name != "class"}
+    default = torch.get_default_dtype()
     try:
-        with torch.device("meta"):
+        # Made in their dtype: a large model in float32 might not fit.
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
             # A diffusers model takes a dict, one of transformers an object.
             model = cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class.from_dict(config))
     except Exception as error:
         # A configuration that does not fit fails anywhere in the model's making.
         raise HeterostepError(f"cannot build {component['class']} as configured: {first_line(error)}") from error
+    finally:
+        torch.set_default_dtype(default)
     # diffusers' own `to` logs that it casts what loading would keep in float32.
     return torch.nn.Module.to(model, dtype).eval()
 
@@ -161,7 +168,7 @@ def _read_folder(folder: Path) -> Configuration:
     return Configuration(
         repository=str(folder),
         pipeline=pipeline,
-        defaults=_call_defaults(pipeline),
+        defaults=call_defaults(pipeline),
         pipeline_config=options,
         others=others,
         **parts,  # type: ignore[arg-type]
@@ -185,7 +192,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _call_defaults(pipeline: str) -> dict[str, Any]:
+def call_defaults(pipeline: str) -> dict[str, Any]:
+    """The defaults of a diffusers pipeline's call, by the names in `DEFAULTS`; None where it leaves one open.
+
+    Raises:
+        HeterostepError: diffusers has no such pipeline.
+    """
     import diffusers
 
     cls = getattr(diffusers, pipeline, None)

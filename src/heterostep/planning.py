@@ -1,0 +1,246 @@
+"""What a run will need and take, before anything is loaded: tokens, memory by store, evaluations, seconds.
+
+Architectures come from configurations alone (`heterostep.configs`); memory from the calls of a rehearsal on the meta
+device (`heterostep.rehearsal`, `heterostep.memory`); seconds from what `heterostep bench` has timed on the device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from heterostep import configs, memory, timings
+from heterostep.adapters import FAMILIES
+from heterostep.allocation import Tokens
+from heterostep.config import HSAConfig
+from heterostep.direct import use_backend
+from heterostep.errors import HeterostepError
+from heterostep.kv_cache import STORES
+from heterostep.rehearsal import Rehearsal, rehearse, rehearse_pipeline
+from heterostep.schedule import Schedule
+
+OFFLOADS = ("none", "model")
+UNLIMITED = sys.maxsize
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """K and V of all layers and guidance branches in one store; bytes.
+
+    Attributes:
+        store: its name, or how many layers have which.
+        device_bytes: on the device, with what decoding and transfers use.
+        host_bytes: in host memory.
+        peak_bytes: the run's peak on the device with it.
+        fits: whether that fits into the memory asked for or present; None where neither is known.
+    """
+
+    store: str
+    device_bytes: int
+    host_bytes: int
+    peak_bytes: int
+    fits: bool | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need. Bytes are of the denoising loop; decoding comes after K and V have been given back.
+
+    Attributes:
+        model, pipeline: as asked, and the pipeline's class.
+        height, width: pixels.
+        tokens: N.
+        grid: of the tokens: frames, height, width.
+        calls: of the transformer in each step (guidance branches).
+        share: token evaluations over dense, as planned (a runtime may spend a little less).
+        weights: bytes of the modules on the device at once, by name.
+        activation_bytes: the most that one call holds beside weights and K and V.
+        dense_peak_bytes: the peak of the pipeline without heterostep.
+        limit_bytes: memory that the process may use; None where it is not known.
+        stores: every store, and what it needs.
+        chosen: what `kv_store` gives; None where nothing fits, "none" where no K and V are kept.
+        peak_bytes: with the chosen one; None where nothing fits.
+        seconds, dense_seconds: of the denoising loop; None where this size was not timed on this device.
+        device: that seconds are of.
+    """
+
+    model: str
+    pipeline: str
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    tokens: int
+    grid: tuple[int, int, int]
+    calls: int
+    share: float
+    weights: dict[str, int]
+    activation_bytes: int
+    dense_peak_bytes: int
+    limit_bytes: int | None
+    stores: tuple[StorePlan, ...]
+    chosen: StorePlan | None
+    peak_bytes: int | None
+    seconds: float | None
+    dense_seconds: float | None
+    device: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return asdict(self)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The plan as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+
+def plan(
+    model: Any,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    image_to_video: bool = False,
+    offload: str = "none",
+    attention_backend: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    config: HSAConfig | None = None,
+    **options: Any,
+) -> Plan:
+    """What a run will need and take. Nothing is loaded or allocated, and no network is asked.
+
+    Args:
+        model: a short name or hub id of `heterostep.configs`, a diffusers folder, or a pipeline.
+        height, width, num_frames, num_inference_steps, guidance_scale: of the pipeline's call; by default the model's.
+        image_to_video: from a first frame, where the model does both.
+        offload: "none", all models are on the device; "model", one at a time (`enable_model_cpu_offload`).
+        attention_backend: as given to `set_attention_backend`; some copy their inputs. A pipeline's own by default.
+        dtype: of weights and activations; Wan's VAE is counted in float32. A pipeline has its own.
+        config: an `HSAConfig`, or its fields as keywords, as in `enable`; `vram` is the memory to plan for.
+
+    Raises:
+        HeterostepError: the model or an option is not known, the pipeline refuses the size, or the target is too low.
+    """
+    if offload not in OFFLOADS:
+        raise HeterostepError(f"offload must be one of {', '.join(OFFLOADS)}, not {offload!r}")
+    config = HSAConfig.of(config, options)
+    loaded = hasattr(model, "components")
+    found = None if loaded else configs.load(model)
+    defaults = found.defaults if found else configs.call_defaults(type(model).__name__)
+    asked: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+    }
+    sizes: dict[str, Any] = {name: defaults[name] if value is None else value for name, value in asked.items()}
+    if sizes["guidance_scale"] is not None and not 0 <= sizes["guidance_scale"] < math.inf:
+        raise HeterostepError(f"guidance_scale must be a number of at least 0, not {sizes['guidance_scale']}")
+    if missing := [name for name, value in sizes.items() if value is None]:
+        raise HeterostepError(f"{type(model).__name__} has no default {' and '.join(missing)}: give it")
+    if found:
+        # The largest share of the weights is the same whichever pipeline uses them.
+        seen = rehearse(found, image_to_video=image_to_video, dtype=dtype, **sizes)
+        weights = {
+            name: configs.parameter_bytes(part, _precision(name, found.pipeline, dtype))
+            for name, part in found.models().items()
+        }
+    else:
+        seen = rehearse_pipeline(model, **sizes)
+        modules = {name: part for name, part in model.components.items() if isinstance(part, torch.nn.Module)}
+        weights = {name: sum(p.nbytes for p in module.parameters()) for name, module in modules.items()}
+    transformer: Any = seen.model
+    if attention_backend is not None:
+        use_backend(transformer, attention_backend)
+    if offload == "model":
+        transformers = {name: size for name, size in weights.items() if name.startswith("transformer")}
+        name = max(transformers, key=lambda name: transformers[name])
+        weights = {name: transformers[name]}
+    return _plan(str(model) if found else type(model).__name__, seen, weights, sizes, config)
+
+
+def _precision(name: str, pipeline: str, dtype: torch.dtype) -> torch.dtype:
+    # Half precision in Wan's VAE shows in the pixels.
+    return torch.float32 if name == "vae" and pipeline.startswith("Wan") else dtype
+
+
+def _plan(model: str, seen: Rehearsal, weights: dict[str, int], sizes: dict[str, Any], config: HSAConfig) -> Plan:
+    transformer: Any = seen.model
+    adapter = FAMILIES[type(seen.model).__name__].adapter
+    grid = adapter.token_grid(seen.model, seen.calls[0])
+    total, num_steps = grid.num_tokens, sizes["num_inference_steps"]
+    switch = adapter.expert_switch(seen.pipe)
+    restarts = () if switch is None or not 0 < switch < num_steps else (switch,)
+    schedule = Schedule(config, num_steps, Tokens(total, adapter.least_active), restarts)
+    schedule.check()
+    counts = schedule.plan()
+    some = [count for count in counts if 0 < count < total]
+    # With a runtime, what whole steps leave may come to be spent on some of the tokens.
+    keeps = config.sync == "hold" and (bool(some) or (config.runtime is not None and config.between is not None))
+    active = max(some, default=total // 2) / total
+    each = [memory.call_memory(seen.model, call, active) for call in seen.calls]
+    layers = [layer for call in each for layer in call.layers]
+    base = sum(weights.values()) + sum(call.held for call in each)
+    plain = max(call.plain for call in each)
+    beside = base + sum(call.static for call in each)
+    dense, sparse = max(call.dense for call in each), max(call.sparse for call in each)
+    limit = _limit(config)
+    # For another machine, its host memory is not known.
+    host = memory.host_room() if torch.cuda.is_available() else UNLIMITED
+    room = UNLIMITED if limit is None else limit - beside
+
+    def account(stores: memory.Stores) -> StorePlan:
+        peak = max(base + plain, beside + dense + stores.kept_bytes, beside + sparse + stores.device_bytes)
+        fits = None if limit is None else peak <= limit and stores.host_bytes <= host
+        return StorePlan(str(stores), stores.device_bytes, stores.host_bytes, peak, fits)
+
+    chosen: StorePlan | None
+    if not keeps:
+        chosen = StorePlan("none", 0, 0, base + plain, None if limit is None else base + plain <= limit)
+    elif config.kv_store == "auto":
+        stores = memory.choose(layers, room - dense, room - sparse, host)
+        chosen = None if stores is None else account(stores)
+    else:
+        chosen = account(memory.uniform(config.kv_store, layers))
+    timed = timings.find(type(seen.model).__name__, dict(transformer.config), total)
+    seconds = dense_seconds = None
+    if timed is not None:
+        scale = len(seen.calls)
+        seconds = scale * sum(timed.seconds(count / total) for count in counts)
+        dense_seconds = scale * num_steps * timed.seconds(1.0)
+    return Plan(
+        model=model,
+        pipeline=type(seen.pipe).__name__,
+        tokens=total,
+        grid=grid.shape,
+        calls=len(seen.calls),
+        share=sum(counts) / total / num_steps,
+        weights=weights,
+        activation_bytes=max(max(call.plain, call.dense, call.sparse) for call in each),
+        dense_peak_bytes=sum(weights.values()) + plain,
+        limit_bytes=limit,
+        stores=tuple(account(memory.uniform(name, layers)) for name in STORES),
+        chosen=chosen,
+        peak_bytes=None if chosen is None else chosen.peak_bytes,
+        seconds=seconds,
+        dense_seconds=dense_seconds,
+        device=None if timed is None else timed.device,
+        **sizes,
+    )
+
+
+def _limit(config: HSAConfig) -> int | None:
+    """Bytes that the process may use, less a margin; None where neither asked nor present."""
+    free = memory.room_on(torch.device("cuda"), config.vram) if torch.cuda.is_available() else None
+    if free is not None:
+        return free + torch.cuda.memory_allocated()
+    return None if config.vram is None else int(config.vram * 1e9 * (1 - memory.MARGIN))

@@ -1,0 +1,206 @@
+"""`heterostep plan` and `heterostep bench` as they are typed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from heterostep import cli, configs
+from heterostep.kv_cache import STORES
+from heterostep.planning import plan
+from small_wan import small_wan
+
+SIZE = ["--height", "64", "--width", "64", "--frames", "9"]
+PLAN = ["plan", "--model", "wan2.1-t2v-1.3b"]
+BENCH = ["bench", "--config", "model", *SIZE, "--repeats", "1", "--shares", "0.5", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved")
+    small_wan("wan2.1-t2v").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch, tmp_path, saved):
+    """A working directory that holds a small pipeline alone, a cache beside it, no GPU, and a wide terminal."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "model").symlink_to(saved, target_is_directory=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HETEROSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def files():
+    return sorted(path.name for path in Path().iterdir())
+
+
+def fails(capsys, *arguments):
+    """The one line on stderr of a command that fails and writes nothing."""
+    before = files()
+    assert cli.main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and files() == before and not Path("../cache").exists()
+    assert err.startswith("heterostep: ") and err.endswith("\n") and err.count("\n") == 1, err
+    return err
+
+
+def works(capsys, *arguments):
+    assert cli.main(list(arguments)) == 0
+    return capsys.readouterr()
+
+
+def rows(out, first):
+    """The cells of a table's rows that begin with one of these."""
+    lines = [[cell.strip() for cell in line.strip("│┃ ").replace("┃", "│").split("│")] for line in out.splitlines()]
+    return {tuple(line) for line in lines if line[0] in first}
+
+
+def test_plan_shows_every_store(capsys):
+    out, err = works(capsys, *PLAN, "--offload", "model", "--vram", "80")
+    made = plan("wan2.1-t2v-1.3b", runtime=0.5, offload="model", vram=80)
+    assert err == ""
+    assert "32,760 tokens (21 x 30 x 52), 2 transformer calls a step" in out
+    assert "50; runtime 0.5: 0.500 of the dense token evaluations" in out
+    assert "transformer 2.8 GB" in out and "text_encoder" not in out and "seconds" not in out
+    table = {row[0]: row[1:] for row in rows(out, STORES)}
+    assert table["device"][:2] == ("12.1 GB", "0 bytes") and set(table) == set(STORES)
+    for store in made.stores:
+        assert table[store.store][2] == f"{store.peak_bytes / 1e9:.1f} GB" and table[store.store][3] == "yes"
+    assert "may use      76.8 GB of the device, a margin left" in out
+    assert f"chosen       device: peak {made.peak_bytes / 1e9:.1f} GB" in out
+
+
+def test_plan_says_what_does_not_fit(capsys):
+    out, _ = works(capsys, *PLAN, "--vram", "6")
+    assert "chosen       nothing fits" in out and "--offload model or --no-kv" in out
+    assert {row[-1] for row in rows(out, STORES)} == {"no"}
+    out, _ = works(capsys, *PLAN, "--vram", "6", "--kv-store", "fp8", "--share", "0.55")
+    assert "chosen       fp8: peak" in out and "this does not fit" in out and "share 0.55" in out
+
+
+def test_plan_without_known_memory(capsys):
+    out, _ = works(capsys, "plan", "--model", "model", *SIZE, "--steps", "12", "--kv-store", "offload")
+    assert {row[-1] for row in rows(out, STORES)} == {"?"} and "may use" not in out
+    assert "chosen       offload: peak" in out and "in host memory" in out and "fit" not in out.split("chosen")[1]
+    out, _ = works(capsys, "plan", "--model", "model", *SIZE, "--steps", "12", "--no-kv")
+    assert "chosen       none: peak" in out
+
+
+def test_plan_as_json(capsys):
+    arguments = [*SIZE, "--steps", "12", "--runtime", "0.6", "--guidance", "3", "--vram", "1", "--kv-store", "fp8"]
+    out, err = works(capsys, "plan", "--model", "model", *arguments, "--between", "0.2", "--json")
+    assert err == "" and out.count("\n") == 1
+    options = dict(height=64, width=64, num_frames=9, num_inference_steps=12, guidance_scale=3.0)
+    made = plan("model", runtime=0.6, between=0.2, vram=1.0, kv_store="fp8", **options)
+    assert json.loads(out) == json.loads(made.to_json())
+
+
+def test_plan_of_an_image_to_video_run(capsys):
+    arguments = ["plan", "--model", "wan2.2-ti2v-5b", "--height", "128", "--width", "128", "--frames", "9", "--json"]
+    assert json.loads(works(capsys, *arguments)[0])["pipeline"] == "WanPipeline"
+    assert json.loads(works(capsys, *arguments, "--image-to-video")[0])["pipeline"] == "WanImageToVideoPipeline"
+
+
+def test_the_known_models_are_listed(capsys):
+    out, err = works(capsys, "plan", "--list")
+    assert out.split() == list(configs.names()) and err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan"], "give --model: a hub id, a folder, or one of ltx-2, "),
+        (["plan", "--model", "magic"], "magic is neither"),
+        ([*PLAN, "--runtime", "0.5", "--share", "0.5"], "give --runtime or --share, not both"),
+        ([*PLAN, "--no-kv", "--between", "0.5"], "give --between or --no-kv, not both"),
+        ([*PLAN, "--runtime", "0.01"], "runtime=0.01 is below the lowest possible"),
+        ([*PLAN, "--runtime", "0"], "runtime must be above 0"),
+        ([*PLAN, "--share", "nan"], "share must be above 0"),
+        ([*PLAN, "--vram", "0"], "vram must be gigabytes above 0, not 0"),
+        ([*PLAN, "--vram", "-4"], "vram must be gigabytes above 0, not -4"),
+        ([*PLAN, "--vram", "inf"], "vram must be gigabytes above 0, not inf"),
+        ([*PLAN, "--vram", "much"], "--vram"),
+        ([*PLAN, "--kv-store", "tape"], "kv_store must be one of auto, device, fp8, offload, fp8-offload, not 'tape'"),
+        ([*PLAN, "--offload", "disk"], "offload must be one of none, model"),
+        ([*PLAN, "--between", "2"], "--between"),
+        ([*PLAN, "--steps", "0"], "--steps"),
+        ([*PLAN, "--height", "0"], "--height"),
+        ([*PLAN, "--height", "100"], "divisible by 16"),
+        ([*PLAN, "--image-to-video"], "does not take a first frame"),
+        ([*PLAN, "--guidance", "nan"], "guidance"),
+        ([*PLAN, "--attention-backend", "nonsense"], "no such attention backend: nonsense"),
+        ([*PLAN, "--nonsense"], "--nonsense"),
+    ],
+)
+def test_plan_used_wrongly(capsys, arguments, message):
+    assert message in fails(capsys, *arguments)
+
+
+def test_bench_shows_tables_and_one_line_of_json(capsys):
+    out, err = works(capsys, *BENCH, "--stores", "device, fp8", "--layers", "2", "--json", "result.json")
+    *shown, line = out.splitlines()
+    result = json.loads(line)
+    assert json.loads(Path("result.json").read_text()) == result
+    assert files() == ["model", "result.json"] and Path("../cache/timings.jsonl").is_file()
+    assert (result["layers"], result["tokens"], result["dtype"], result["device"]) == (2, 48, "float32", "cpu")
+    assert "model, 2 layers, 48 tokens, float32, eager, cpu: a plain dense call takes" in " ".join(shown)
+    table = {row[:2]: row[2:] for row in rows("\n".join(shown), ("device", "fp8"))}
+    assert set(table) == {(store, share) for store in ("device", "fp8") for share in ("all, K/V kept", "0.5")}
+    for row in result["rows"]:
+        cells = table[row["store"], "all, K/V kept" if row["share"] == 1 else "0.5"]
+        assert cells[0] == f"{row['seconds'] * 1000:.1f}" and cells[1] == f"{row['ratio']:.4f}"
+        # 2 * layers * (tokens + states of the text) * dim * 4 bytes.
+        assert row["store"] != "device" or row["device_bytes"] == 2 * 2 * (48 + 512) * 48 * 4
+        assert row["store"] != "device" or cells[2:] == ("430.1 kB", "0 bytes")
+    kinds = {row[0] for row in rows("\n".join(shown), ("plain", "dense", "0.5"))}
+    assert kinds == {"plain", "dense", "0.5"} and "scatter" in out
+    assert err.splitlines()[0] == "building model with 2 layers on cpu" and "round 1/1: " in err.splitlines()[-1]
+
+
+def test_bench_quietly(capsys):
+    out, err = works(capsys, *BENCH, "--quiet", "--dtype", "bfloat16", "--layers", "1")
+    assert err == "" and out.count("\n") == 1
+    assert json.loads(out)["dtype"] == "bfloat16"
+
+
+def test_a_plan_shows_the_seconds_of_a_bench(capsys):
+    result = json.loads(works(capsys, *BENCH, "--quiet")[0])
+    out, _ = works(capsys, "plan", "--model", "model", *SIZE, "--steps", "10", "--share", "0.5")
+    assert f"dense {20 * result['plain_seconds']:.1f} (cpu)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench"], "--config"),
+        (["bench", "--config", "magic"], "magic is neither"),
+        ([*BENCH, "--shares", "half"], "--shares wants numbers, as in 0.5,0.25, not half"),
+        ([*BENCH, "--shares", ""], "--shares wants numbers"),
+        ([*BENCH, "--shares", "0.5,1"], "shares must be above 0 and below 1"),
+        ([*BENCH, "--shares", "0,0.5"], "shares must be above 0 and below 1"),
+        ([*BENCH, "--shares", "nan"], "shares must be above 0 and below 1"),
+        ([*BENCH, "--dtype", "int3"], "--dtype must be auto, float32, float16 or bfloat16, not int3"),
+        ([*BENCH, "--stores", "device,tape"], "no such store: tape"),
+        ([*BENCH, "--stores", ""], "no such store"),
+        ([*BENCH, "--layers", "4"], "model has 3 layers, not 4"),
+        ([*BENCH, "--layers", "0"], "--layers"),
+        ([*BENCH, "--repeats", "0"], "--repeats"),
+        ([*BENCH, "--height", "100"], "divisible by 16"),
+        ([*BENCH, "--device", "abacus"], "unknown device"),
+        ([*BENCH, "--json", "nowhere/result.json"], "there is no folder nowhere"),
+        ([*BENCH, "--json", "result.txt"], ".json"),
+        ([*BENCH, "--nonsense"], "--nonsense"),
+    ],
+)
+def test_bench_used_wrongly(capsys, arguments, message):
+    assert message in fails(capsys, *arguments)
+
+
+def test_an_attention_backend_that_bench_does_not_know(capsys):
+    assert cli.main([*BENCH, "--quiet", "--attention-backend", "nonsense"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err == "heterostep: no such attention backend: nonsense\n" and files() == ["model"]
