@@ -21,7 +21,8 @@ WARPS = 4
 FUSE_MULTIPLY_ADD = False
 
 
-@triton.jit
+# Not compiled anew for each number of rows.
+@triton.jit(do_not_specialize=["n"])
 def _norm_rotate(
     x, weight, cos, sin, out, eps, n, x_sample, x_row, cos_sample, cos_row, sin_sample, sin_row,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -134,8 +135,10 @@ def _dequantise(
     inside = (row < n)[:, None] & (dim < DIM)
 
     scale = tl.load(scales + sample * scales_sample + head * scales_head + row * scales_row, mask=row < n, other=0.0)
+    # By its bits: a cast that it sees lets LLVM multiply in float16 where that is the output, beyond its range.
+    scale = (scale.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     rows = codes + sample * codes_sample + head * codes_head + row[:, None] * codes_row
-    values = tl.load(rows + dim, mask=inside).to(tl.float32) * scale.to(tl.float32)[:, None]
+    values = tl.load(rows + dim, mask=inside).to(tl.float32) * scale[:, None]
     rows = out + sample * out_sample + head * out_head + row[:, None] * out_row
     tl.store(rows + dim, values.to(out.dtype.element_ty), mask=inside)
 
