@@ -118,5 +118,8 @@ def test_stores(row, store):
         expected = row.run(pipe, steps=STEPS)
     with heterostep.enabled(pipe, share=0.5, between=0.5, kv_store=store):
         made = row.run(pipe, steps=STEPS)
-    close(made, expected, 0.2 if "fp8" in store else 1e-3)
+    if "fp8" in store:
+        assert all((a - b).norm() < 0.1 * b.norm() for a, b in zip(made, expected, strict=True))
+    else:
+        close(made, expected)
     assert heterostep.report(pipe).memory.kv_store == store
