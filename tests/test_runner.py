@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
 import heterostep
+from heterostep.adapters.wan import SelfAttention
 from heterostep.errors import HeterostepError
 from small import run, small_pipeline
 
@@ -378,3 +379,13 @@ def test_fresh_keys_are_those_of_a_dense_step(pipe):
     same = (outputs[2] == plain).flatten(0, 1).all(0)
     held = (outputs[2] == outputs[1]).flatten(0, 1).all(0)
     assert (same ^ held).all() and same.float().mean() == 0.5
+
+
+@pytest.mark.parametrize(("options", "expected"), [({"share": 0.7}, 1), ({"runtime": 0.9}, 1), ({"share": 1.0}, 0)])
+def test_kernels_are_prepared_once_where_single_tokens_may_come(pipe, monkeypatch, options, expected):
+    """Before a store is in use, and for one layer: the layers are alike."""
+    prepared = []
+    monkeypatch.setattr(SelfAttention, "prepare", lambda self, attn, hidden_states: prepared.append(attn))
+    with heterostep.enabled(pipe, **options):
+        run(pipe, steps=8)
+    assert len(prepared) == expected

@@ -185,6 +185,8 @@ class Runner:
                 self._fall_back(generation)
                 output = self._call_model(expert, generation, branch, inputs, None, keep)
             branch.output = output
+            if step == 0 and generation.calls == 1:
+                self._prepare(expert, generation, inputs["hidden_states"])
             generation.note_kv()
             if not sparse_follows:
                 branch.free_kv()
@@ -193,6 +195,14 @@ class Runner:
         if step == generation.schedule.num_steps - 1:
             self._finish(generation)
         return output
+
+    def _prepare(self, expert: _Expert, generation: Generation, hidden_states: torch.Tensor) -> None:
+        """Compile kernels while the GPU has the first call to do, rather than when it would wait for them."""
+        total = generation.schedule.tokens.total
+        if self.config.runtime is not None or any(0 < count < total for count in generation.counts):
+            # Layers are alike.
+            for attn, processor in {type(each[1]): each for each in expert.seams.attentions}.values():
+                processor.prepare(attn, hidden_states)
 
     def _call_model(
         self,

@@ -32,6 +32,14 @@ class CachedAttention:
         """An empty store for one guidance branch; `name` is one of `heterostep.kv_cache.STORES`."""
         return StaticKV() if cls.store is StaticKV else KVCache(name, workspace)
 
+    def prepare(self, attn: Any, hidden_states: torch.Tensor) -> None:
+        """Compile the kernels that calls with a store will use, before the first such call has to wait for them.
+
+        Args:
+            attn: the module that this processor is of.
+            hidden_states: of the model's inputs: where it runs, and in which precision.
+        """
+
     # diffusers sets these on the processor that it finds (`set_attention_backend`, context parallelism).
     @property
     def _attention_backend(self) -> Any:

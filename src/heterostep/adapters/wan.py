@@ -26,12 +26,17 @@ TEXT_STATES = 512
 
 def _norm_rotate(attn: Any, norm: Any, x: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """[B, n, H * D] -> [B, n, H, D]: a norm module of all heads together, then the rotary embedding."""
+    if _is_plain(norm, x.dtype):
+        return norm_rotate(x, norm.weight, norm.eps, *rotary_emb, attn.heads)
+    cos, sin = rotary_emb
+    return rotate(norm(x).unflatten(2, (attn.heads, -1)), cos, sin)
+
+
+def _is_plain(norm: Any, dtype: torch.dtype) -> bool:
+    """Whether a norm module is its formula alone: offloading and casting hooks bring its weight to where x is."""
     hooked = norm._forward_pre_hooks or norm._forward_hooks or "forward" in norm.__dict__
-    if type(norm) is not torch.nn.RMSNorm or hooked or (norm.weight is not None and norm.weight.dtype != x.dtype):
-        # Offloading and casting hooks bring the weight to where x is.
-        cos, sin = rotary_emb
-        return rotate(norm(x).unflatten(2, (attn.heads, -1)), cos, sin)
-    return norm_rotate(x, norm.weight, norm.eps, *rotary_emb, attn.heads)
+    same_dtype = type(norm) is torch.nn.RMSNorm and (norm.weight is None or norm.weight.dtype == dtype)
+    return same_dtype and not hooked
 
 
 class SelfAttention(CachedAttention):
@@ -48,6 +53,14 @@ class SelfAttention(CachedAttention):
         key = _norm_rotate(attn, attn.norm_k, key, rotary_emb)
         key, value = self.kv.update(key, value.unflatten(2, (attn.heads, -1)), self.call.index)
         return attn.to_out[1](attn.to_out[0](self.attend(query, key, value)))
+
+    def prepare(self, attn: Any, hidden_states: torch.Tensor) -> None:
+        """See `CachedAttention.prepare`."""
+        if not hidden_states.is_cuda or not _is_plain(attn.norm_k, hidden_states.dtype):
+            return
+        rows = hidden_states.new_zeros(1, 1, attn.inner_dim)
+        tables = torch.zeros(1, 1, 1, attn.inner_dim // attn.heads, device=rows.device)
+        norm_rotate(rows, attn.norm_k.weight, attn.norm_k.eps, tables, tables, attn.heads)
 
 
 class CrossAttention(CachedAttention):
