@@ -54,7 +54,7 @@ def check(result, tokens, kept, static, shares, stores):
         if "offload" in store:
             # Each of the two places grows to the largest layer that came there; each part is aligned.
             largest = max(kept, key=lambda shape: shape.nbytes(store))
-            parts = [largest.vectors * largest.dim * largest.itemsize]
+            parts = [largest.vectors * largest.dim * largest.dtype.itemsize]
             if "fp8" in store:
                 parts = [largest.vectors * largest.dim, largest.vectors * 2]
             staged = min(2, len(kept)) * 2 * sum(-(-part // 256) * 256 for part in parts)
@@ -70,7 +70,7 @@ def test_a_real_configuration(cache):
     lines = []
     result = bench("wan2.1-t2v-1.3b", Size(64, 64, 5), layers=1, stores=STORES, tell=lines.append, **TINY)
     tokens = 2 * 4 * 4
-    check(result, tokens, [KVShape(12 * tokens, 128, 4)], 2 * 512 * 1536 * 4, (0.5,), STORES)
+    check(result, tokens, [KVShape(12 * tokens, 128, torch.float32)], 2 * 512 * 1536 * 4, (0.5,), STORES)
     assert {key: result[key] for key in ("name", "layers", "height", "width", "num_frames", "batch", "calls")} == {
         "name": "wan2.1-t2v-1.3b", "layers": 1, "height": 64, "width": 64, "num_frames": 5, "batch": 1, "calls": 2,
     }  # fmt: skip
@@ -94,7 +94,7 @@ def test_ltx2_of_one_layer(tmp_path, cache):
     result = bench(str(tmp_path / "model"), Size(64, 64, 9), layers=1, **TINY)
     tokens = 2 * 4 * 4
     # Its own attention of two guidance branches, and that of the sound to it.
-    kept = [KVShape(2 * 2 * tokens, dim, 4) for dim in (16, 8)]
+    kept = [KVShape(2 * 2 * tokens, dim, torch.float32) for dim in (16, 8)]
     seen = rehearse(configs.load(tmp_path / "model"), height=64, width=64, num_frames=9, num_inference_steps=4,
                     guidance_scale=4.0, dtype=torch.float32)  # fmt: skip
     static = call_memory(seen.model, seen.calls[0]).static // 3
@@ -107,7 +107,7 @@ def test_all_layers_many_shares_and_several_rounds(folder, cache):
     result = bench(
         folder, Size(64, 64, 9), shares=(0.25, 0.5), stores=("fp8", "device"), repeats=3, dtype=torch.float32
     )
-    check(result, 48, [KVShape(2 * 48, 24, 4)] * 3, 3 * 2 * 512 * 48 * 4, (0.25, 0.5), ("fp8", "device"))
+    check(result, 48, [KVShape(2 * 48, 24, torch.float32)] * 3, 3 * 2 * 512 * 48 * 4, (0.25, 0.5), ("fp8", "device"))
     assert result["layers"] == 3 and result["repeats"] == 3
     (line,) = cache.read_text().splitlines()
     points = json.loads(line)["points"]

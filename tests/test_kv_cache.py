@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from heterostep.kernels import gather_rows, write_rows
-from heterostep.kv_cache import KVCache
+from heterostep.kv_cache import STORES, KVCache, KVShape
 
 
 def rows(n, seed=0):
@@ -48,3 +48,22 @@ def test_gather_is_the_inverse_of_write_and_broadcasts_over_the_batch():
     assert torch.equal(gather_rows(store.transpose(1, 2), index), new)
     table = torch.arange(5.0)[None, :, None]
     assert gather_rows(table, index)[..., 0].tolist() == [[1, 3], [0, 4]]
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_reserved_memory_is_what_is_then_used(store):
+    plain, cache, index = KVCache(store), KVCache(store), torch.tensor([[0, 4], [2, 3]])
+    assert not cache.reserves
+    cache.expected = KVShape(2 * 3 * 5, 4, torch.float32)
+    assert cache.reserves == ("offload" not in store)
+    cache.reserve(torch.device("cpu"))
+    assert not cache.reserves
+    reserved = [part.data_ptr() for part in cache._parts]
+    assert cache.nbytes == (0 if "offload" in store else cache.expected.nbytes(store))
+    # Twice: what is there is written over.
+    for seed in (0, 5):
+        for each in (plain, cache):
+            each.update(rows(5, seed), rows(5, seed + 1), None)
+        pairs = zip(cache.update(rows(2, 2), rows(2, 3), index), plain.update(rows(2, 2), rows(2, 3), index))
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert [part.data_ptr() for part in cache._parts] == reserved

@@ -244,7 +244,7 @@ def test_a_model_in_float32_holds_more():
     for name in ("hidden_states", "encoder_hidden_states"):
         inputs[name] = inputs[name].float()
     single = call_memory(torch.nn.Module.to(model, torch.float32), inputs)
-    assert single.layers[0].itemsize == 4 and half.layers[0].itemsize == 2
+    assert single.layers[0].dtype.itemsize == 4 and half.layers[0].dtype.itemsize == 2
     assert 1.3 < single.plain / half.plain < 2.1
 
 

@@ -14,7 +14,7 @@ from rows import ROWS, equal
 from small import run, small_pipeline
 
 SPARSE = {"share": 0.5, "between": 0.5, "dense_start": 1}
-LAYERS = [KVShape(vectors=1000, dim=64, itemsize=2)] * 10
+LAYERS = [KVShape(vectors=1000, dim=64, dtype=torch.bfloat16)] * 10
 
 
 def psnr(a, b):
@@ -67,7 +67,7 @@ def test_each_store_reads_what_was_written(store, layers):
                 torch.testing.assert_close(got, x, rtol=tolerance, atol=tolerance / 4)
     assert all(bool(cache.nbytes) == ("offload" not in store) for cache in caches)
     assert all(bool(cache.host_nbytes) == ("offload" in store) for cache in caches)
-    kept = KVShape(2 * 6 * 3, 8, 4).nbytes(store)
+    kept = KVShape(2 * 6 * 3, 8, torch.float32).nbytes(store)
     assert {cache.nbytes + cache.host_nbytes for cache in caches} == {kept}
 
 

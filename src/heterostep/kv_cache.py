@@ -27,11 +27,15 @@ class KVShape:
 
     vectors: int
     dim: int
-    itemsize: int
+    dtype: torch.dtype
 
     def nbytes(self, store: str) -> int:
         """Bytes of K and V in a store, wherever that is."""
-        return 2 * self.vectors * (self.dim + torch.bfloat16.itemsize if "fp8" in store else self.dim * self.itemsize)
+        return (
+            2
+            * self.vectors
+            * (self.dim + torch.bfloat16.itemsize if "fp8" in store else self.dim * self.dtype.itemsize)
+        )
 
 
 class Workspace:
@@ -155,6 +159,7 @@ class KVCache:
         workspace: shared with the generation's other layers.
 
     Attributes:
+        expected: what will be kept, where that is known.
         host: the tensors in host memory, where the store is there.
         next: the layer that is fetched after this one.
         device: where K and V are read.
@@ -164,9 +169,27 @@ class KVCache:
         self.store, self._workspace = store, workspace or Workspace()
         self._fp8, self._offload = "fp8" in store, "offload" in store
         self._parts: list[torch.Tensor] = []
+        self.expected: KVShape | None = None
         self.host: list[torch.Tensor] = []
         self.next: KVCache | None = None
         self.device = torch.device("cpu")
+
+    @property
+    def reserves(self) -> bool:
+        """Whether `reserve` would allocate."""
+        return self.expected is not None and not self._offload and not self._parts
+
+    def reserve(self, device: torch.device) -> None:
+        """Allocate what is expected, before the call that fills it: so none of it is cut out of what calls need."""
+        if self.expected is None or not self.reserves:
+            return
+        vectors, dim, dtype = self.expected.vectors, self.expected.dim, self.expected.dtype
+        for _ in range(2):
+            if self._fp8:
+                self._parts.append(torch.empty(vectors, dim, dtype=torch.float8_e4m3fn, device=device))
+                self._parts.append(torch.empty(vectors, dtype=torch.bfloat16, device=device))
+            else:
+                self._parts.append(torch.empty(vectors, dim, dtype=dtype, device=device))
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor | None
@@ -183,8 +206,11 @@ class KVCache:
         if self._offload:
             return self._update_offloaded(key, value, index)
         if index is None:
-            # New tensors rather than a write into the old ones: compiled code need not ask whether there are any.
-            self._parts = self._encode(key, value)
+            parts, old = self._encode(key, value), self._parts
+            if [(t.numel(), t.dtype) for t in old] == [(t.numel(), t.dtype) for t in parts]:
+                self._parts = [old.view(new.shape).copy_(new) for old, new in zip(old, parts)]
+            else:
+                self._parts = [part.contiguous() for part in parts]
             if self._fp8:
                 return key, value
             # As kept, attention backends need no copy of their own.
@@ -202,7 +228,7 @@ class KVCache:
         self.device = key.device
         if index is None:
             self.next = None
-            parts = self._encode(key, value)
+            parts = [part.contiguous() for part in self._encode(key, value)]
             self.host = self._workspace.save(self, parts)
             return (key, value) if self._fp8 else (parts[0].transpose(1, 2), parts[1].transpose(1, 2))
         if not self.host:
@@ -216,7 +242,7 @@ class KVCache:
     def _encode(self, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
         if self._fp8:
             return [*quantise(key), *quantise(value)]
-        return [key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()]
+        return [key.transpose(1, 2), value.transpose(1, 2)]
 
     def _write(self, parts: list[torch.Tensor], key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
         if self._fp8:
@@ -236,7 +262,7 @@ class KVCache:
         """What is kept; None where nothing is. Of a store in the model's precision alone."""
         if not self._parts or self._fp8:
             return None
-        return KVShape(self._parts[0].shape[:-1].numel(), self._parts[0].shape[-1], self._parts[0].element_size())
+        return KVShape(self._parts[0].shape[:-1].numel(), self._parts[0].shape[-1], self._parts[0].dtype)
 
     @property
     def nbytes(self) -> int:

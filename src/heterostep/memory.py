@@ -169,10 +169,11 @@ def _call_memory(model: Any, inputs: dict[str, Any], share: float) -> CallMemory
         calls.plain()
         calls.rows = calls.held = None
         plain, before = live.peak, live.now
-        live.restart()
         calls.dense()
         kept = sum(store.nbytes for store in calls.stores)
-        # While it runs, a layer after the other comes to be kept; the last one's peak counts.
+        live.restart()
+        # Into memory that is there already, as a run has it.
+        calls.dense()
         dense = live.peak - kept
         rows = calls.held
         assert rows is not None

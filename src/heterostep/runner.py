@@ -223,6 +223,7 @@ class Runner:
             if index is None:
                 # A dense call decodes nothing, and needs the room.
                 generation.workspace.reset()
+                self._reserve(branch, inputs["hidden_states"].device)
             generation.workspace.begin()
             generation.workspace.write_back = keep
             for (_, processor), store in zip(expert.seams.attentions, branch.stores, strict=True):
@@ -232,6 +233,15 @@ class Runner:
         if index is not None:
             inputs = self.adapter.select(expert.model, inputs, index)
         return expert.wrapped.inner(**inputs)
+
+    @staticmethod
+    def _reserve(branch: Branch, device: torch.device) -> None:
+        """Allocate K and V in one go, in segments of their own: the forecast is of bytes, not of what lies between."""
+        empty = [store for store in branch.stores if isinstance(store, KVCache) and store.reserves]
+        if empty and device.type == "cuda":
+            torch.cuda.empty_cache()
+        for store in empty:
+            store.reserve(device)
 
     def _make_stores(
         self, expert: _Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]
@@ -247,9 +257,12 @@ class Runner:
         names, size = generation.stores.names, sum(kinds)
         first = min(generation.branches.index(branch) * size, len(names) - size)
         mine = iter(names[first : first + size])
-        return [
+        stores = [
             p.make_store(next(mine) if tokens else "", generation.workspace) for p, tokens in zip(processors, kinds)
         ]
+        for store, shape in zip((s for s in stores if isinstance(s, KVCache)), generation.stores.layers[first:]):
+            store.expected = shape
+        return stores
 
     def _choose_stores(
         self, expert: _Expert, generation: Generation, inputs: dict[str, Any], attentions: int
