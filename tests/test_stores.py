@@ -177,6 +177,27 @@ def test_too_little_room_is_said_or_leaves_single_tokens_out(room, caplog):
     assert "whole steps alone" in caplog.text
     report = heterostep.report(pipe)
     assert set(report.active_share) == {0.0, 1.0} and report.memory.kv_store == "none"
+    caplog.clear()
+    with heterostep.enabled(pipe, runtime=0.6), caplog.at_level(logging.WARNING, "heterostep"):
+        run(pipe, steps=30)
+    assert caplog.text.count("whole steps alone") == 1
+    assert set(heterostep.report(pipe).active_share) == {0.0, 1.0}
+
+
+def test_memory_is_forecast_before_the_step_that_needs_it(room, monkeypatch):
+    """In the second step, when all guidance branches are known, and once a run."""
+    pipe, asked = small_pipeline(), []
+    room(10**12)
+    measured = memory.call_memory
+
+    def forecast(*args):
+        asked.append(heterostep.pipeline._open[pipe].runner.generation.step)
+        return measured(*args)
+
+    monkeypatch.setattr(memory, "call_memory", forecast)
+    with heterostep.enabled(pipe, share=[1, 1, 1, 1, 1, 0.5]):
+        run(pipe, steps=6)
+    assert asked == [1]
 
 
 @pytest.mark.parametrize("at", ["dense", "sparse"])

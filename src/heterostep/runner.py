@@ -17,12 +17,14 @@ Shapes: B samples, b batch of a call, N tokens, n active tokens, C values a toke
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import math
 import resource
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -35,6 +37,7 @@ from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 from heterostep.kernels import gather_rows
 from heterostep.kv_cache import KVCache, StaticKV
+from heterostep.placement import DoesNotFit, place
 from heterostep.reports import MemoryReport, Report, RuntimeReport, ShareReport, StepInfo, StepsReport
 from heterostep.schedule import Schedule
 from heterostep.scoring import velocity_change, velocity_slope
@@ -185,8 +188,8 @@ class Runner:
                 self._fall_back(generation)
                 output = self._call_model(expert, generation, branch, inputs, None, keep)
             branch.output = output
-            if step == 0 and generation.calls == 1:
-                self._prepare(expert, generation, inputs["hidden_states"])
+            if step < 2 and generation.calls == 1:
+                self._prepare(expert, generation, inputs)
             generation.note_kv()
             if not sparse_follows:
                 branch.free_kv()
@@ -196,13 +199,19 @@ class Runner:
             self._finish(generation)
         return output
 
-    def _prepare(self, expert: _Expert, generation: Generation, hidden_states: torch.Tensor) -> None:
-        """Compile kernels while the GPU has the first call to do, rather than when it would wait for them."""
-        total = generation.schedule.tokens.total
-        if self.config.runtime is not None or any(0 < count < total for count in generation.counts):
+    def _prepare(self, expert: _Expert, generation: Generation, inputs: dict[str, Any]) -> None:
+        """Do what the first step that keeps K and V would wait for while the GPU has other calls to make."""
+        total, ahead = generation.schedule.tokens.total, generation.counts[generation.step + 1 :]
+        some = self.config.runtime is not None or any(0 < count < total for count in ahead)
+        if self.config.sync != "hold" or not some:
+            return
+        if generation.step == 0:
             # Layers are alike.
-            for attn, processor in {type(each[1]): each for each in expert.seams.attentions}.values():
-                processor.prepare(attn, hidden_states)
+            kinds = {type(processor): (attn, processor) for attn, processor in expert.seams.attentions}
+            _in_background(lambda: _compile_kernels(kinds.values(), inputs["hidden_states"]))
+        elif generation.stores is None:
+            # By now all guidance branches are known.
+            self._place(expert, generation, inputs)
 
     def _call_model(
         self,
@@ -250,10 +259,10 @@ class Runner:
         processors = [processor for _, processor in expert.seams.attentions]
         kinds = [processor.store is KVCache for processor in processors]
         if generation.stores is None:
-            generation.stores = self._choose_stores(expert, generation, inputs, sum(kinds))
+            self._place(expert, generation, inputs)
             if generation.stores is None:
                 return []
-            generation.kv_store = str(generation.stores)
+        generation.kv_store = str(generation.stores)
         names, size = generation.stores.names, sum(kinds)
         first = min(generation.branches.index(branch) * size, len(names) - size)
         mine = iter(names[first : first + size])
@@ -264,45 +273,23 @@ class Runner:
             store.expected = shape
         return stores
 
-    def _choose_stores(
-        self, expert: _Expert, generation: Generation, inputs: dict[str, Any], attentions: int
-    ) -> memory.Stores | None:
-        branches = len(generation.branches)
-        device, name = inputs["hidden_states"].device, self.config.kv_store
-        present = memory.room_on(device, self.config.vram)
-        if name != "auto" or present is None:
-            name = "device" if name == "auto" else name
-            return memory.Stores((name,) * attentions * branches, ())
+    def _place(self, expert: _Expert, generation: Generation, inputs: dict[str, Any]) -> None:
+        """Choose the stores; where none fits, and whole steps are all that was asked for, let no token run alone."""
         total = generation.schedule.tokens.total
-        share = max(count for count in generation.counts if count < total) / total
-        try:
-            call = memory.call_memory(expert.model, inputs, share)
-        except HeterostepError as error:
-            _log.warning("%s; K and V are kept on the device, give kv_store= for another place", error)
-            return memory.Stores(("device",) * attentions * branches, ())
-        # The other branches' calls may be of more or fewer samples.
+        # With a runtime, counts may yet come near to all.
+        share = max(count for count in generation.counts if count < total) / total if self.config.runtime is None else 1
+        attentions = sum(processor.store is KVCache for _, processor in expert.seams.attentions)
         batches = [branch.batch for branch in generation.branches]
-        batch = inputs["hidden_states"].shape[0]
-        layers = [replace(each, vectors=each.vectors * b // batch) for b in batches for each in call.layers]
-        room = present - (call.static + call.held) * sum(batches) // batch
-        host_room = memory.host_room()
-        stores = memory.choose(layers, room - call.dense, room - call.sparse, host_room)
-        if stores is not None:
-            return stores
-        least = memory.uniform("fp8-offload", layers)
-        free, needed = max(room - call.dense, 0) / 1e9, least.device_bytes / 1e9
-        lacks = (
-            f"K and V do not fit: at the least they take {needed:.1f} GB of the device, where {free:.1f} are free, "
-            f"and {least.host_bytes / 1e9:.1f} GB of host memory, where {host_room / 1e9:.1f} are"
-        )
-        if self.config.between or self.config.divisors or self.adapter.least_active:
-            raise HeterostepError(
-                f"{lacks}: make a smaller or shorter video, offload other models, or give between=None"
-            )
-        # What whole steps leave of the budget is less than one of them, and can be left unspent.
-        _log.warning("%s; whole steps alone are evaluated, as with between=None", lacks)
-        generation.counts = [count if count == total else 0 for count in generation.counts]
-        return None
+        try:
+            generation.stores = place(self.config, expert.model, inputs, batches, share, attentions)
+        except DoesNotFit as error:
+            if self.config.between or self.config.divisors or self.adapter.least_active:
+                advice = "make a smaller or shorter video, offload other models, or give between=None"
+                raise HeterostepError(f"{error}: {advice}") from error
+            # What whole steps leave of the budget is less than one of them, and can be left unspent.
+            _log.warning("%s; whole steps alone are evaluated, as with between=None", error)
+            generation.counts = [count if count == total else 0 for count in generation.counts]
+            generation.schedule = replace(generation.schedule, config=replace(self.config, between=None))
 
     def _fall_back(self, generation: Generation) -> None:
         """Memory ran out: smaller stores from now on, for all branches. What was kept is gone."""
@@ -595,6 +582,22 @@ class Runner:
             solver=config.solver,
             finished=generation.finished,
         )
+
+
+def _compile_kernels(attentions: Iterable[tuple[Any, Any]], hidden_states: torch.Tensor) -> None:
+    for attn, processor in attentions:
+        processor.prepare(attn, hidden_states)
+
+
+def _in_background(work: Callable[[], Any]) -> None:
+    """Run `work` beside the caller; where it fails, whoever needs it tries again and gets the error."""
+
+    def run() -> None:
+        # Each thread records gradients unless told otherwise.
+        with contextlib.suppress(Exception), torch.no_grad():
+            work()
+
+    threading.Thread(target=run, daemon=True).start()
 
 
 def _peak_bytes(generation: Generation) -> int:
