@@ -280,6 +280,23 @@ def same_float8(got, expected):
 
 
 @on_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "dim"), [(5, 128), (3, 12)])
+def test_fused_advance_is_the_references(fused, heads, dim, dtype):
+    options = {"dtype": dtype, "device": DEVICE}
+    values = random(2, heads, N, dim, **options)
+    change = reference.quantise(random(2, N, heads, dim, seed=1, **options) / 8)
+    ahead = 5 * random(2, N, seed=2, device=DEVICE).abs()
+    ahead[:, ::3] = 0
+    outs = [torch.full((2, heads, N, dim), torch.nan, **options) for _ in range(2)]
+    assert fused.advance(values, *change, ahead, outs[0]) is outs[0]
+    reference.advance(values, *change, ahead, outs[1])
+    assert torch.equal(outs[0], outs[1])
+    # Active tokens stay what they are.
+    assert torch.equal(outs[0][:, :, ::3], values[:, :, ::3])
+
+
+@on_triton
 def test_fused_float8_keeps_nan(fused):
     x = random(1, 2, 3, 8, device=DEVICE)
     x[0, 0, 1, 5] = torch.nan

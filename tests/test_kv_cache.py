@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from heterostep.kernels import gather_rows, write_rows
-from heterostep.kv_cache import STORES, KVCache, KVShape
+from heterostep.kv_cache import STORES, KVCache, KVShape, Workspace
 
 
 def rows(n, seed=0):
@@ -67,3 +67,60 @@ def test_reserved_memory_is_what_is_then_used(store):
         pairs = zip(cache.update(rows(2, 2), rows(2, 3), index), plain.update(rows(2, 2), rows(2, 3), index))
         assert all(torch.equal(a, b) for a, b in pairs)
         assert [part.data_ptr() for part in cache._parts] == reserved
+
+
+def linear(time, total=5):
+    """K and V on straight lines over time, as steep as codes can tell exactly."""
+    start, slope = rows(total), torch.sign(rows(total, 1)) * 448 / 1024
+    return start + time * slope, 2 * start - time * slope
+
+
+@pytest.mark.parametrize("store", ["device", "offload"])
+def test_drift_reproduces_a_linear_change(store):
+    """Of tokens evaluated at different times."""
+    workspace = Workspace()
+    cache, workspace.ahead = KVCache(store, workspace), torch.zeros(2, 5)
+
+    def update(key, value, index):
+        workspace.begin()
+        return cache.update(key, value, index)
+
+    update(*linear(0.0), None)
+    update(*linear(1.0), None)
+    # At 3.0 two tokens of each sample are evaluated: their change is that over 2.0, the others' that over 1.0.
+    index = torch.tensor([[0, 4], [2, 3]])
+    workspace.ahead = torch.full((2, 5), 2.0).scatter(1, index, 0.0)
+    workspace.write_back = True
+    active = [gather_rows(x, index) for x in linear(3.0)]
+    for got, expected in zip(update(*active, index), linear(3.0)):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    workspace.ahead = torch.full((2, 5), 3.0).scatter(1, index, 0.5)
+    # At 4.0 one other is.
+    index = torch.tensor([[1], [1]])
+    workspace.ahead = workspace.ahead.scatter(1, index, 0.0)
+    for got, expected in zip(update(*(gather_rows(x, index) for x in linear(4.0)), index), linear(4.0)):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_without_a_second_evaluation_nothing_drifts(store):
+    held, workspace, index = KVCache(store), Workspace(), torch.tensor([[0], [4]])
+    drifting, workspace.ahead = KVCache(store, workspace), torch.full((2, 5), 7.0).scatter(1, index, 0.0)
+    for cache in (held, drifting):
+        cache.update(rows(5), rows(5, 1), None)
+    pairs = zip(*(cache.update(rows(1, 2), rows(1, 3), index) for cache in (held, drifting)))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert drifting.nbytes + drifting.host_nbytes == KVShape(2 * 3 * 5, 4, torch.float32, drifts=True).nbytes(store)
+
+
+@pytest.mark.parametrize("store", ["fp8", "fp8-offload"])
+def test_coded_kv_are_held(store):
+    workspace, index = Workspace(), torch.tensor([[0], [4]])
+    held, drifting = KVCache(store), KVCache(store, workspace)
+    workspace.ahead = torch.full((2, 5), 7.0)
+    for seed in (0, 4):
+        for cache in (held, drifting):
+            cache._workspace.begin()
+            cache.update(rows(5, seed), rows(5, seed + 1), None)
+    pairs = zip(*(cache.update(rows(1, 2), rows(1, 3), index) for cache in (held, drifting)))
+    assert all(torch.equal(a, b) for a, b in pairs)

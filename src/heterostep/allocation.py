@@ -2,8 +2,9 @@
 
 A *meeting step* evaluates every token. Where meetings lie is a question of time: by default the gaps between them grow
 with the step, for velocities change most at the beginning (`by_growing_gaps`); the paper has equal ones
-(`by_divisors`). Between two meetings the tokens that are ranked first are evaluated once or more. So a run is a list of
-counts, one a step, and a ranking of the tokens.
+(`by_divisors`). Between two meetings the tokens that are ranked first are evaluated once or more. Or there is one
+meeting alone, and from then on each step evaluates some tokens in rotation beside those ranked first (`by_rotation`).
+So a run is a list of counts, one a step, and a ranking of the tokens.
 
 Shapes: B batch, N tokens, n active tokens.
 """
@@ -175,6 +176,53 @@ def by_divisors(
     between = [step for step in range(num_steps) if phase[step] % small == 0 and phase[step] % large]
     _spread(counts, max(evaluations - sum(counts), 0), between, tokens, exact)
     return counts
+
+
+def by_rotation(
+    evaluations: int,
+    tokens: Tokens,
+    steps: range,
+    rotation: int,
+    meetings: Sequence[int] = (),
+    exact: bool = True,
+) -> list[int]:
+    """Active tokens at each of the window's steps: as many at each, and enough that all come round.
+
+    Args:
+        evaluations: token evaluations that may be spent, 0..N * len(steps).
+        tokens: how many there are.
+        steps: the window's steps, or what is left of it, numbered from the run's first.
+        rotation: no token sleeps longer than so many steps.
+        meetings: steps at which all tokens are evaluated: the window's first, and where another model takes over.
+        exact: let one count fall between the sizes, so that the last evaluation is spent; else spend up to a unit less.
+
+    Returns:
+        A count in 0..N for each step. Their sum is `evaluations`, or the nearest that is possible.
+    """
+    least = Tokens(tokens.total, max(tokens.least, probes(tokens.total, rotation)))
+    counts = [least.total if step in meetings else least.least for step in steps]
+    between = [position for position, step in enumerate(steps) if step not in meetings]
+    _spread(counts, max(evaluations - sum(counts), 0), between, least, exact)
+    return counts
+
+
+def probes(total: int, rotation: int) -> int:
+    """Tokens that each step takes from those that have slept longest, so that all come round in `rotation` steps."""
+    return -(-total // rotation)
+
+
+def with_probes(scores: torch.Tensor, evaluated_at: torch.Tensor, number: int) -> torch.Tensor:
+    """Scores [B, N] in which the `number` tokens that have slept longest come first.
+
+    Among those that fell asleep together their order decides, so that probes are neighbours: a frame, or part of it.
+
+    Args:
+        scores: higher is more urgent, [B, N].
+        evaluated_at: sigma of each token's last evaluation, [B, N].
+        number: of probes.
+    """
+    oldest = evaluated_at.argsort(dim=1, descending=True, stable=True)[:, :number]
+    return scores.scatter(1, oldest, torch.inf)
 
 
 def _spread(counts: list[int], left: int, steps: Sequence[int], tokens: Tokens, exact: bool) -> None:

@@ -11,7 +11,7 @@ from heterostep.errors import HeterostepError
 
 SOLVERS = ("pipeline", "euler")
 SCORES = ("velocity", "random", "oracle")
-SYNCS = ("hold", "fresh")
+SYNCS = ("drift", "hold", "fresh")
 KV_STORES = ("auto", "device", "fp8", "offload", "fp8-offload")
 
 
@@ -30,6 +30,9 @@ class HSAConfig:
         divisors: the paper's equal gaps in place of growing ones: the step divisors that tokens may get, ascending,
             each a multiple of the one before. A token of divisor d is evaluated at every d-th step; all tokens meet at
             multiples of the largest divisor in play. `between` then has no meaning.
+        rotation: in place of meetings: after the window's first step every step evaluates as many tokens, those that
+            have slept longest (none sleeps longer than `rotation` steps) and those whose velocities are predicted to be
+            most wrong: the rate of change times the sigma elapsed. `between` then has no meaning.
         dense_start: steps before the window, all dense, at least 1; by default chosen from the target.
         dense_end: steps after the window, all dense.
         regroup_every: tokens are ranked anew at every such meeting step that single tokens follow.
@@ -39,8 +42,9 @@ class HSAConfig:
             a first-order step on the same sigma grid.
         score: "velocity" ranks tokens by how fast their velocity changes. For experiments: "random" is a control;
             "oracle" evaluates all tokens for nothing and ranks them by how wrong their held velocity is.
-        sync: "hold" keeps the K/V of sleeping tokens as they were; "fresh" recomputes them at every step for nothing, a
-            bound for experiments: it tells what stale K/V cost, and is no faster than dense.
+        sync: "hold" keeps the K/V of sleeping tokens as they were, as the paper does; "drift" lets them go on along
+            each token's last change, at the price of a byte for each of their values. "fresh" recomputes them at every
+            step for nothing, a bound for experiments: it tells what stale K/V cost, and is no faster than dense.
         kv_store: where K and V are kept. "device": in the model's precision; "fp8": in half of the bytes; "offload" and
             "fp8-offload": in pinned host memory, fetched a layer ahead. "auto" takes the first of device, fp8,
             fp8-offload that fits beside the run, or two of them by layer.
@@ -54,6 +58,7 @@ class HSAConfig:
     share: float | Sequence[float] | None = None
     between: float | None = 0.0
     divisors: tuple[int, ...] | None = None
+    rotation: int | None = None
     dense_start: int | None = None
     dense_end: int = 0
     regroup_every: int = 1
@@ -85,6 +90,11 @@ class HSAConfig:
                 raise HeterostepError(
                     f"divisors must ascend, each a multiple of the one before, as in (1, 2, 4, 8), not {divisors}"
                 )
+        if self.rotation is not None:
+            if not isinstance(self.rotation, int) or self.rotation < 1:
+                raise HeterostepError(f"rotation must be a number of steps, at least 1, not {self.rotation}")
+            if self.divisors is not None or isinstance(self.share, tuple):
+                raise HeterostepError("rotation chooses each step's tokens: leave out divisors and shares by step")
         if self.dense_start is not None and self.dense_start < 1:
             raise HeterostepError(
                 "dense_start must be at least 1: the window's first step is dense too, and a change needs two"

@@ -1,5 +1,9 @@
 """Keys and values of all tokens, kept over steps; active tokens overwrite their rows.
 
+Sleeping tokens' rows may *drift*: as they are read, they go on along the change between the token's last two
+evaluations, which is kept beside K and V in e4m3 codes. Rotated keys drift as plain ones do, for a token's rotation is
+the same at every step. Coded K and V are held: what codes lose is as much as changes between two steps.
+
 How they are kept is a *store*:
 
     device        in the model's precision, where the model runs, as attention backends read it without a copy
@@ -16,26 +20,28 @@ from dataclasses import dataclass
 
 import torch
 
-from heterostep.kernels import dequantise, quantise, write_rows
+from heterostep.kernels import advance, dequantise, gather_rows, quantise, write_rows
 
 STORES = ("device", "fp8", "offload", "fp8-offload")
 
 
 @dataclass(frozen=True)
 class KVShape:
-    """What one attention layer keeps for one guidance branch: `vectors` (B * H * N) of `dim` values, of K and of V."""
+    """What one attention layer keeps for one guidance branch: `vectors` (B * H * N) of `dim` values, of K and of V.
+
+    Attributes:
+        drifts: whether their changes are kept too, where they are not coded.
+    """
 
     vectors: int
     dim: int
     dtype: torch.dtype
+    drifts: bool = False
 
     def nbytes(self, store: str) -> int:
         """Bytes of K and V in a store, wherever that is."""
-        return (
-            2
-            * self.vectors
-            * (self.dim + torch.bfloat16.itemsize if "fp8" in store else self.dim * self.dtype.itemsize)
-        )
+        coded, plain = self.dim + torch.bfloat16.itemsize, self.dim * self.dtype.itemsize
+        return 2 * self.vectors * (coded if "fp8" in store else plain + coded if self.drifts else plain)
 
 
 class Workspace:
@@ -43,10 +49,13 @@ class Workspace:
 
     Attributes:
         write_back: whether rows that a sparse step writes are wanted by a later one, so that the host needs them too.
+        ahead: float32 [B, N], how far each token's K and V have gone on by this call, in changes between its last two
+            evaluations: 0 for active tokens. None where they are held.
     """
 
     def __init__(self) -> None:
         self.write_back = False
+        self.ahead: torch.Tensor | None = None
         self._decoded: dict[tuple, torch.Tensor] = {}
         self._staged: list[torch.Tensor | None] = [None, None]
         self._slot = 0
@@ -54,13 +63,13 @@ class Workspace:
         self._last: KVCache | None = None
         self._fetched: dict[KVCache, tuple[list[torch.Tensor], torch.cuda.Event | None]] = {}
 
-    def decode(self, which: int, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """K (`which` = 0) or V (1) of the layer at hand, [B, H, N, D]; valid until the next layer's."""
+    def room(self, which: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Where K (`which` = 0) or V (1) of the layer at hand are decoded to, as large as `like`, until the next's."""
         # By shape, for a block may have attentions of several.
-        kind = which, tuple(codes.shape), dtype, codes.device
+        kind = which, tuple(like.shape), dtype, like.device
         if kind not in self._decoded:
-            self._decoded[kind] = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        return dequantise(codes, scales, self._decoded[kind])
+            self._decoded[kind] = torch.empty(like.shape, dtype=dtype, device=like.device)
+        return self._decoded[kind]
 
     @property
     def nbytes(self) -> int:
@@ -168,7 +177,9 @@ class KVCache:
     def __init__(self, store: str = "device", workspace: Workspace | None = None) -> None:
         self.store, self._workspace = store, workspace or Workspace()
         self._fp8, self._offload = "fp8" in store, "offload" in store
+        # K, V, and where they drift K's change in codes and scales, V's; in fp8 K's codes and scales, V's.
         self._parts: list[torch.Tensor] = []
+        self._filled = False
         self.expected: KVShape | None = None
         self.host: list[torch.Tensor] = []
         self.next: KVCache | None = None
@@ -184,12 +195,10 @@ class KVCache:
         if self.expected is None or not self.reserves:
             return
         vectors, dim, dtype = self.expected.vectors, self.expected.dim, self.expected.dtype
-        for _ in range(2):
-            if self._fp8:
-                self._parts.append(torch.empty(vectors, dim, dtype=torch.float8_e4m3fn, device=device))
-                self._parts.append(torch.empty(vectors, dtype=torch.bfloat16, device=device))
-            else:
-                self._parts.append(torch.empty(vectors, dim, dtype=dtype, device=device))
+        coded = [((vectors, dim), torch.float8_e4m3fn), ((vectors,), torch.bfloat16)] * 2
+        plain = [((vectors, dim), dtype)] * 2
+        kinds = coded if self._fp8 else plain + coded if self.expected.drifts else plain
+        self._parts = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in kinds]
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor | None
@@ -203,22 +212,21 @@ class KVCache:
         Returns:
             K and V of all tokens, [B, N, H, D], valid until the next layer's update.
         """
+        if index is not None and not self._filled:
+            raise RuntimeError("a sparse step needs a dense one before it: the K/V cache is empty")
         if self._offload:
             return self._update_offloaded(key, value, index)
         if index is None:
-            parts, old = self._encode(key, value), self._parts
+            parts, old = self._renewed(self._parts, key, value), self._parts
             if [(t.numel(), t.dtype) for t in old] == [(t.numel(), t.dtype) for t in parts]:
                 self._parts = [old.view(new.shape).copy_(new) for old, new in zip(old, parts)]
             else:
                 self._parts = [part.contiguous() for part in parts]
-            if self._fp8:
-                return key, value
+            self._filled = True
             # As kept, attention backends need no copy of their own.
-            return self._parts[0].transpose(1, 2), self._parts[1].transpose(1, 2)
-        if not self._parts:
-            raise RuntimeError("a sparse step needs a dense one before it: the K/V cache is empty")
+            return (key, value) if self._fp8 else (self._parts[0].transpose(1, 2), self._parts[1].transpose(1, 2))
         self._write(self._parts, key, value, index)
-        return self._decode(self._parts, key.dtype)
+        return self._read(self._parts, key.dtype)
 
     @torch.compiler.disable
     def _update_offloaded(
@@ -227,42 +235,65 @@ class KVCache:
         # Streams and events do not belong into compiled code.
         self.device = key.device
         if index is None:
-            self.next = None
-            parts = [part.contiguous() for part in self._encode(key, value)]
-            self.host = self._workspace.save(self, parts)
+            old = self._workspace.fetch(self) if self._drifts and self._filled else []
+            parts = [part.contiguous() for part in self._renewed(old, key, value)]
+            self.host, self._filled = self._workspace.save(self, parts), True
             return (key, value) if self._fp8 else (parts[0].transpose(1, 2), parts[1].transpose(1, 2))
-        if not self.host:
-            raise RuntimeError("a sparse step needs a dense one before it: the K/V cache is empty")
         parts = self._workspace.fetch(self)
         self._write(parts, key, value, index)
         if self._workspace.write_back:
             self._workspace.copy(parts, self.host)
-        return self._decode(parts, key.dtype)
+        return self._read(parts, key.dtype)
 
-    def _encode(self, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    @property
+    def _drifts(self) -> bool:
+        return self._workspace.ahead is not None and not self._fp8
+
+    def _renewed(self, old: list[torch.Tensor], key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+        """What is to be kept of all tokens' new K and V; not always contiguous."""
         if self._fp8:
             return [*quantise(key), *quantise(value)]
-        return [key.transpose(1, 2), value.transpose(1, 2)]
+        parts = [key.transpose(1, 2), value.transpose(1, 2)]
+        if not self._drifts:
+            return parts
+        for which, new in enumerate((key, value)):
+            if self._filled and len(old) > 2:
+                parts += quantise(new - old[which].transpose(1, 2))
+            else:
+                # Nothing was known before: as held.
+                parts.append(torch.zeros_like(parts[which], dtype=torch.float8_e4m3fn))
+                parts.append(torch.zeros(parts[which].shape[:-1], dtype=torch.bfloat16, device=new.device))
+        return parts
 
     def _write(self, parts: list[torch.Tensor], key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
-        if self._fp8:
-            quantise(key, index, *parts[:2])
-            quantise(value, index, *parts[2:])
-        else:
-            write_rows(parts[0], index, key.transpose(1, 2))
-            write_rows(parts[1], index, value.transpose(1, 2))
+        for which, new in enumerate((key, value)):
+            first = 2 * which
+            if self._fp8:
+                quantise(new, index, parts[first], parts[first + 1])
+                continue
+            if self._drifts:
+                change = new - gather_rows(parts[which].transpose(1, 2), index)
+                quantise(change, index, parts[2 + first], parts[3 + first])
+            write_rows(parts[which], index, new.transpose(1, 2))
 
-    def _decode(self, parts: list[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, parts: list[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everyone's K and V at this call, [B, N, H, D]."""
+        out, ahead = parts[:2], self._workspace.ahead
         if self._fp8:
-            parts = [self._workspace.decode(which, parts[2 * which], parts[2 * which + 1], dtype) for which in (0, 1)]
-        return parts[0].transpose(1, 2), parts[1].transpose(1, 2)
+            room = [self._workspace.room(which, parts[0], dtype) for which in (0, 1)]
+            out = [dequantise(parts[2 * which], parts[2 * which + 1], room[which]) for which in (0, 1)]
+        elif ahead is not None:
+            room = [self._workspace.room(which, parts[0], dtype) for which in (0, 1)]
+            out = [advance(parts[w], parts[2 + 2 * w], parts[3 + 2 * w], ahead, room[w]) for w in (0, 1)]
+        return out[0].transpose(1, 2), out[1].transpose(1, 2)
 
     @property
     def shape(self) -> KVShape | None:
         """What is kept; None where nothing is. Of a store in the model's precision alone."""
-        if not self._parts or self._fp8:
+        if not self._filled or not self._parts or self._fp8:
             return None
-        return KVShape(self._parts[0].shape[:-1].numel(), self._parts[0].shape[-1], self._parts[0].dtype)
+        kept = self._parts[0]
+        return KVShape(kept.shape[:-1].numel(), kept.shape[-1], kept.dtype, len(self._parts) > 2)
 
     @property
     def nbytes(self) -> int:
@@ -276,7 +307,7 @@ class KVCache:
 
     def reset(self) -> None:
         """Free the memory."""
-        self._parts, self.host, self.next = [], [], None
+        self._parts, self.host, self.next, self._filled = [], [], None, False
 
 
 class StaticKV:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -191,6 +191,8 @@ def _call_memory(model: Any, inputs: dict[str, Any], share: float) -> CallMemory
 
 # What "auto" tries, as (for as many layers as fit, for the others).
 PREFERENCE = (("device", "device"), ("device", "fp8"), ("fp8", "fp8-offload"))
+# Where K and V drift: coded ones would be held.
+PREFERENCE_IN_DRIFT = (("device", "device"), ("device", "offload"), *PREFERENCE[1:])
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,11 @@ class Stores:
         return self.kept_bytes + self.workspace_bytes
 
     @property
+    def dense_bytes(self) -> int:
+        """The same beside a dense call, which fetches what was kept only to see how that changes."""
+        return self.device_bytes if any(layer.drifts for layer in self.layers) else self.kept_bytes
+
+    @property
     def kept_bytes(self) -> int:
         """K and V on the device."""
         return sum(layer.nbytes(name) for name, layer in zip(self.names, self.layers) if "offload" not in name)
@@ -224,7 +231,9 @@ class Stores:
     def workspace_bytes(self) -> int:
         """Decoded K and V of one layer (of each shape), and two layers that are under way from the host."""
         pairs = list(zip(self.names, self.layers))
-        decoded = sum(layer.nbytes("device") for layer in {layer for name, layer in pairs if "fp8" in name})
+        # Without their changes, which are not decoded by themselves.
+        layers = {replace(layer, drifts=False) for name, layer in pairs if "fp8" in name or layer.drifts}
+        decoded = sum(layer.nbytes("device") for layer in layers)
         staged = 2 * max((layer.nbytes(name) for name, layer in pairs if "offload" in name), default=0)
         return decoded + staged
 
@@ -251,9 +260,9 @@ def choose(layers: Sequence[KVShape], dense_room: int, sparse_room: int, host_ro
     """
 
     def fit(stores: Stores) -> bool:
-        return stores.kept_bytes <= dense_room and stores.device_bytes <= sparse_room
+        return stores.dense_bytes <= dense_room and stores.device_bytes <= sparse_room
 
-    for fast, small in PREFERENCE:
+    for fast, small in PREFERENCE_IN_DRIFT if any(layer.drifts for layer in layers) else PREFERENCE:
         low, high = 0, len(layers)
         # The fewest layers in the smaller store; evenly spread, so that transfers have time between them.
         while low < high:

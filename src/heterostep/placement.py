@@ -46,7 +46,8 @@ def place(
         return memory.Stores(("device",) * attentions * len(batches), ())
     # The other branches' calls may be of more or fewer samples.
     batch = inputs["hidden_states"].shape[0]
-    layers = [replace(each, vectors=each.vectors * b // batch) for b in batches for each in call.layers]
+    drifts = config.sync == "drift"
+    layers = [replace(each, vectors=each.vectors * b // batch, drifts=drifts) for b in batches for each in call.layers]
     room = present - (call.static + call.held) * sum(batches) // batch
     host_room = memory.host_room()
     stores = memory.choose(layers, room - call.dense, room - call.sparse, host_room)

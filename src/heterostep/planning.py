@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -185,10 +185,10 @@ def _plan(model: str, seen: Rehearsal, weights: dict[str, int], sizes: dict[str,
     counts = schedule.plan()
     some = [count for count in counts if 0 < count < total]
     # With a runtime, what whole steps leave may come to be spent on some of the tokens.
-    keeps = config.sync == "hold" and (bool(some) or (config.runtime is not None and config.between is not None))
+    keeps = config.sync != "fresh" and (bool(some) or (config.runtime is not None and config.between is not None))
     active = max(some, default=total // 2) / total
     each = [memory.call_memory(seen.model, call, active) for call in seen.calls]
-    layers = [layer for call in each for layer in call.layers]
+    layers = [replace(layer, drifts=config.sync == "drift") for call in each for layer in call.layers]
     base = sum(weights.values()) + sum(call.held for call in each)
     plain = max(call.plain for call in each)
     beside = base + sum(call.static for call in each)
@@ -199,7 +199,7 @@ def _plan(model: str, seen: Rehearsal, weights: dict[str, int], sizes: dict[str,
     room = UNLIMITED if limit is None else limit - beside
 
     def account(stores: memory.Stores) -> StorePlan:
-        peak = max(base + plain, beside + dense + stores.kept_bytes, beside + sparse + stores.device_bytes)
+        peak = max(base + plain, beside + dense + stores.dense_bytes, beside + sparse + stores.device_bytes)
         fits = None if limit is None else peak <= limit and stores.host_bytes <= host
         return StorePlan(str(stores), stores.device_bytes, stores.host_bytes, peak, fits)
 

@@ -40,7 +40,7 @@ from heterostep.kv_cache import KVCache, StaticKV
 from heterostep.placement import DoesNotFit, place
 from heterostep.reports import MemoryReport, Report, RuntimeReport, ShareReport, StepInfo, StepsReport
 from heterostep.schedule import Schedule
-from heterostep.scoring import velocity_change, velocity_slope
+from heterostep.scoring import drift_time, velocity_change, velocity_slope
 from heterostep.state import Branch, Generation
 from heterostep.timing import StepClock, StepCost
 from heterostep.wrapping import WrappedForward
@@ -100,6 +100,7 @@ class Runner:
         self.generation: Generation | None = None
         self._clock: StepClock | None = None
         self._sigmas: list[float] = []
+        self._times: list[float] = []  # their `drift_time`
         self._call = Call()
         self._branch: Branch | None = None
         self._active: torch.Tensor | None = None  # tokens whose velocities are to be taken; None where all are
@@ -169,14 +170,15 @@ class Runner:
                 self._rank_by_truth(expert, generation, branch, inputs)
             active = None if self._stale else self._rows(generation.index, generation, inputs)
             # Without K/V (they went with a store that failed) everyone runs, and the active tokens count.
-            index = active if self.config.sync == "hold" and branch.stores else None
-            sparse_follows = generation.sparse_follows
-            keep = sparse_follows and self.config.sync == "hold"
+            index = active if self.config.sync != "fresh" and branch.stores else None
+            keep = self.config.sync != "fresh" and generation.wants_kv(self.config.sync == "drift")
+            if self._stale:
+                branch.free_kv()
             branch.follow_text(inputs.get("encoder_hidden_states"))
             self._branch, self._active = branch, active
             # With a runtime the plan may yet come to have single tokens.
             some = self.config.runtime is not None or any(0 < n < total for n in generation.counts[step + 1 :])
-            self._keep_scores = generation.is_meeting and some
+            self._keep_scores = some and (generation.is_meeting or self.config.rotation is not None)
             try:
                 output = self._call_model(expert, generation, branch, inputs, index, keep)
             except torch.OutOfMemoryError:
@@ -191,7 +193,7 @@ class Runner:
             if step < 2 and generation.calls == 1:
                 self._prepare(expert, generation, inputs)
             generation.note_kv()
-            if not sparse_follows:
+            if not keep:
                 branch.free_kv()
                 if not any(each.kv_bytes or each.kv_host_bytes for each in generation.branches):
                     generation.workspace.reset()
@@ -203,7 +205,7 @@ class Runner:
         """Do what the first step that keeps K and V would wait for while the GPU has other calls to make."""
         total, ahead = generation.schedule.tokens.total, generation.counts[generation.step + 1 :]
         some = self.config.runtime is not None or any(0 < count < total for count in ahead)
-        if self.config.sync != "hold" or not some:
+        if self.config.sync == "fresh" or not some:
             return
         if generation.step == 0:
             # Layers are alike.
@@ -235,6 +237,9 @@ class Runner:
                 self._reserve(branch, inputs["hidden_states"].device)
             generation.workspace.begin()
             generation.workspace.write_back = keep
+            if self.config.sync == "drift":
+                ahead = self._asleep(generation) / generation.stride
+                generation.workspace.ahead = self._rows(ahead, generation, inputs)
             for (_, processor), store in zip(expert.seams.attentions, branch.stores, strict=True):
                 processor.kv = store
         else:
@@ -283,8 +288,9 @@ class Runner:
         try:
             generation.stores = place(self.config, expert.model, inputs, batches, share, attentions)
         except DoesNotFit as error:
-            if self.config.between or self.config.divisors or self.adapter.least_active:
-                advice = "make a smaller or shorter video, offload other models, or give between=None"
+            config = self.config
+            if config.between or config.divisors or config.rotation or self.adapter.least_active:
+                advice = "make a smaller or shorter video, offload other models, or give between=None alone"
                 raise HeterostepError(f"{error}: {advice}") from error
             # What whole steps leave of the budget is less than one of them, and can be left unspent.
             _log.warning("%s; whole steps alone are evaluated, as with between=None", error)
@@ -350,11 +356,13 @@ class Runner:
                 branch.slope = velocity_slope(rows, old, elapsed)
             return rows
         where = active[..., None].expand_as(rows)
-        branch.velocity = old.scatter(1, where, rows)
+        branch.velocity, before = old.scatter(1, where, rows), old.gather(1, where)
         if self.config.extrapolate:
             slope = torch.zeros_like(old, dtype=torch.float32) if branch.slope is None else branch.slope
-            change = velocity_slope(rows, old.gather(1, where), elapsed.gather(1, active))
-            branch.slope = slope.scatter(1, where, change)
+            branch.slope = slope.scatter(1, where, velocity_slope(rows, before, elapsed.gather(1, active)))
+        if self._keep_scores and branch.scores is not None:
+            change = velocity_change(rows, before, elapsed.gather(1, active))
+            branch.scores = branch.scores.scatter(1, active, change)
         return self._held(generation, branch)
 
     def _current(self, expert: _Expert, pipe: Any, inputs: dict[str, Any]) -> Generation:
@@ -381,7 +389,8 @@ class Runner:
         tokens = allocation.Tokens(grid.num_tokens, self.adapter.least_active)
         schedule = Schedule(self.config, num_steps, tokens, restarts)
         schedule.check()
-        self._sigmas = scheduler.sigmas[first:].tolist()
+        sigmas = scheduler.sigmas[first:]
+        self._sigmas, self._times = sigmas.tolist(), drift_time(sigmas).tolist()
         self._clock = StepClock(device)
         self.generation = Generation(
             timesteps=scheduler.timesteps,
@@ -394,6 +403,7 @@ class Runner:
             evaluations=torch.zeros(samples, tokens.total, dtype=torch.int32, device=device),
             evaluated_at=torch.full((samples, tokens.total), self._sigmas[0], device=device),
             elapsed=torch.zeros(samples, tokens.total, device=device),
+            stride=torch.ones(samples, tokens.total, device=device),
         )
         return self.generation
 
@@ -419,18 +429,24 @@ class Runner:
             self._notify(generation)
         generation.step, generation.calls_before, generation.calls = step, generation.calls, 0
         start, stop = generation.schedule.window
-        if self.config.runtime is not None and start <= step < stop and generation.is_meeting:
+        rotation = self.config.rotation
+        turn = generation.is_meeting if rotation is None else (step - start) % rotation == 0
+        if self.config.runtime is not None and start <= step < stop and turn:
             self._correct(generation)
         count, sigma = generation.counts[step], self._sigmas[step]
         generation.elapsed = generation.evaluated_at - sigma
         generation.index = None
         if generation.is_meeting:
             generation.evaluations += 1
+            if step:
+                generation.stride = self._asleep(generation)
             generation.evaluated_at = torch.full_like(generation.evaluated_at, sigma)
             # Between two experts a velocity's change tells them apart rather than the tokens.
             generation.unranked = generation.ranking is None or step not in generation.schedule.restarts
         elif count and self.config.score != "oracle":
-            if generation.unranked:
+            if rotation is not None:
+                self._set_ranking(generation, self._scores(generation) * generation.elapsed)
+            elif generation.unranked:
                 self._rank(generation)
             self._activate(generation)
 
@@ -439,8 +455,13 @@ class Runner:
         assert generation.ranking is not None
         generation.index = index = allocation.active_tokens(generation.ranking, generation.counts[generation.step])
         sigma = self._sigmas[generation.step]
+        generation.stride = generation.stride.scatter(1, index, self._asleep(generation).gather(1, index))
         generation.evaluated_at = generation.evaluated_at.scatter(1, index, sigma)
         generation.evaluations.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
+
+    def _asleep(self, generation: Generation) -> torch.Tensor:
+        """`drift_time` since each token's last evaluation, [B, N]."""
+        return self._times[generation.step] - drift_time(generation.evaluated_at)
 
     def _rank(self, generation: Generation) -> None:
         """Rank the tokens by the scores of the last meeting step, the same for all branches."""
@@ -448,6 +469,10 @@ class Runner:
         generation.meetings += 1
         if generation.ranking is not None and (generation.meetings - 1) % self.config.regroup_every:
             return
+        self._set_ranking(generation, self._scores(generation))
+
+    def _scores(self, generation: Generation) -> torch.Tensor:
+        """How urgent each token is [B, N], from what all branches know of it."""
         scores = torch.zeros_like(generation.elapsed)
         known = [branch.scores for branch in generation.branches if branch.scores is not None]
         if self.config.score == "random":
@@ -455,7 +480,7 @@ class Runner:
             scores = torch.rand(scores.shape, generator=generator).to(scores.device)
         elif known:
             scores = torch.cat([scores.view(-1, *generation.elapsed.shape) for scores in known]).mean(0)
-        self._set_ranking(generation, scores)
+        return scores
 
     def _rank_by_truth(self, expert: _Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]) -> None:
         """Rank the tokens by how wrong their held velocities are, which costs a dense call. Decided by one branch."""
@@ -466,12 +491,14 @@ class Runner:
         self._set_ranking(generation, error.view(-1, *generation.elapsed.shape).mean(0))
         self._activate(generation)
 
-    @staticmethod
-    def _set_ranking(generation: Generation, scores: torch.Tensor) -> None:
+    def _set_ranking(self, generation: Generation, scores: torch.Tensor) -> None:
         if generation.clean is not None:
             # What is given needs no velocity, so it comes last; it runs at the meetings, for its K/V change with the
             # other tokens'.
             scores = scores.masked_fill(generation.clean, -1.0)
+        if self.config.rotation is not None:
+            number = allocation.probes(generation.schedule.tokens.total, self.config.rotation)
+            scores = allocation.with_probes(scores, generation.evaluated_at, number)
         generation.ranking = allocation.rank(scores)
 
     def _cost(self, generation: Generation) -> tuple[StepCost, list[float]] | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from heterostep.allocation import Tokens, by_divisors, by_growing_gaps, evaluations_within
+from heterostep.allocation import Tokens, by_divisors, by_growing_gaps, by_rotation, evaluations_within
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 
@@ -51,9 +51,11 @@ class Schedule:
             start, stop = self.window
             dense, divisors = num_steps - stop + start, config.divisors
             then = f", then every {divisors[-1]}th" if divisors else ", one more at the window's start"
+            then += f", then 1/{config.rotation} of the tokens at each" if config.rotation else ""
             then = then if start < stop else ""
             switch = ", one more where the second transformer takes over" if self.restarts else ""
-            advice = "take more steps, or allow larger divisors" if divisors else "or take more steps"
+            longer = "allow larger divisors" if divisors else "allow a longer rotation" if config.rotation else ""
+            advice = f"take more steps, or {longer}" if longer else "or take more steps"
             raise HeterostepError(
                 f"{name}={config.target:g} is below the lowest possible {math.ceil(self.lowest_share * 1000) / 1000:g} "
                 f"for {num_steps} steps (dense ones: {dense}{then}{switch}): raise {name}, {advice}"
@@ -84,7 +86,7 @@ class Schedule:
 
         Args:
             counts: the plan so far.
-            step: a meeting step inside the window.
+            step: a step inside the window; where there is no rotation, a meeting.
             seconds: what the steps from there to the window's end may take together.
             cost: active tokens of one step -> its seconds.
         """
@@ -103,7 +105,10 @@ class Schedule:
         return [total] * start + self._allocate(evaluations, start) + [total] * (self.num_steps - stop)
 
     def _allocate(self, evaluations: int, step: int, exact: bool = True) -> list[int]:
-        config, (_, stop) = self.config, self.window
+        config, (start, stop) = self.config, self.window
+        if config.rotation is not None:
+            meetings = (start, *self.restarts)
+            return by_rotation(evaluations, self.tokens, range(step, stop), config.rotation, meetings, exact)
         if config.divisors is None:
             steps = range(step, stop)
             return (

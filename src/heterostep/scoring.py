@@ -11,6 +11,18 @@ from __future__ import annotations
 import torch
 
 
+def drift_time(sigma: torch.Tensor) -> torch.Tensor:
+    """The variable over which a token's keys and values go nearly straight: log(1 - sigma), which rises as sigma falls.
+
+    1 - sigma is the part of the signal in the latents. Over sigma itself a line through two evaluations overshoots, the
+    more so the earlier and the farther it is followed: measured on the bundled model's dense runs (docs/method.md).
+
+    Args:
+        sigma: flow-matching noise levels, 0..1, of any shape.
+    """
+    return (1 - sigma).clamp_min(1e-4).log()
+
+
 def velocity_change(new: torch.Tensor, old: torch.Tensor, elapsed: torch.Tensor) -> torch.Tensor:
     """Relative L1 change of each token's velocity per unit of sigma, float32 [B, N].
 

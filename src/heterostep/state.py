@@ -74,6 +74,7 @@ class Generation:
     evaluations: torch.Tensor  # [B, N] int32
     evaluated_at: torch.Tensor  # [B, N] sigma of each token's last evaluation
     elapsed: torch.Tensor  # [B, N] sigma between that and this step
+    stride: torch.Tensor  # [B, N] `drift_time` between each token's last two evaluations
     branches: list[Branch] = field(default_factory=list)
     expert: int = -1  # which of the pipeline's transformers runs
     step: int = -1
@@ -97,12 +98,12 @@ class Generation:
         """Whether this step evaluates every token."""
         return self.step >= 0 and self.counts[self.step] == self.schedule.tokens.total
 
-    @property
-    def sparse_follows(self) -> bool:
-        """Whether some of the tokens alone are evaluated between this step and the next meeting."""
+    def wants_kv(self, drift: bool) -> bool:
+        """Whether this step's K and V are read by a later one, or are to be compared with a later meeting's."""
         total = self.schedule.tokens.total
-        ahead = itertools.takewhile(lambda count: count < total, self.counts[self.step + 1 :])
-        return any(ahead)
+        ahead = list(itertools.takewhile(lambda count: count in (0, total), self.counts[self.step + 1 :]))
+        follows = self.step + 1 + len(ahead) < len(self.counts)
+        return follows and ahead.count(total) <= drift
 
     @property
     def skips_follow(self) -> bool:

@@ -17,11 +17,11 @@ import torch
 from heterostep.kernels import reference, shapes
 from heterostep.kernels.reference import gather_rows, rotate, write_rows
 
-__all__ = ["dequantise", "gather_rows", "norm_rotate", "quantise", "rotate", "write_rows"]
+__all__ = ["advance", "dequantise", "gather_rows", "norm_rotate", "quantise", "rotate", "write_rows"]
 
 _logger = logging.getLogger("heterostep")
 # Compute capability: bfloat16's, and float8's.
-_NEEDED = {"norm_rotate": (8, 0), "quantise": (8, 9), "dequantise": (8, 9)}
+_NEEDED = {"norm_rotate": (8, 0), "quantise": (8, 9), "dequantise": (8, 9), "advance": (8, 9)}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -51,6 +51,13 @@ def quantise(
 def dequantise(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """What `quantise` encoded, into `out`: see `heterostep.kernels.reference.dequantise`."""
     return _chosen("dequantise", out).dequantise(codes, scales, out)
+
+
+def advance(
+    values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, ahead: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """K or V moved along their change, into `out`: see `heterostep.kernels.reference.advance`."""
+    return _chosen("advance", out).advance(values, codes, scales, ahead, out)
 
 
 def _chosen(kernel: str, x: torch.Tensor, weight: torch.Tensor | None = None) -> Any:

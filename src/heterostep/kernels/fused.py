@@ -157,5 +157,39 @@ def dequantise(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> 
     return out
 
 
+@triton.jit
+def _advance(
+    values, codes, scales, ahead, out, n, sample_stride, head_stride,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(n, BLOCK_ROWS)
+    block, head, sample = program % blocks, program // blocks % HEADS, program // blocks // HEADS
+    row, dim = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_DIM)[None, :]
+    inside = (row < n)[:, None] & (dim < DIM)
+    place = sample * sample_stride + head * head_stride + row[:, None] * DIM + dim
+
+    weight = tl.load(scales + (sample * HEADS + head) * n + row, mask=row < n, other=0.0).to(tl.float32)
+    weight *= tl.load(ahead + sample * n + row, mask=row < n, other=0.0)
+    change = tl.load(codes + place, mask=inside).to(tl.float32) * weight[:, None]
+    moved = tl.load(values + place, mask=inside, other=0.0).to(tl.float32) + change
+    tl.store(out + place, moved.to(out.dtype.element_ty), mask=inside)
+
+
+def advance(
+    values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, ahead: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """See `heterostep.kernels.reference.advance`; everything contiguous."""
+    samples, heads, n, dim = values.shape
+    block_dim = triton.next_power_of_2(dim)
+    block_rows = max(1, BLOCK_VALUES // block_dim)
+    with torch.cuda.device_of(out):
+        _advance[(samples * heads * triton.cdiv(n, block_rows),)](
+            values, codes, scales, ahead, out, n, *out.stride()[:2],
+            HEADS=heads, DIM=dim, BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim,
+            num_warps=WARPS, enable_fp_fusion=FUSE_MULTIPLY_ADD,
+        )  # fmt: skip
+    return out
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()

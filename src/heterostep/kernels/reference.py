@@ -96,3 +96,17 @@ def quantise(
 def dequantise(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Codes [B, H, N, D] * scales [B, H, N] of `quantise`, rounded once, into `out` [B, H, N, D]; returns that."""
     return out.copy_(codes.float() * scales.float()[..., None])
+
+
+def advance(
+    values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, ahead: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """values + ahead * change, rounded once, into `out`; returns that.
+
+    Args:
+        values, out: [B, H, N, D].
+        codes, scales: the change as `quantise` made it, [B, H, N, D] and [B, H, N].
+        ahead: float32 [B, N].
+    """
+    weights = scales.float() * ahead[:, None]
+    return out.copy_(values.float() + codes.float() * weights[..., None])
