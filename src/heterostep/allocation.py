@@ -207,22 +207,22 @@ def by_rotation(
 
 
 def probes(total: int, rotation: int) -> int:
-    """Tokens that each step takes from those that have slept longest, so that all come round in `rotation` steps."""
+    """Tokens whose turn it is at a step, at the most, so that all have had theirs in `rotation` steps."""
     return -(-total // rotation)
 
 
-def with_probes(scores: torch.Tensor, evaluated_at: torch.Tensor, number: int) -> torch.Tensor:
-    """Scores [B, N] in which the `number` tokens that have slept longest come first.
-
-    Among those that fell asleep together their order decides, so that probes are neighbours: a frame, or part of it.
+def with_probes(scores: torch.Tensor, turn: int, rotation: int) -> torch.Tensor:
+    """Scores [B, N] in which the tokens whose turn it is come first: neighbours, such as a frame or a part of it.
 
     Args:
         scores: higher is more urgent, [B, N].
-        evaluated_at: sigma of each token's last evaluation, [B, N].
-        number: of probes.
+        turn: 0..rotation - 1.
+        rotation: turns until all have had theirs.
     """
-    oldest = evaluated_at.argsort(dim=1, descending=True, stable=True)[:, :number]
-    return scores.scatter(1, oldest, torch.inf)
+    total = scores.shape[1]
+    scores = scores.clone()
+    scores[:, turn * total // rotation : (turn + 1) * total // rotation] = torch.inf
+    return scores
 
 
 def _spread(counts: list[int], left: int, steps: Sequence[int], tokens: Tokens, exact: bool) -> None:

@@ -30,9 +30,9 @@ class HSAConfig:
         divisors: the paper's equal gaps in place of growing ones: the step divisors that tokens may get, ascending,
             each a multiple of the one before. A token of divisor d is evaluated at every d-th step; all tokens meet at
             multiples of the largest divisor in play. `between` then has no meaning.
-        rotation: in place of meetings: after the window's first step every step evaluates as many tokens, those that
-            have slept longest (none sleeps longer than `rotation` steps) and those whose velocities are predicted to be
-            most wrong: the rate of change times the sigma elapsed. `between` then has no meaning.
+        rotation: in place of meetings: after the window's first step every step evaluates as many tokens. Each has its
+            turn in `rotation` steps, so that none sleeps longer; beside these probes, the tokens whose velocities are
+            predicted to be most wrong: the rate of change times the sigma elapsed. `between` then has no meaning.
         dense_start: steps before the window, all dense, at least 1; by default chosen from the target.
         dense_end: steps after the window, all dense.
         regroup_every: tokens are ranked anew at every such meeting step that single tokens follow.

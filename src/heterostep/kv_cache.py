@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from heterostep.kernels import advance, dequantise, gather_rows, quantise, write_rows
 
@@ -283,6 +284,8 @@ class KVCache:
             room = [self._workspace.room(which, parts[0], dtype) for which in (0, 1)]
             out = [dequantise(parts[2 * which], parts[2 * which + 1], room[which]) for which in (0, 1)]
         elif ahead is not None:
+            # What some models put behind the tokens (the text) is active in each call.
+            ahead = pad(ahead, (0, parts[0].shape[2] - ahead.shape[1]))
             room = [self._workspace.room(which, parts[0], dtype) for which in (0, 1)]
             out = [advance(parts[w], parts[2 + 2 * w], parts[3 + 2 * w], ahead, room[w]) for w in (0, 1)]
         return out[0].transpose(1, 2), out[1].transpose(1, 2)

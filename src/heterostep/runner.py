@@ -497,8 +497,8 @@ class Runner:
             # other tokens'.
             scores = scores.masked_fill(generation.clean, -1.0)
         if self.config.rotation is not None:
-            number = allocation.probes(generation.schedule.tokens.total, self.config.rotation)
-            scores = allocation.with_probes(scores, generation.evaluated_at, number)
+            turn = (generation.step - generation.schedule.window[0]) % self.config.rotation
+            scores = allocation.with_probes(scores, turn, self.config.rotation)
         generation.ranking = allocation.rank(scores)
 
     def _cost(self, generation: Generation) -> tuple[StepCost, list[float]] | None:
