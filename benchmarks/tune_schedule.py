@@ -1,4 +1,5 @@
-"""How the defaults of the schedule were chosen: dense start, extrapolation and evaluations between meetings, by budget.
+"""How the defaults were chosen: dense start, extrapolation and evaluations between meetings, by budget (`--about
+schedule`); what single tokens win by K/V that are held, drift or are fresh, with and without meetings (`--about sync`).
 
 Runs `HSAConfig` variants on captions of the bundled model that no comparison reports (those from number 1000 on), in
 batches, and prints a table and one JSON line. PSNR in dB to the dense video of the same noise, mean over the captions.
@@ -17,7 +18,7 @@ import torch
 
 from heterostep import tiny
 from heterostep.compare.measure import generate
-from heterostep.compare.own import heterostep_method
+from heterostep.compare.own import heterostep_method, in_rotation
 from heterostep.compare.prompts import held_out
 from heterostep.files import replacing
 from heterostep.metrics import psnr
@@ -38,8 +39,19 @@ def variants(share: float, num_steps: int) -> list[dict[str, Any]]:
     return changed
 
 
+def sync_variants(share: float, num_steps: int) -> list[dict[str, Any]]:
+    """The defaults, then single tokens between meetings and in rotation, with each way to keep K and V."""
+    kinds: list[dict[str, Any]] = [
+        {"between": 0.1},
+        {"between": 0.2},
+        in_rotation(share, num_steps),
+    ]
+    return [{}] + [{**kind, "sync": sync} for kind in kinds for sync in ("hold", "drift", "fresh")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--about", default="schedule", choices=["schedule", "sync"])
     parser.add_argument("--modes", nargs="+", default=["text", "image"], choices=["text", "image"])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.35, 0.25])
     parser.add_argument("--count", type=int, default=8, help="captions, generated in one batch")
@@ -56,7 +68,7 @@ def main() -> None:
         prompts = held_out(args.count, FIRST_CAPTION, with_image=mode == "image")
         dense = generate(pipe, prompts, None, 1.0, options).clips
         for share in args.shares:
-            for changed in variants(share, args.steps):
+            for changed in (variants if args.about == "schedule" else sync_variants)(share, args.steps):
                 clips = generate(pipe, prompts, heterostep_method("variant", "", **changed), share, options).clips
                 # Clips that are equal count as 100 dB.
                 values = [min(psnr(a, b), 100.0) for a, b in zip(clips, dense)]

@@ -34,7 +34,7 @@ KINDS = (
     # Before what gathers, for PyTorch's kernels of both are one template.
     ("scatter", ("scatter", "index_copy", "index_put")),
     ("gather", ("gather", "index_select", "aten::index", "index_elementwise", "indexing")),
-    ("K/V codes", ("quantise", "dequantise")),
+    ("K/V codes", ("quantise", "dequantise", "advance")),
 )
 
 
@@ -53,6 +53,7 @@ def bench(
     *,
     shares: Sequence[float] = SHARES,
     stores: Sequence[str] = ("device",),
+    sync: str = "hold",
     layers: int | None = None,
     compiled: bool = False,
     attention_backend: str | None = None,
@@ -69,6 +70,7 @@ def bench(
         size: of the video.
         shares: of active tokens, each above 0 and below 1.
         stores: of K and V, each timed dense and at every share.
+        sync: "hold", or "drift": K and V of the sleeping tokens go on, and dense calls see how they change.
         layers: transformer blocks, in place of all.
         compiled: with `compile_repeated_blocks`, the plain call too.
         attention_backend: as `set_attention_backend` takes it.
@@ -87,6 +89,8 @@ def bench(
         raise HeterostepError(f"no such store: {', '.join(unknown)}; the stores are {', '.join(STORES)}")
     if not stores:
         raise HeterostepError(f"name a store; the stores are {', '.join(STORES)}")
+    if sync not in ("hold", "drift"):
+        raise HeterostepError(f"sync must be hold or drift, not {sync!r}")
     if repeats < 1:
         raise HeterostepError(f"repeats must be at least 1, not {repeats}")
     if not all(0 < share < 1 for share in shares):
@@ -117,10 +121,11 @@ def bench(
         model.compile_repeated_blocks(dynamic=False)
     with torch.no_grad():
         calls = DirectCalls(model, inputs)
-        variants = _variants(calls, shares, stores)
+        drift = sync == "drift"
+        variants = _variants(calls, shares, stores, drift)
         seconds = _time(variants, repeats, device, tell)
-        kinds = _breakdown(calls, shares, device) if breakdown else {}
-        memory = _memory(calls, stores)
+        kinds = _breakdown(calls, shares, device, drift) if breakdown else {}
+        memory = _memory(calls, stores, drift)
         calls.restore()
     plain = statistics.median(seconds["plain"])
     rows: list[dict[str, Any]] = [
@@ -139,6 +144,7 @@ def bench(
         "device": timings.device_name(device),
         "torch": torch.__version__,
         "compiled": compiled,
+        "sync": sync,
         "attention_backend": attention_backend,
         "dtype": str(dtype).removeprefix("torch."),
         "layers": component["num_layers"],
@@ -174,31 +180,42 @@ def _random(name: str, value: Any, device: torch.device) -> Any:
     return tree_map(made, value)
 
 
-def _variants(calls: DirectCalls, shares: Sequence[float], stores: Sequence[str]) -> dict[Any, Callable[[], Any]]:
+@dataclass(frozen=True)
+class _Variant:
+    """A call that takes its turn, and what comes before it untimed."""
+
+    call: Callable[[], Any]
+    prepare: Callable[[], Any] = lambda: None
+
+
+def _variants(calls: DirectCalls, shares: Sequence[float], stores: Sequence[str], drift: bool) -> dict[Any, _Variant]:
     """What takes turns, in order: plain, then each store's dense call with its sparse ones."""
-    variants: dict[Any, Callable[[], Any]] = {"plain": calls.plain}
+    variants: dict[Any, _Variant] = {"plain": _Variant(calls.plain)}
     indices = {share: calls.random_index(max(1, round(share * calls.num_tokens))) for share in shares}
     for store in stores:
 
-        def dense(store: str = store) -> None:
-            calls.use(store)
-            calls.dense()
+        def prepare(store: str = store) -> None:
+            calls.use(store, drift)
+            if drift:
+                # A change needs two evaluations.
+                calls.dense()
 
-        variants[store, 1.0] = dense
+        variants[store, 1.0] = _Variant(calls.dense, prepare)
         for share, index in indices.items():
-            variants[store, share] = functools.partial(calls.sparse, index)
+            variants[store, share] = _Variant(functools.partial(calls.sparse, index))
     return variants
 
 
 def _time(
-    variants: dict[Any, Callable[[], Any]], repeats: int, device: torch.device, tell: Callable[[str], None]
+    variants: dict[Any, _Variant], repeats: int, device: torch.device, tell: Callable[[str], None]
 ) -> dict[Any, list[float]]:
     seconds: dict[Any, list[float]] = {name: [] for name in variants}
     # The first rounds compile, tune and warm the allocator.
     for number in range(-2, repeats):
         started = time.perf_counter()
-        for name, call in variants.items():
-            seconds[name].append(_seconds(call, device))
+        for name, variant in variants.items():
+            variant.prepare()
+            seconds[name].append(_seconds(variant.call, device))
         tell(
             f"{'warming up' if number < 0 else f'round {number + 1}/{repeats}'}: {time.perf_counter() - started:.1f} s"
         )
@@ -220,11 +237,11 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     return first.elapsed_time(last) / 1000
 
 
-def _memory(calls: DirectCalls, stores: Sequence[str]) -> dict[str, dict[str, int]]:
+def _memory(calls: DirectCalls, stores: Sequence[str], drift: bool) -> dict[str, dict[str, int]]:
     """K/V bytes by store, measured."""
     out = {}
     for store in stores:
-        calls.use(store)
+        calls.use(store, drift)
         calls.dense()
         calls.sparse(calls.random_index(1))
         out[store] = {
@@ -236,9 +253,12 @@ def _memory(calls: DirectCalls, stores: Sequence[str]) -> dict[str, dict[str, in
     return out
 
 
-def _breakdown(calls: DirectCalls, shares: Sequence[float], device: torch.device) -> dict[str, dict[str, float]]:
+def _breakdown(
+    calls: DirectCalls, shares: Sequence[float], device: torch.device, drift: bool
+) -> dict[str, dict[str, float]]:
     """Seconds by kind of work, of the plain call, the dense one and each share's, with K and V on the device."""
-    calls.use("device")
+    calls.use("device", drift)
+    calls.dense()
     out = {"plain": _profile(calls.plain, device), "dense": _profile(calls.dense, device)}
     for share in shares:
         index = calls.random_index(max(1, round(share * calls.num_tokens)))

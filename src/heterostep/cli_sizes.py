@@ -124,6 +124,7 @@ def bench(
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
     shares: Annotated[str, typer.Option(help="Of active tokens, comma-separated.")] = "0.5,0.25,0.125,0.0625",
     stores: Annotated[str, typer.Option(help="Of K/V, comma-separated: device, fp8, offload, fp8-offload.")] = "device",
+    sync: Annotated[str, typer.Option(help="K/V of sleeping tokens: hold or drift.")] = "hold",
     layers: Annotated[int | None, typer.Option(min=1, help="Transformer blocks.  [default: all]")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="With compile_repeated_blocks.")] = False,
     attention_backend: Annotated[str | None, typer.Option(help="Such as _native_cudnn.")] = None,
@@ -156,6 +157,7 @@ def bench(
             Size(height, width, frames),
             shares=wanted,
             stores=tuple(name.strip() for name in stores.split(",")),
+            sync=sync,
             layers=layers,
             compiled=compiled,
             attention_backend=attention_backend,
@@ -176,7 +178,7 @@ def _show_bench(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    how = "compiled blocks" if result["compiled"] else "eager"
+    how = ("compiled blocks" if result["compiled"] else "eager") + ", in drift" * (result["sync"] == "drift")
     table = Table(
         "store", "active share", "ms", "over plain", "K/V on the device", "in host memory",
         title=f"{result['name']}, {result['layers']} layers, {result['tokens']:,} tokens, {result['dtype']}, {how}, "

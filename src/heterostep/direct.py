@@ -39,9 +39,10 @@ class DirectCalls:
         self._seams = self.adapter.install(model, self.call, self._velocity)
         self.use(store)
 
-    def use(self, store: str) -> None:
-        """Keep K and V in another store from the next dense call on."""
+    def use(self, store: str, drift: bool = False) -> None:
+        """Keep K and V in another store from the next dense call on; with `drift` a sparse call moves the others'."""
         self.workspace = Workspace()
+        self.drift = drift
         self.stores: list[KVCache | StaticKV] = [
             processor.make_store(store, self.workspace) for _, processor in self._seams.attentions
         ]
@@ -83,6 +84,10 @@ class DirectCalls:
     def _run(self, index: torch.Tensor | None, keep: bool = True) -> tuple[torch.Tensor, ...]:
         self.call.index = index
         self.workspace.begin()
+        if self.drift:
+            states = self.inputs["hidden_states"]
+            ahead = torch.ones(states.shape[0], self.num_tokens, device=states.device)
+            self.workspace.ahead = ahead if index is None else ahead.scatter(1, index, 0.0)
         for (_, processor), store in zip(self._seams.attentions, self.stores, strict=True):
             processor.kv = store if keep else None
         inputs = self.inputs if index is None else self.adapter.select(self.model, self.inputs, index)

@@ -40,6 +40,22 @@ def _fewer_euler_steps(pipe: Any, value: float, num_steps: int) -> Iterator[dict
         pipe.scheduler = scheduler
 
 
+def in_rotation(share: float, num_steps: int) -> dict[str, Any]:
+    """Options of a rotation at a share: half of the budget for the dense start, and half of the rest for probes."""
+    start = max(2, round(0.5 * share * num_steps))
+    rest = share * num_steps - start
+    return {"dense_start": start - 1, "rotation": max(1, round(2 * (num_steps - start) / rest)) if rest > 0 else 1}
+
+
+def _rotation(sync: str) -> Any:
+    @contextlib.contextmanager
+    def apply(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
+        with enabled(pipe, share=value, sync=sync, **in_rotation(value, num_steps)):
+            yield {}
+
+    return apply
+
+
 # Evaluations for single tokens between the meetings, where a method is about these.
 BETWEEN = 0.2
 
@@ -54,6 +70,35 @@ OWN = (
     ),
     heterostep_method(
         "tokens-fresh", "tokens between meetings, fresh K/V (bound)", True, between=BETWEEN, sync="fresh"
+    ),
+    heterostep_method("tokens-drift", "tokens between meetings, K/V in drift", between=BETWEEN, sync="drift"),
+    Method(
+        "rotation",
+        "tokens in rotation, K/V in drift",
+        "share of token evaluations",
+        BUDGETS,
+        _rotation("drift"),
+        budget=True,
+        maps=True,
+    ),
+    Method(
+        "rotation-hold",
+        "tokens in rotation, K/V held",
+        "share of token evaluations",
+        BUDGETS,
+        _rotation("hold"),
+        budget=True,
+        maps=True,
+    ),
+    Method(
+        "rotation-fresh",
+        "tokens in rotation, fresh K/V (bound)",
+        "share of token evaluations",
+        BUDGETS,
+        _rotation("fresh"),
+        budget=True,
+        maps=True,
+        diagnostic=True,
     ),
     Method("steps", "fewer steps, the pipeline's solver", "share of the steps", BUDGETS, _fewer_steps, budget=True),
     Method("steps-euler", "fewer steps, Euler", "share of the steps", BUDGETS, _fewer_euler_steps, budget=True),

@@ -1,0 +1,255 @@
+"""The figures and tables of docs/method.md, from dense runs of the bundled model.
+
+What each token's velocity, K and V do from one step to later ones; how wrong a velocity is that is evaluated alone,
+among K/V that are held or drift; and what the schedules make of a budget. Prints the tables, writes them and the
+figures. A few minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from PIL import Image
+
+from heterostep import tiny
+from heterostep.compare.prompts import held_out
+from heterostep.config import HSAConfig
+from heterostep.direct import DirectCalls
+from heterostep.schedule import Schedule
+from heterostep.scoring import drift_time, velocity_change
+
+FIRST_CAPTION = 1000
+STEPS = 40
+# Steps at which tokens fall asleep, and for how many steps.
+STARTS = (8, 16, 24)
+AHEAD = (1, 2, 4, 8)
+# How far a change is followed, sigma at three steps: the two evaluations', and the one to be predicted.
+RULES: dict[str, Callable[[float, float, float], float]] = {
+    "over sigma": lambda before, last, now: (now - last) / (last - before),
+    "half of it": lambda before, last, now: 0.5 * (now - last) / (last - before),
+    "over log(1 - sigma)": lambda before, last, now: (_time(now) - _time(last)) / (_time(last) - _time(before)),
+}
+
+
+def _time(sigma: float) -> float:
+    return float(drift_time(torch.tensor(sigma, dtype=torch.float64)))
+
+
+class DenseRun:
+    """One dense generation: the inputs of its conditional calls, and what they make of the tokens."""
+
+    def __init__(self, pipe: Any, prompt: Any) -> None:
+        inputs: list[dict[str, Any]] = []
+        handle = pipe.transformer.register_forward_pre_hook(
+            lambda model, args, kwargs: inputs.append(dict(kwargs)), with_kwargs=True
+        )
+        options = {name: tiny.DEFAULTS[name] for name in ("height", "width", "num_frames", "guidance_scale")}
+        if prompt.image is not None:
+            options["image"] = Image.fromarray(prompt.image)
+        self.frames = pipe(
+            prompt=prompt.text, num_inference_steps=STEPS, output_type="np",
+            generator=torch.Generator().manual_seed(prompt.seed), **options,
+        ).frames[0]  # fmt: skip
+        handle.remove()
+        # The unconditional call is every second.
+        self.inputs = inputs[::2]
+        self.sigmas: list[float] = pipe.scheduler.sigmas.tolist()
+        self.kv: dict[int, list[torch.Tensor]] = {}
+        self.velocity: dict[int, torch.Tensor] = {}
+        for attn in (block.attn1 for block in pipe.transformer.blocks):
+            attn.norm_k.register_forward_hook(lambda module, args, out: self._seen.append(out[0]))
+            attn.to_v.register_forward_hook(lambda module, args, out: self._seen.append(out[0]))
+        self.calls = DirectCalls(pipe.transformer, self.inputs[0])
+        for step in sorted({start + k for start in STARTS for k in (-1, 0, *AHEAD)}):
+            self._seen: list[torch.Tensor] = []
+            self.at(step)
+            self.calls.plain()
+            assert self.calls.rows is not None
+            self.kv[step], self.velocity[step] = self._seen, self.calls.rows
+
+    def at(self, step: int) -> None:
+        """Let calls have the inputs of a step."""
+        self.calls.inputs = {**self.inputs[step], "return_dict": False}
+
+    def alone(self, start: int, step: int, index: torch.Tensor, drift: bool) -> float:
+        """Relative error of the velocities of the tokens of `index`, evaluated alone; the others fell asleep before."""
+        calls, sigmas = self.calls, self.sigmas
+        calls.use("device")
+        calls.workspace.ahead = torch.zeros(1, calls.num_tokens) if drift else None
+        for each in (start - 1, start):
+            self.at(each)
+            calls.dense()
+        if drift:
+            far = RULES["over log(1 - sigma)"](sigmas[start - 1], sigmas[start], sigmas[step])
+            calls.workspace.ahead = torch.full((1, calls.num_tokens), far).scatter(1, index, 0.0)
+        self.at(step)
+        calls.sparse(index)
+        assert calls.rows is not None
+        return _error(calls.rows, self.velocity[step].gather(1, index[..., None].expand_as(calls.rows)))
+
+
+def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+def unexplained(parts: Callable[[int], list[torch.Tensor]], run: DenseRun, start: int, k: int) -> dict[str, float]:
+    """What each rule leaves of the squared change from `start` to k steps later; held leaves all of it."""
+    before, last, now = parts(start - 1), parts(start), parts(start + k)
+    whole = sum(float((b - a).square().sum()) for a, b in zip(last, now))
+    left = {}
+    for name, rule in RULES.items():
+        far = rule(run.sigmas[start - 1], run.sigmas[start], run.sigmas[start + k])
+        pairs = zip(before, last, now)
+        left[name] = sum(float((c - b - far * (b - a)).square().sum()) for a, b, c in pairs) / whole
+    return left
+
+
+def of_its_place(run: DenseRun, start: int, k: int, share: float = 0.2) -> float:
+    """The same for K and V, by the mean change over these very steps of a place's tokens that are evaluated now.
+
+    Weighed as fits best. A place is one (row, column) of all frames; a random `share` of the tokens is evaluated.
+    """
+    frames = run.inputs[0]["hidden_states"].shape[2]
+    some = torch.rand(run.calls.num_tokens, generator=torch.Generator().manual_seed(0)) < share
+    known = some.view(frames, -1, 1).float()
+    whole = met = size = 0.0
+    for a, b in zip(run.kv[start], run.kv[start + k]):
+        change = b - a
+        by_place = change.view(frames, -1, change.shape[-1])
+        mean = (by_place * known).sum(0) / known.sum(0).clamp_min(1)
+        mean = mean.expand_as(by_place).reshape(change.shape)[~some]
+        whole += float(change[~some].square().sum())
+        met += float((mean * change[~some]).sum())
+        size += float(mean.square().sum())
+    return 1 - met * met / size / whole
+
+
+@torch.no_grad()
+def measured(runs: list[DenseRun]) -> dict[str, Any]:
+    """Means over the runs, by step and steps ahead."""
+    rows = []
+    for start in STARTS:
+        for k in AHEAD:
+            each: list[dict[str, float]] = []
+            for run in runs:
+                index = torch.randperm(run.calls.num_tokens, generator=torch.Generator().manual_seed(start))
+                index = index[: run.calls.num_tokens // 5].sort().values[None]
+                asleep, now = run.velocity[start], run.velocity[start + k]
+                row = {"not evaluated": _error(asleep[0, index[0]], now[0, index[0]])}
+                row["alone, K/V held"] = run.alone(start, start + k, index, drift=False)
+                row["alone, K/V drift"] = run.alone(start, start + k, index, drift=True)
+                row |= {f"K/V {n}": v for n, v in unexplained(lambda s, r=run: r.kv[s], run, start, k).items()}
+                row["K/V of its place"] = of_its_place(run, start, k)
+                row |= {f"v {n}": v for n, v in unexplained(lambda s, r=run: [r.velocity[s]], run, start, k).items()}
+                each.append(row)
+            mean = {name: sum(row[name] for row in each) / len(each) for name in each[0]}
+            rows.append({"step": start, "ahead": k, "sigma": runs[0].sigmas[start], **mean})
+    return {"steps": rows}
+
+
+def draw_score(runs: dict[str, list[DenseRun]], path: Path) -> None:
+    figure, axes = plt.subplots(2, 6, figsize=(11, 3.8))
+    for row, (task, some) in zip(axes, runs.items()):
+        run = some[0]
+        start = STARTS[1]
+        elapsed = torch.full((1, run.calls.num_tokens), run.sigmas[start - 1] - run.sigmas[start])
+        frames, height, width = (size for size in run.inputs[0]["hidden_states"].shape[2:])
+        scores = velocity_change(run.velocity[start], run.velocity[start - 1], elapsed)
+        scores = scores.view(frames, height // 2, width // 2)
+        for column, frame in enumerate((0, frames // 2, frames - 1)):
+            row[2 * column].imshow(run.frames[frame * (len(run.frames) - 1) // (frames - 1)])
+            row[2 * column + 1].imshow(scores[frame], cmap="magma", vmin=0, vmax=float(scores.quantile(0.99)))
+        row[0].set_ylabel(f"{task}-to-video")
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.suptitle(f"First, middle and last frame, and the score of their tokens at step {STARTS[1]} of {STEPS}")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def draw_allocation(path: Path) -> None:
+    kinds: dict[str, dict[str, Any]] = {
+        "default: meetings in growing gaps": {},
+        "between=0.2: single tokens between them": {"between": 0.2},
+        "divisors=(1, 2, 4, 8): HSA's groups": {"divisors": (1, 2, 4, 8)},
+        "rotation=6, dense_start=9": {"rotation": 6, "dense_start": 9},
+    }
+    figure, axes = plt.subplots(4, 2, figsize=(11, 5.5), sharex=True, sharey=True)
+    for row, (name, options) in zip(axes, kinds.items()):
+        for axis, share in zip(row, (0.5, 0.25)):
+            more = options | ({"rotation": 14, "dense_start": 4} if "rotation" in options and share < 0.5 else {})
+            schedule = Schedule(HSAConfig(share=share, **more), STEPS)
+            axis.bar(range(STEPS), [count / schedule.tokens.total for count in schedule.plan()], width=0.9)
+            axis.set_title(
+                f"share={share:g}, "
+                + name.replace("6, dense_start=9", "14, dense_start=4" if share < 0.5 else "6, dense_start=9")
+            )
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    axes[1][0].set_ylabel("active share")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def draw_lines(tables: dict[str, Any], lines: dict[str, str], label: str, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2 * len(STARTS), figsize=(14, 3), sharey=True)
+    places = [(task, start) for task in tables for start in STARTS]
+    for axis, (task, start) in zip(axes, places):
+        rows = [row for row in tables[task]["steps"] if row["step"] == start]
+        for name, style in lines.items():
+            axis.plot([row["ahead"] for row in rows], [row[name] for row in rows], style, label=name)
+        axis.set_title(f"{task}, step {start}, sigma {rows[0]['sigma']:.2f}", fontsize=9)
+        axis.set_xlabel("steps asleep")
+        axis.set_ylim(0, None)
+    axes[0].set_ylabel(label)
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=2, help="captions of each task")
+    parser.add_argument("--out", type=Path, default=Path("docs/method"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    tables, runs = {}, {}
+    for task in ("text", "image"):
+        prompts = held_out(args.count, FIRST_CAPTION, with_image=task == "image")
+        runs[task] = []
+        for number, prompt in enumerate(prompts):
+            print(f"{task}-to-video, caption {number + 1} of {args.count}: {prompt.text}", flush=True)
+            with torch.no_grad():
+                runs[task].append(DenseRun(tiny.load(image_to_video=task == "image"), prompt))
+        tables[task] = measured(runs[task])
+        for row in tables[task]["steps"]:
+            print(task, json.dumps({name: round(value, 4) for name, value in row.items()}), flush=True)
+    assert all(math.isfinite(v) for task in tables.values() for row in task["steps"] for v in row.values())
+    result = {"captions": args.count, "torch": torch.__version__, **tables}
+    (args.out / "figures.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw_score(runs, args.out / "score.png")
+    draw_allocation(args.out / "allocation.png")
+    lines = {"not evaluated": "k:", "alone, K/V held": "C1o-", "alone, K/V drift": "C0o-"}
+    draw_lines(tables, lines, "error of the velocity", args.out / "sync.png")
+    lines = {
+        "K/V of its place": "C3o-",
+        "K/V over sigma": "C1o-",
+        "K/V half of it": "C2o-",
+        "K/V over log(1 - sigma)": "C0o-",
+    }
+    draw_lines(tables, lines, "unexplained, of K/V's change", args.out / "drift.png")
+    lines = {"v over sigma": "C1o-", "v half of it": "C2o-", "v over log(1 - sigma)": "C0o-"}
+    draw_lines(tables, lines, "unexplained, of the velocity's change", args.out / "update.png")
+
+
+if __name__ == "__main__":
+    main()
