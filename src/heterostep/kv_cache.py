@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from heterostep.kernels import dequantise, quantise, write_rows
+from heterostep.kernels import dequantise, quantise, write_kv
 
 STORES = ("device", "fp8", "offload", "fp8-offload")
 
@@ -223,8 +223,7 @@ class KVCache:
             quantise(key, index, *parts[:2])
             quantise(value, index, *parts[2:])
         else:
-            write_rows(parts[0], index, key.transpose(1, 2))
-            write_rows(parts[1], index, value.transpose(1, 2))
+            write_kv(key, value, index, *parts)
 
     def _decode(self, parts: list[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         if self._fp8:
