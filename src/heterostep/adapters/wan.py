@@ -15,23 +15,13 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from heterostep.adapters.attention import CachedAttention
+from heterostep.adapters.attention import CachedAttention, normed_and_rotated
 from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
-from heterostep.kernels import gather_rows, norm_rotate, rotate
+from heterostep.kernels import gather_rows
 from heterostep.kv_cache import StaticKV
 
 # WanAttention gives the text this many states; what comes before them is the image's.
 TEXT_STATES = 512
-
-
-def _norm_rotate(attn: Any, norm: Any, x: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """[B, n, H * D] -> [B, n, H, D]: a norm module of all heads together, then the rotary embedding."""
-    hooked = norm._forward_pre_hooks or norm._forward_hooks or "forward" in norm.__dict__
-    if type(norm) is not torch.nn.RMSNorm or hooked or (norm.weight is not None and norm.weight.dtype != x.dtype):
-        # Offloading and casting hooks bring the weight to where x is.
-        cos, sin = rotary_emb
-        return rotate(norm(x).unflatten(2, (attn.heads, -1)), cos, sin)
-    return norm_rotate(x, norm.weight, norm.eps, *rotary_emb, attn.heads)
 
 
 class SelfAttention(CachedAttention):
@@ -44,8 +34,8 @@ class SelfAttention(CachedAttention):
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query = _norm_rotate(attn, attn.norm_q, query, rotary_emb)
-        key = _norm_rotate(attn, attn.norm_k, key, rotary_emb)
+        query = normed_and_rotated(attn.norm_q, query, rotary_emb, attn.heads)
+        key = normed_and_rotated(attn.norm_k, key, rotary_emb, attn.heads, by_head=True)
         key, value = self.kv.update(key, value.unflatten(2, (attn.heads, -1)), self.call.index)
         return attn.to_out[1](attn.to_out[0](self.attend(query, key, value)))
 
