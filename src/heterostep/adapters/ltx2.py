@@ -79,6 +79,19 @@ class VideoAttention(CachedAttention):
         return own_value, *self.kv.update(key, own_value.unflatten(2, (attn.heads, -1)), self.call.index)
 
 
+class AudioAttention(VideoAttention):
+    """Attention whose K and V are of the audio: fresh at every step, so nothing is kept; normed and rotated alike."""
+
+    # Stays empty.
+    store = StaticKV
+
+    def key_value(self, attn: Any, states: torch.Tensor, rotary_emb: Any) -> tuple[torch.Tensor, ...]:
+        """As in `VideoAttention`; the states are everyone's."""
+        value = attn.to_v(states)
+        key = _normed_and_rotated(attn, attn.norm_k, attn.to_k(states), rotary_emb)
+        return value, key, value.unflatten(2, (attn.heads, -1))
+
+
 class TextAttention(VideoAttention):
     """Attention to text that no step modulates: K and V are computed in a dense step and kept."""
 
@@ -135,6 +148,8 @@ class LTX2Adapter(Adapter):
         for block in model.transformer_blocks:
             for attn in (block.attn1, block.video_to_audio_attn):
                 seams.replace_processor(attn, VideoAttention(attn.processor, call))
+            for attn in (block.audio_attn1, block.audio_to_video_attn):
+                seams.replace_processor(attn, AudioAttention(attn.processor, call))
             if text_is_static:
                 seams.replace_processor(block.attn2, TextAttention(block.attn2.processor, call))
         return seams
