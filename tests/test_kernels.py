@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from diffusers.models.transformers.transformer_ltx2 import apply_interleaved_rotary_emb, apply_split_rotary_emb
 from torch.nn.functional import rms_norm
 
 from heterostep import kernels
@@ -34,8 +35,9 @@ def random(*shape, dtype=torch.float32, seed=0, device="cpu"):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def tables(samples, n, dim, device="cpu"):
-    angles = 3 * random(samples, n, 1, dim // 2, seed=9).repeat_interleave(2, -1)
+def tables(samples, n, dim, device="cpu", heads=1, split=False):
+    angles = 3 * random(samples, n, heads, dim // 2, seed=9)
+    angles = angles if split else angles.repeat_interleave(2, -1)
     return angles.cos().to(device), angles.sin().to(device)
 
 
@@ -54,26 +56,44 @@ def is_transposed(x):
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("tables_of", [1, 2])
-def test_norm_and_rotation(weighted, tables_of):
+@pytest.mark.parametrize("tables_of", [(1, 1), (2, 1), (2, 3)])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("by_head", [False, True])
+def test_norm_and_rotation(weighted, tables_of, split, by_head):
     x, weight = chunk(2, 5, 24), random(24, seed=2) if weighted else None
-    cos, sin = tables(tables_of, 5, 8)
-    got = kernels.norm_rotate(x, weight, 1e-6, cos, sin, 3)
+    samples, heads = tables_of
+    cos, sin = tables(samples, 5, 8, heads=heads, split=split)
+    got = kernels.norm_rotate(x, weight, 1e-6, cos, sin, 3, split, by_head)
 
     wide = x.double()
     normed = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 if weight is None else weight.double())
-    pairs = torch.view_as_complex(normed.view(2, 5, 3, 4, 2))
-    turned = torch.view_as_real(pairs * torch.complex(cos.double(), sin.double())[..., ::2]).flatten(-2)
+    # Pairs last, of neighbours or of values half a head apart.
+    pairs = normed.view(2, 5, 3, 2, 4).transpose(-1, -2) if split else normed.view(2, 5, 3, 4, 2)
+    turns = torch.complex(cos.double(), sin.double())[..., :: 1 if split else 2]
+    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
+    turned = (turned.transpose(-1, -2) if split else turned).flatten(-2)
     torch.testing.assert_close(got.double(), turned, atol=1e-6, rtol=1e-6)
-    assert is_transposed(got)
+    assert is_transposed(got) if by_head else got.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_and_rotation_are_those_of_the_plain_model(dtype):
+@pytest.mark.parametrize("by_head", [False, True])
+def test_norm_and_rotation_are_those_of_the_plain_model(dtype, by_head):
     x, weight, (cos, sin) = chunk(2, 5, 24, dtype=dtype), random(24, dtype=dtype, seed=2), tables(1, 5, 8)
     normed = rms_norm(x, (24,), weight, 1e-6).unflatten(2, (3, -1))
-    got = kernels.norm_rotate(x, weight, 1e-6, cos, sin, 3)
+    got = kernels.norm_rotate(x, weight, 1e-6, cos, sin, 3, by_head=by_head)
     assert got.dtype == dtype and torch.equal(got, reference.rotate(normed, cos, sin))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotation_is_that_of_ltx2(dtype):
+    x = random(2, 5, 24, dtype=dtype)
+    cos_sin = tables(2, 5, 8, heads=3)
+    got = reference.rotate(x.unflatten(2, (3, -1)), *cos_sin)
+    assert torch.equal(got.flatten(2), apply_interleaved_rotary_emb(x, tuple(t.flatten(2) for t in cos_sin)))
+    cos_sin = tables(2, 5, 8, heads=3, split=True)
+    got = reference.rotate(x.unflatten(2, (3, -1)), *cos_sin, split=True)
+    assert torch.equal(got.flatten(2), apply_split_rotary_emb(x, tuple(t.transpose(1, 2) for t in cos_sin)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,9 +151,11 @@ def test_index_and_store_go_together():
 
 def run_all(x, cos, sin, index):
     """Every kernel once."""
+    rows, stores = x.unflatten(-1, (3, -1)), torch.zeros(2, 1, 3, 2, 8)
+    kernels.write_kv(rows, 2 * rows, index, *stores)
     codes, scales = kernels.quantise(kernels.norm_rotate(x, None, 1e-6, cos, sin, 3))
-    kernels.quantise(x.unflatten(-1, (3, -1)), index, codes, scales)
-    return kernels.dequantise(codes, scales, torch.empty(codes.shape))
+    kernels.quantise(rows, index, codes, scales)
+    return kernels.dequantise(codes, scales, torch.empty(codes.shape)), stores
 
 
 def inputs():
@@ -147,7 +169,8 @@ def test_the_choice_is_logged_once(caplog):
         run_all(*inputs())
         run_all(*inputs())
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("INFO", f"{name}: plain PyTorch, as the device is cpu") for name in ("norm_rotate", "quantise", "dequantise")
+        ("INFO", f"{name}: plain PyTorch, as the device is cpu")
+        for name in ("write_kv", "norm_rotate", "quantise", "dequantise")
     ]
 
 
@@ -157,7 +180,7 @@ def test_compiled_code_takes_the_reference_without_a_break(caplog):
     with caplog.at_level(logging.INFO, "heterostep"):
         compiled = torch.compile(run_all, backend="aot_eager", fullgraph=True)(*inputs())
     assert not [r for r in caplog.records if r.name == "heterostep"]
-    assert torch.equal(compiled, run_all(*inputs()))
+    assert all(torch.equal(a, b) for a, b in zip(compiled, run_all(*inputs()), strict=True))
 
 
 def test_triton_is_not_imported_before_it_is_used():
@@ -231,21 +254,39 @@ def fused(monkeypatch):
 
 @on_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tables_of", [1, 2])
+@pytest.mark.parametrize("tables_of", ["all", "samples", "heads"])
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(("heads", "dim"), SIZES)
-def test_fused_norm_and_rotation(fused, heads, dim, tables_of, dtype):
+def test_fused_norm_and_rotation(fused, heads, dim, split, tables_of, dtype):
     options = {"dtype": dtype, "device": DEVICE}
     # One program takes one row, and the interpreter is slow.
     n = 3 if INTERPRETED else N
-    x, cos_sin = chunk(2, n, heads * dim, **options), tables(tables_of, n, dim, DEVICE)
-    for weight in (random(heads * dim, seed=2, **options), None):
-        got = fused.norm_rotate(x, weight, 1e-6, *cos_sin, heads)
-        expected = reference.norm_rotate(x, weight, 1e-6, *cos_sin, heads)
-        assert got.dtype == dtype and is_transposed(got)
+    x = chunk(2, n, heads * dim, **options)
+    cos_sin = tables(1 if tables_of == "all" else 2, n, dim, DEVICE, heads if tables_of == "heads" else 1, split)
+    for weight, by_head in ((random(heads * dim, seed=2, **options), True), (None, False)):
+        got = fused.norm_rotate(x, weight, 1e-6, *cos_sin, heads, split, by_head)
+        expected = reference.norm_rotate(x, weight, 1e-6, *cos_sin, heads, split, by_head)
+        assert got.dtype == dtype and got.stride() == expected.stride()
         # Where the norm rounds to a neighbour, the rotation carries that into both values of the pair.
         ulp = torch.finfo(dtype).eps
         torch.testing.assert_close(got, expected, rtol=4 * ulp, atol=4 * ulp)
         assert dtype == torch.float32 or (got == expected).float().mean() > 0.98
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize(("heads", "dim"), SIZES)
+def test_fused_writes_are_the_references(fused, heads, dim, samples, dtype):
+    n = 3 if INTERPRETED else N
+    options = {"dtype": dtype, "device": DEVICE}
+    key = random(samples, heads, n, dim, **options).transpose(1, 2)
+    value = chunk(samples, n, heads * dim, seed=1, **options).unflatten(-1, (heads, dim))
+    index = some_rows(samples, n, 2 * n, DEVICE)
+    got, expected = random(2, samples, heads, 2 * n, dim, seed=2, **options).repeat(2, 1, 1, 1, 1, 1)
+    fused.write_kv(key, value, index, *got)
+    reference.write_kv(key, value, index, *expected)
+    assert torch.equal(got, expected)
 
 
 @on_triton

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.transformers import transformer_ltx2
 
 import heterostep
 from heterostep.errors import HeterostepError
@@ -76,6 +77,23 @@ def test_rows_of_a_subset_equal_the_dense_rows(extra, version):
     for count in (1, 7, TOKENS):
         for a, b in zip(seamed.sparse(seamed.random_index(count)), seamed.plain_output, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5 * b.std().item(), rtol=0)
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.3"])
+@torch.no_grad()
+def test_one_kernel_rotates_wherever_keys_are_kept_or_read(version, monkeypatch):
+    model = small_ltx2("text", version).transformer
+    seamed = Seamed(model, inputs(model))
+
+    def refuse(*args):
+        raise AssertionError("the model's own rotation runs")
+
+    for name in ("apply_interleaved_rotary_emb", "apply_split_rotary_emb"):
+        monkeypatch.setattr(transformer_ltx2, name, refuse)
+    with pytest.raises(AssertionError, match="own rotation"):
+        seamed.plain()
+    seamed.dense()
+    seamed.sparse(seamed.random_index(7))
 
 
 @torch.no_grad()

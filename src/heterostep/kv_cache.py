@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from heterostep.kernels import advance, dequantise, gather_rows, quantise, write_rows
+from heterostep.kernels import advance, dequantise, gather_rows, quantise, write_kv
 
 STORES = ("device", "fp8", "offload", "fp8-offload")
 
@@ -267,15 +267,15 @@ class KVCache:
         return parts
 
     def _write(self, parts: list[torch.Tensor], key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
-        for which, new in enumerate((key, value)):
-            first = 2 * which
-            if self._fp8:
-                quantise(new, index, parts[first], parts[first + 1])
-                continue
-            if self._drifts:
+        if self._fp8:
+            quantise(key, index, *parts[:2])
+            quantise(value, index, *parts[2:])
+            return
+        if self._drifts:
+            for which, new in enumerate((key, value)):
                 change = new - gather_rows(parts[which].transpose(1, 2), index)
-                quantise(change, index, parts[2 + first], parts[3 + first])
-            write_rows(parts[which], index, new.transpose(1, 2))
+                quantise(change, index, parts[2 + 2 * which], parts[3 + 2 * which])
+        write_kv(key, value, index, *parts[:2])
 
     def _read(self, parts: list[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Everyone's K and V at this call, [B, N, H, D]."""

@@ -10,7 +10,33 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
+from heterostep.kernels import norm_rotate, rotate
 from heterostep.kv_cache import KVCache, StaticKV, Workspace
+
+
+def normed_and_rotated(
+    norm: Any,
+    x: torch.Tensor,
+    rotary_emb: tuple[torch.Tensor, torch.Tensor],
+    heads: int,
+    *,
+    split: bool = False,
+    by_head: bool = False,
+) -> torch.Tensor:
+    """[B, n, H * D] -> [B, n, H, D]: a norm module of all heads together, then the rotary embedding.
+
+    For the tables, `split` and `by_head` (for keys, not for queries) see `heterostep.kernels.reference.norm_rotate`.
+    """
+    if is_plain(norm, x.dtype):
+        return norm_rotate(x, norm.weight, norm.eps, *rotary_emb, heads, split, by_head)
+    return rotate(norm(x).unflatten(2, (heads, -1)), *rotary_emb, split)
+
+
+def is_plain(norm: Any, dtype: torch.dtype) -> bool:
+    """Whether a norm module is its formula alone: offloading and casting hooks bring its weight to where x is."""
+    hooked = norm._forward_pre_hooks or norm._forward_hooks or "forward" in norm.__dict__
+    same_dtype = type(norm) is torch.nn.RMSNorm and (norm.weight is None or norm.weight.dtype == dtype)
+    return same_dtype and not hooked
 
 
 class CachedAttention:

@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 
-from heterostep.adapters.attention import CachedAttention
+from heterostep.adapters.attention import CachedAttention, normed_and_rotated
 from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
 from heterostep.kernels import gather_rows
 from heterostep.kv_cache import StaticKV
 
 
-def _rotate(attn: Any, x: torch.Tensor, rotary_emb: Any) -> torch.Tensor:
-    """Rotary embedding of [B, n, H * D] in the model's own layout."""
-    from diffusers.models.transformers.transformer_ltx2 import apply_interleaved_rotary_emb, apply_split_rotary_emb
-
+def _normed_and_rotated(attn: Any, norm: Any, x: torch.Tensor, rotary_emb: Any, by_head: bool = False) -> torch.Tensor:
+    """[B, n, H * D] -> [B, n, H, D]. Tables are the model's: split [B, H, n, D / 2], else [B, n, H * D]."""
     if rotary_emb is None:
-        return x
-    return {"interleaved": apply_interleaved_rotary_emb, "split": apply_split_rotary_emb}[attn.rope_type](x, rotary_emb)
+        return norm(x).unflatten(2, (attn.heads, -1))
+    split = attn.rope_type == "split"
+    cos, sin = (table.transpose(1, 2) if split else table.unflatten(2, (attn.heads, -1)) for table in rotary_emb)
+    return normed_and_rotated(norm, x, (cos, sin), attn.heads, split=split, by_head=by_head)
 
 
 class VideoAttention(CachedAttention):
@@ -55,7 +55,7 @@ class VideoAttention(CachedAttention):
             return self.original(
                 attn, hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb, **stg
             )
-        query = _rotate(attn, attn.norm_q(attn.to_q(hidden_states)), query_rotary_emb)
+        query = _normed_and_rotated(attn, attn.norm_q, attn.to_q(hidden_states), query_rotary_emb)
         own_value, key, value = self.key_value(
             attn,
             hidden_states if encoder_hidden_states is None else encoder_hidden_states,
@@ -64,7 +64,7 @@ class VideoAttention(CachedAttention):
         if attention_mask is not None:
             # Rows are those of the queries, or one for all; columns are those of all keys.
             attention_mask = attention_mask[:, None].expand(-1, attn.heads, -1, -1)
-        out = self.attend(query.unflatten(2, (attn.heads, -1)), key, value, attention_mask)
+        out = self.attend(query, key, value, attention_mask)
         if perturbation_mask is not None:
             out = torch.lerp(own_value, out, perturbation_mask)
         if attn.to_gate_logits is not None:
@@ -75,9 +75,21 @@ class VideoAttention(CachedAttention):
     def key_value(self, attn: Any, states: torch.Tensor, rotary_emb: Any) -> tuple[torch.Tensor, ...]:
         """The states' own V [B, n, H * D]; K and V to attend to, [B, N, H, D]."""
         own_value = attn.to_v(states)
-        key = _rotate(attn, attn.norm_k(attn.to_k(states)), rotary_emb)
-        key, value = (x.unflatten(2, (attn.heads, -1)) for x in (key, own_value))
-        return own_value, *self.kv.update(key, value, self.call.index)
+        key = _normed_and_rotated(attn, attn.norm_k, attn.to_k(states), rotary_emb, by_head=True)
+        return own_value, *self.kv.update(key, own_value.unflatten(2, (attn.heads, -1)), self.call.index)
+
+
+class AudioAttention(VideoAttention):
+    """Attention whose K and V are of the audio: fresh at every step, so nothing is kept; normed and rotated alike."""
+
+    # Stays empty.
+    store = StaticKV
+
+    def key_value(self, attn: Any, states: torch.Tensor, rotary_emb: Any) -> tuple[torch.Tensor, ...]:
+        """As in `VideoAttention`; the states are everyone's."""
+        value = attn.to_v(states)
+        key = _normed_and_rotated(attn, attn.norm_k, attn.to_k(states), rotary_emb)
+        return value, key, value.unflatten(2, (attn.heads, -1))
 
 
 class TextAttention(VideoAttention):
@@ -136,6 +148,8 @@ class LTX2Adapter(Adapter):
         for block in model.transformer_blocks:
             for attn in (block.attn1, block.video_to_audio_attn):
                 seams.replace_processor(attn, VideoAttention(attn.processor, call))
+            for attn in (block.audio_attn1, block.audio_to_video_attn):
+                seams.replace_processor(attn, AudioAttention(attn.processor, call))
             if text_is_static:
                 seams.replace_processor(block.attn2, TextAttention(block.attn2.processor, call))
         return seams

@@ -15,28 +15,13 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from heterostep.adapters.attention import CachedAttention
+from heterostep.adapters.attention import CachedAttention, is_plain, normed_and_rotated
 from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
-from heterostep.kernels import gather_rows, norm_rotate, rotate
+from heterostep.kernels import gather_rows
 from heterostep.kv_cache import StaticKV
 
 # WanAttention gives the text this many states; what comes before them is the image's.
 TEXT_STATES = 512
-
-
-def _norm_rotate(attn: Any, norm: Any, x: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """[B, n, H * D] -> [B, n, H, D]: a norm module of all heads together, then the rotary embedding."""
-    if _is_plain(norm, x.dtype):
-        return norm_rotate(x, norm.weight, norm.eps, *rotary_emb, attn.heads)
-    cos, sin = rotary_emb
-    return rotate(norm(x).unflatten(2, (attn.heads, -1)), cos, sin)
-
-
-def _is_plain(norm: Any, dtype: torch.dtype) -> bool:
-    """Whether a norm module is its formula alone: offloading and casting hooks bring its weight to where x is."""
-    hooked = norm._forward_pre_hooks or norm._forward_hooks or "forward" in norm.__dict__
-    same_dtype = type(norm) is torch.nn.RMSNorm and (norm.weight is None or norm.weight.dtype == dtype)
-    return same_dtype and not hooked
 
 
 class SelfAttention(CachedAttention):
@@ -49,18 +34,19 @@ class SelfAttention(CachedAttention):
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query = _norm_rotate(attn, attn.norm_q, query, rotary_emb)
-        key = _norm_rotate(attn, attn.norm_k, key, rotary_emb)
+        query = normed_and_rotated(attn.norm_q, query, rotary_emb, attn.heads)
+        key = normed_and_rotated(attn.norm_k, key, rotary_emb, attn.heads, by_head=True)
         key, value = self.kv.update(key, value.unflatten(2, (attn.heads, -1)), self.call.index)
         return attn.to_out[1](attn.to_out[0](self.attend(query, key, value)))
 
     def prepare(self, attn: Any, hidden_states: torch.Tensor) -> None:
         """See `CachedAttention.prepare`."""
-        if not hidden_states.is_cuda or not _is_plain(attn.norm_k, hidden_states.dtype):
+        if not hidden_states.is_cuda or not is_plain(attn.norm_k, hidden_states.dtype):
             return
         rows = hidden_states.new_zeros(1, 1, attn.inner_dim)
         tables = torch.zeros(1, 1, 1, attn.inner_dim // attn.heads, device=rows.device)
-        norm_rotate(rows, attn.norm_k.weight, attn.norm_k.eps, tables, tables, attn.heads)
+        for by_head in (True, False):
+            normed_and_rotated(attn.norm_k, rows, (tables, tables), attn.heads, by_head=by_head)
 
 
 class CrossAttention(CachedAttention):

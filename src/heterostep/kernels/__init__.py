@@ -15,21 +15,35 @@ from typing import Any
 import torch
 
 from heterostep.kernels import reference, shapes
-from heterostep.kernels.reference import gather_rows, rotate, write_rows
+from heterostep.kernels.reference import gather_rows, rotate
 
-__all__ = ["advance", "dequantise", "gather_rows", "norm_rotate", "quantise", "rotate", "write_rows"]
+__all__ = ["advance", "dequantise", "gather_rows", "norm_rotate", "quantise", "rotate", "write_kv"]
 
 _logger = logging.getLogger("heterostep")
 # Compute capability: bfloat16's, and float8's.
-_NEEDED = {"norm_rotate": (8, 0), "quantise": (8, 9), "dequantise": (8, 9), "advance": (8, 9)}
+_NEEDED = {"norm_rotate": (8, 0), "write_kv": (8, 0), "quantise": (8, 9), "dequantise": (8, 9), "advance": (8, 9)}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def norm_rotate(
-    x: torch.Tensor, weight: torch.Tensor | None, eps: float | None, cos: torch.Tensor, sin: torch.Tensor, heads: int
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    split: bool = False,
+    by_head: bool = True,
 ) -> torch.Tensor:
     """RMS norm over all heads, then the rotary embedding: see `heterostep.kernels.reference.norm_rotate`."""
-    return _chosen("norm_rotate", x, weight).norm_rotate(x, weight, eps, cos, sin, heads)
+    return _chosen("norm_rotate", x, weight).norm_rotate(x, weight, eps, cos, sin, heads, split, by_head)
+
+
+def write_kv(
+    key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Write rows of K and V into their stores: see `heterostep.kernels.reference.write_kv`."""
+    _chosen("write_kv", key, value).write_kv(key, value, index, keys, values)
 
 
 def quantise(
@@ -60,14 +74,14 @@ def advance(
     return _chosen("advance", out).advance(values, codes, scales, ahead, out)
 
 
-def _chosen(kernel: str, x: torch.Tensor, weight: torch.Tensor | None = None) -> Any:
-    """The module whose `kernel` runs on x."""
+def _chosen(kernel: str, x: torch.Tensor, other: torch.Tensor | None = None) -> Any:
+    """The module whose `kernel` runs on x, and on what else may record gradients."""
     # The compiler fuses the reference by itself, and would stop at the log.
     if torch.compiler.is_compiling():
         return reference
     if x.is_meta:
         return shapes
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight))
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, other))
     return _chosen_for(kernel, x.device, x.dtype, recorded)
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from heterostep.kernels import reference
+from heterostep.kernels import reference, shapes
 
 # Values that one program of `quantise` or `dequantise` takes: 32 a thread, 16 bytes or more to each access.
 BLOCK_VALUES = 4096
@@ -21,53 +21,126 @@ WARPS = 4
 FUSE_MULTIPLY_ADD = False
 
 
+@triton.jit
+def _load_pairs(
+    row, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """A row's pairs, float32 [heads, pairs] twice: each head's halves where SPLIT, else neighbours."""
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    if SPLIT:
+        pair = tl.arange(0, BLOCK_DIM // 2)[None, :]
+        inside = (head < HEADS) & (pair < DIM // 2)
+        first = tl.load(row + head * DIM + pair, mask=inside, other=0.0)
+        second = tl.load(row + head * DIM + DIM // 2 + pair, mask=inside, other=0.0)
+    else:
+        dim = tl.arange(0, BLOCK_DIM)[None, :]
+        values = tl.load(row + head * DIM + dim, mask=(head < HEADS) & (dim < DIM), other=0.0)
+        first, second = tl.split(tl.reshape(values, (BLOCK_HEADS, BLOCK_DIM // 2, 2)))
+    return first.to(tl.float32), second.to(tl.float32)
+
+
 # Not compiled anew for each number of rows.
 @triton.jit(do_not_specialize=["n"])
 def _norm_rotate(
-    x, weight, cos, sin, out, eps, n, x_sample, x_row, cos_sample, cos_row, sin_sample, sin_row,
+    x, weight, cos, sin, out, eps, n, x_sample, x_row, cos_sample, cos_row, cos_head, sin_sample, sin_row, sin_head,
+    out_sample, out_row, out_head,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr, WEIGHTED: tl.constexpr,
+    SPLIT: tl.constexpr, TABLE_HEADS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     sample, row = program // n, program % n
-    head, dim = tl.arange(0, BLOCK_HEADS)[:, None], tl.arange(0, BLOCK_DIM)[None, :]
-    inside = (head < HEADS) & (dim < DIM)
 
-    values = tl.load(x + sample * x_sample + row * x_row + head * DIM + dim, mask=inside, other=0.0).to(tl.float32)
-    normed = values * tl.rsqrt(tl.sum(tl.sum(values * values, 1), 0) / (HEADS * DIM) + eps)
+    x += sample * x_sample + row * x_row
+    first, second = _load_pairs(x, HEADS, DIM, BLOCK_HEADS, BLOCK_DIM, SPLIT)
+    root = tl.rsqrt(tl.sum(tl.sum(first * first + second * second, 1), 0) / (HEADS * DIM) + eps)
+    first, second = first * root, second * root
     if WEIGHTED:
-        normed *= tl.load(weight + head * DIM + dim, mask=inside, other=0.0).to(tl.float32)
+        first_weight, second_weight = _load_pairs(weight, HEADS, DIM, BLOCK_HEADS, BLOCK_DIM, SPLIT)
+        first, second = first * first_weight, second * second_weight
     # As the norm of PyTorch rounds it.
-    normed = normed.to(out.dtype.element_ty).to(tl.float32)
+    first, second = first.to(out.dtype.element_ty).to(tl.float32), second.to(out.dtype.element_ty).to(tl.float32)
 
-    pair = 2 * tl.arange(0, BLOCK_DIM // 2)
-    cosine = tl.load(cos + sample * cos_sample + row * cos_row + pair, mask=pair < DIM, other=0.0)
-    sine = tl.load(sin + sample * sin_sample + row * sin_row + pair + 1, mask=pair < DIM, other=0.0)
-    cosine, sine = cosine.to(tl.float32)[None, :], sine.to(tl.float32)[None, :]
-    even, odd = tl.split(tl.reshape(normed, (BLOCK_HEADS, BLOCK_DIM // 2, 2)))
-    rotated = tl.interleave(even * cosine - odd * sine, even * sine + odd * cosine)
+    # Tables of neighbouring pairs have each value twice.
+    step: tl.constexpr = 1 if SPLIT else 2
+    head, pair = tl.arange(0, BLOCK_HEADS)[:, None], tl.arange(0, BLOCK_DIM // 2)[None, :]
+    table_head = tl.arange(0, BLOCK_HEADS if TABLE_HEADS > 1 else 1)[:, None]
+    inside = (table_head < TABLE_HEADS) & (pair < DIM // 2)
+    cos += sample * cos_sample + row * cos_row
+    sin += sample * sin_sample + row * sin_row
+    cosine = tl.load(cos + table_head * cos_head + pair * step, mask=inside, other=0.0).to(tl.float32)
+    sine = tl.load(sin + table_head * sin_head + pair * step + (step - 1), mask=inside, other=0.0).to(tl.float32)
+    first, second = first * cosine - second * sine, first * sine + second * cosine
 
-    first = (sample * HEADS * n + row) * DIM
-    tl.store(out + first + head.to(tl.int64) * n * DIM + dim, rotated.to(out.dtype.element_ty), mask=inside)
+    first, second = first.to(out.dtype.element_ty), second.to(out.dtype.element_ty)
+    out += sample * out_sample + row * out_row + head.to(tl.int64) * out_head
+    if SPLIT:
+        inside = (head < HEADS) & (pair < DIM // 2)
+        tl.store(out + pair, first, mask=inside)
+        tl.store(out + DIM // 2 + pair, second, mask=inside)
+    else:
+        dim = tl.arange(0, BLOCK_DIM)[None, :]
+        tl.store(out + dim, tl.interleave(first, second), mask=(head < HEADS) & (dim < DIM))
 
 
 def norm_rotate(
-    x: torch.Tensor, weight: torch.Tensor | None, eps: float | None, cos: torch.Tensor, sin: torch.Tensor, heads: int
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    split: bool = False,
+    by_head: bool = True,
 ) -> torch.Tensor:
     """See `heterostep.kernels.reference.norm_rotate`. One program reads and writes a row of H * D values."""
     samples, n, width = x.shape
     dim = width // heads
     x = _rows(x)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    cos, sin = (_rows(table.expand(samples, n, 1, dim)) for table in (cos, sin))
-    out = torch.empty(samples, heads, n, dim, dtype=x.dtype, device=x.device)
+    cos, sin = (_rows(table.expand(samples, -1, -1, -1)) for table in (cos, sin))
+    out = shapes.norm_rotate(x, weight, eps, cos, sin, heads, split, by_head)
     block_heads, block_dim = triton.next_power_of_2(heads), triton.next_power_of_2(dim)
     with torch.cuda.device_of(x):
         _norm_rotate[(samples * n,)](
-            x, weight, cos, sin, out, eps, n, *x.stride()[:2], *cos.stride()[:2], *sin.stride()[:2],
+            x, weight, cos, sin, out, eps, n, *x.stride()[:2], *cos.stride()[:3], *sin.stride()[:3], *out.stride()[:3],
             HEADS=heads, DIM=dim, BLOCK_HEADS=block_heads, BLOCK_DIM=block_dim, WEIGHTED=weight is not None,
+            SPLIT=split, TABLE_HEADS=cos.shape[2],
             num_warps=8 if block_heads * block_dim >= BLOCK_VALUES else 4, enable_fp_fusion=FUSE_MULTIPLY_ADD,
         )  # fmt: skip
-    return out.transpose(1, 2)
+    return out
+
+
+@triton.jit(do_not_specialize=["n"])
+def _write_kv(
+    key, value, index, keys, values, n, total, key_sample, key_row, key_head, value_sample, value_row, value_head,
+    index_sample,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    sample, row = program // n, program % n
+    head, dim = tl.arange(0, BLOCK_HEADS)[:, None].to(tl.int64), tl.arange(0, BLOCK_DIM)[None, :]
+    inside = (head < HEADS) & (dim < DIM)
+
+    target = ((sample * HEADS + head) * total + tl.load(index + sample * index_sample + row)) * DIM + dim
+    key_values = tl.load(key + sample * key_sample + row * key_row + head * key_head + dim, mask=inside)
+    value_values = tl.load(value + sample * value_sample + row * value_row + head * value_head + dim, mask=inside)
+    tl.store(keys + target, key_values, mask=inside)
+    tl.store(values + target, value_values, mask=inside)
+
+
+def write_kv(
+    key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    """See `heterostep.kernels.reference.write_kv`; stores contiguous. One program moves a row of K and one of V."""
+    samples, n, heads, dim = key.shape
+    key, value, index = _rows(key), _rows(value), _rows(index)
+    block_heads, block_dim = triton.next_power_of_2(heads), triton.next_power_of_2(dim)
+    with torch.cuda.device_of(key):
+        _write_kv[(samples * n,)](
+            key, value, index, keys, values, n, keys.shape[2], *key.stride()[:3], *value.stride()[:3], index.stride(0),
+            HEADS=heads, DIM=dim, BLOCK_HEADS=block_heads, BLOCK_DIM=block_dim,
+            num_warps=8 if block_heads * block_dim >= BLOCK_VALUES else 4,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -27,39 +27,63 @@ def write_rows(store: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> 
         # One operation: between two kernels the host's time counts.
         store.index_copy_(2, index[0], rows)
         return
-    for sample in range(store.shape[0]):
-        store[sample].index_copy_(1, index[sample], rows[sample])
+    store[torch.arange(store.shape[0], device=store.device)[:, None], :, index] = rows.transpose(1, 2)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of neighbouring pairs: x [B, n, H, D], cos and sin [B or 1, n, 1, D] with each value twice.
+def write_kv(
+    key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> None:
+    """Write rows of K and V [B, n, H, D] into `keys` and `values` [B, H, N, D] at int64 [B, n], in place."""
+    write_rows(keys, index, key.transpose(1, 2))
+    write_rows(values, index, value.transpose(1, 2))
 
-    Computed in the wider of the two dtypes (diffusers' tables are float32), rounded to that of x.
-    Source: `WanAttnProcessor` of diffusers.
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, split: bool = False) -> torch.Tensor:
+    """Rotary embedding of [B, n, H, D], of neighbouring pairs or (`split`) of each head's halves.
+
+    cos and sin are [B or 1, n, 1 or H, D] with each value twice; split, [B or 1, n, 1 or H, D / 2]. Computed in the
+    wider of the two dtypes (diffusers' tables are float32), rounded to that of x.
+    Source: `WanAttnProcessor` of diffusers, and `apply_split_rotary_emb` of its LTX-2.
     """
+    if split:
+        first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
+        # As there: some devices round the product and the sum once.
+        turned = torch.addcmul(first * cos, sin, second, value=-1), torch.addcmul(second * cos, sin, first)
+        return torch.cat(turned, dim=-1).type_as(x)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
 def norm_rotate(
-    x: torch.Tensor, weight: torch.Tensor | None, eps: float | None, cos: torch.Tensor, sin: torch.Tensor, heads: int
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    split: bool = False,
+    by_head: bool = True,
 ) -> torch.Tensor:
-    """RMS norm over all heads together, then the rotary embedding of neighbouring pairs.
+    """RMS norm over all heads together, then the rotary embedding.
 
     Args:
         x: [B, n, H * D].
         weight: [H * D], or None for 1.
         eps: added to the mean square.
-        cos, sin: float32 [B or 1, n, 1, D], each value twice.
+        cos, sin, split: as `rotate` takes them; float32.
         heads: H.
+        by_head: how the result lies in memory, see there.
 
     Returns:
-        [B, n, H, D] in the dtype of x: a transposed view of contiguous [B, H, n, D], as attention backends want it.
+        [B, n, H, D] in the dtype of x. `by_head` a transposed view of contiguous [B, H, n, D], as `KVCache` keeps it;
+        else contiguous: attention's result lies as its queries do, and the heads of a token are wanted together.
     """
     normed = rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, (heads, -1))
+    if not by_head:
+        return rotate(normed, cos, sin, split).contiguous()
     # Transposed first: what the rotation makes of it is contiguous as it is.
-    rotated = rotate(normed.transpose(1, 2), cos.transpose(1, 2), sin.transpose(1, 2))
+    rotated = rotate(normed.transpose(1, 2), cos.transpose(1, 2), sin.transpose(1, 2), split)
     return rotated.contiguous().transpose(1, 2)
 
 

@@ -10,10 +10,25 @@ from typing import Any
 import torch
 
 
-def norm_rotate(x: torch.Tensor, weight: Any, eps: float | None, cos: Any, sin: Any, heads: int) -> torch.Tensor:
+def norm_rotate(
+    x: torch.Tensor,
+    weight: Any,
+    eps: float | None,
+    cos: Any,
+    sin: Any,
+    heads: int,
+    split: bool = False,
+    by_head: bool = True,
+) -> torch.Tensor:
     """See `heterostep.kernels.reference.norm_rotate`."""
     samples, n, width = x.shape
-    return x.new_empty(samples, heads, n, width // heads).transpose(1, 2)
+    if by_head:
+        return x.new_empty(samples, heads, n, width // heads).transpose(1, 2)
+    return x.new_empty(samples, n, heads, width // heads)
+
+
+def write_kv(key: Any, value: Any, index: Any, keys: Any, values: Any) -> None:
+    """See `heterostep.kernels.reference.write_kv`."""
 
 
 def quantise(
