@@ -218,7 +218,7 @@ def draw_lines(tables: dict[str, Any], lines: dict[str, str], label: str, path: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=2, help="captions of each task")
+    parser.add_argument("--count", type=int, default=1, help="captions of each task")
     parser.add_argument("--out", type=Path, default=Path("docs/method"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

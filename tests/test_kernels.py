@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -343,6 +344,29 @@ def test_fused_float8_keeps_nan(fused):
     x[0, 0, 1, 5] = torch.nan
     out = fused.dequantise(*fused.quantise(x), torch.empty(1, 3, 2, 8, device=DEVICE))
     assert out[0, 1, 0, 5].isnan() and out[0, 0].isfinite().all() and out[0, 2].isfinite().all()
+
+
+@pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="needs Triton's compiler")
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_codes_are_decoded_by_products_in_float32(dtype):
+    # Compiled for a GPU that need not be there: LLVM narrows products where it finds that it may.
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from heterostep.kernels import fused
+
+    kernel = fused._dequantise
+    sizes = {"HEADS": 3, "DIM": 128, "BLOCK_ROWS": 32, "BLOCK_DIM": 128}
+    signature = {name: "constexpr" if name in sizes else "i32" for name in kernel.arg_names}
+    signature |= {"codes": "*fp8e4nv", "scales": "*bf16", "out": f"*{dtype}"}
+    constants = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": fused.WARPS, "enable_fp_fusion": fused.FUSE_MULTIPLY_ADD},
+    )
+    assert set(re.findall(r"mul(?:\.rn)?\.(b?f\d+)", compiled.asm["ptx"])) == {"f32"}
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
