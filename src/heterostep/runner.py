@@ -232,13 +232,13 @@ class Runner:
         self._call.index, self._call.num_tokens = index, generation.schedule.tokens.total
         if index is not None or keep:
             if index is None:
-                # A dense call decodes nothing, and needs the room.
+                # A dense call decodes nothing, or little, and needs the room.
                 generation.workspace.reset()
                 self._reserve(branch, inputs["hidden_states"].device)
             generation.workspace.begin()
             generation.workspace.write_back = keep
             if self.config.sync == "drift":
-                ahead = self._asleep(generation) / generation.stride
+                ahead = self._asleep(generation) / generation.stride.clamp_min(1e-6)
                 generation.workspace.ahead = self._rows(ahead, generation, inputs)
             for (_, processor), store in zip(expert.seams.attentions, branch.stores, strict=True):
                 processor.kv = store
