@@ -370,6 +370,15 @@ def test_the_k_v_store_is_chosen_and_told(pipes, capsys):
     assert "vram must be" in only_line(fails(capsys, *SMALL, "--vram", "0"))
 
 
+def test_tokens_in_rotation_with_k_v_in_drift(pipes, capsys):
+    arguments = ["generate", PROMPT, *SMALL, "--share", "0.75", "--rotation", "3", "--sync", "drift", "--quiet"]
+    assert cli.main([*arguments, "--report", "report.json"]) == 0
+    report = json.loads(Path("report.json").read_text())
+    assert any(0 < share < 1 for share in report["active_share"]) and report["memory"]["kv_cache_bytes"] > 0
+    assert "leave out --between" in only_line(fails(capsys, *SMALL, "--rotation", "3", "--between", "0.2"))
+    assert "sync must be one of" in only_line(fails(capsys, *SMALL, "--sync", "slide"))
+
+
 def test_ctrl_c_is_one_line_and_restores_the_pipeline(pipes, capsys, monkeypatch):
     _interrupt_at(monkeypatch, 2, KeyboardInterrupt())
     assert only_line(fails(capsys, *SMALL, "--quiet", code=130)) == "heterostep: interrupted\n"

@@ -117,6 +117,10 @@ def generate(
     between: Annotated[
         float, typer.Option(min=0, max=1, help="Share of it for single tokens between whole steps.")
     ] = 0.0,
+    rotation: Annotated[
+        int | None, typer.Option(min=1, help="In place of whole steps: every token at least once in so many steps.")
+    ] = None,
+    sync: Annotated[str, typer.Option(help="K/V of sleeping tokens: hold, or drift along their last change.")] = "hold",
     no_kv: Annotated[bool, typer.Option("--no-kv", help="Whole steps alone: no K/V in memory; not for LTX-2.")] = False,
     kv_store: Annotated[str, typer.Option(help="auto, device, fp8, offload or fp8-offload.")] = "auto",
     vram: Annotated[float | None, typer.Option(help="Gigabytes it may use, for auto.  [default: what is free]")] = None,
@@ -147,9 +151,11 @@ def generate(
 
     if no_kv and between:
         raise HeterostepError("give --between or --no-kv, not both of them")
+    if rotation is not None and (no_kv or between or dense):
+        raise HeterostepError("--rotation chooses each step's tokens: leave out --between, --no-kv and --dense")
     _check_guidance(guidance)
     config = _config(runtime, share, None if no_kv else between, dense, both, solver.value)
-    config = dataclasses.replace(config, kv_store=kv_store, vram=vram)
+    config = dataclasses.replace(config, rotation=rotation, sync=sync, kv_store=kv_store, vram=vram)
     Schedule(config, steps).check()
     _check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
     picture = _open_image(image) if image is not None else None
