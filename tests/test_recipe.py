@@ -92,7 +92,6 @@ def test_every_stage_runs_and_the_pipeline_loads(recipe, tmp_path, monkeypatch):
 
     def call(stage, *options):
         monkeypatch.setattr(sys, "argv", [stage.__name__, "--out", str(tmp_path), *options])
-
         stage.main()
 
     call(train_vae, "--phases", "1:2:1,5:2:1", "--crop", "32", "--device", "cpu")
