@@ -9,6 +9,7 @@ from PIL import Image
 
 import heterostep
 from heterostep.allocation import Tokens, by_rotation, probes, with_probes
+from heterostep.compare.own import BUDGETS, in_rotation
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 from heterostep.memory import choose
@@ -80,7 +81,7 @@ def test_kv_are_kept_from_the_meeting_before(pipe):
 
 
 def sleeps(pipe, **options):
-    """Steps between each token's evaluations [B, N, gaps], the run's end included."""
+    """The most steps that each token slept on end, [B, N]."""
     active = []
     real = Runner._start_step
 
@@ -134,7 +135,7 @@ def test_a_rotation_with_two_experts_and_with_a_promise():
     assert report.share.achieved == pytest.approx(0.6, abs=0.002) and report.active_share.count(1.0) >= 4
     with heterostep.enabled(pipe, runtime=0.8, rotation=4, sync="drift"):
         row.run(pipe, steps=20)
-    assert heterostep.report(pipe).share.achieved < 1
+    assert any(0 < share < 1 for share in heterostep.report(pipe).active_share)
 
 
 def test_counts_of_a_rotation_spend_every_budget():
@@ -177,6 +178,11 @@ def test_a_target_that_a_rotation_cannot_meet_is_refused():
         schedule.check()
     assert "below the lowest possible 0.363" in str(caught.value)
     Schedule(HSAConfig(share=0.363, rotation=4, dense_start=2), 20).check()
+
+
+def test_the_compared_rotations_are_feasible():
+    for share in BUDGETS:
+        Schedule(HSAConfig(share=share, **in_rotation(share, 40)), 40).check()
 
 
 def test_what_is_planned_is_what_is_kept(pipe):

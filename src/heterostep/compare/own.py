@@ -47,13 +47,15 @@ def in_rotation(share: float, num_steps: int) -> dict[str, Any]:
     return {"dense_start": start - 1, "rotation": max(1, round(2 * (num_steps - start) / rest)) if rest > 0 else 1}
 
 
-def _rotation(sync: str) -> Any:
+def _rotation_method(name: str, label: str, sync: str, diagnostic: bool = False) -> Method:
     @contextlib.contextmanager
     def apply(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
         with enabled(pipe, share=value, sync=sync, **in_rotation(value, num_steps)):
             yield {}
 
-    return apply
+    return Method(
+        name, label, "share of token evaluations", BUDGETS, apply, budget=True, maps=True, diagnostic=diagnostic
+    )
 
 
 # Evaluations for single tokens between the meetings, where a method is about these.
@@ -72,34 +74,9 @@ OWN = (
         "tokens-fresh", "tokens between meetings, fresh K/V (bound)", True, between=BETWEEN, sync="fresh"
     ),
     heterostep_method("tokens-drift", "tokens between meetings, K/V in drift", between=BETWEEN, sync="drift"),
-    Method(
-        "rotation",
-        "tokens in rotation, K/V in drift",
-        "share of token evaluations",
-        BUDGETS,
-        _rotation("drift"),
-        budget=True,
-        maps=True,
-    ),
-    Method(
-        "rotation-hold",
-        "tokens in rotation, K/V held",
-        "share of token evaluations",
-        BUDGETS,
-        _rotation("hold"),
-        budget=True,
-        maps=True,
-    ),
-    Method(
-        "rotation-fresh",
-        "tokens in rotation, fresh K/V (bound)",
-        "share of token evaluations",
-        BUDGETS,
-        _rotation("fresh"),
-        budget=True,
-        maps=True,
-        diagnostic=True,
-    ),
+    _rotation_method("rotation", "tokens in rotation, K/V in drift", "drift"),
+    _rotation_method("rotation-hold", "tokens in rotation, K/V held", "hold"),
+    _rotation_method("rotation-fresh", "tokens in rotation, fresh K/V (bound)", "fresh", diagnostic=True),
     Method("steps", "fewer steps, the pipeline's solver", "share of the steps", BUDGETS, _fewer_steps, budget=True),
     Method("steps-euler", "fewer steps, Euler", "share of the steps", BUDGETS, _fewer_euler_steps, budget=True),
 )
