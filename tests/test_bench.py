@@ -45,7 +45,7 @@ def check(result, tokens, kept, static, shares, stores):
         (store, share) for store in stores for share in (1.0, *shares)
     ]
     for row in result["rows"]:
-        assert set(row) == {"store", "share", "seconds", "ratio", "device_bytes", "host_bytes"}
+        assert set(row) == {"store", "share", "seconds", "ratio", "replayed", "device_bytes", "host_bytes"}
         assert row["seconds"] > 0 and row["ratio"] == row["seconds"] / result["plain_seconds"]
         store = row["store"]
         size = sum(shape.nbytes(store) for shape in kept)

@@ -25,6 +25,7 @@ from heterostep.direct import DirectCalls, use_backend
 from heterostep.errors import HeterostepError
 from heterostep.kv_cache import STORES
 from heterostep.rehearsal import rehearse
+from heterostep.replay import MOST_ROWS
 
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 # What a kernel or operator is, by what its name has in it; the first that matches.
@@ -56,6 +57,7 @@ def bench(
     sync: str = "hold",
     layers: int | None = None,
     compiled: bool = False,
+    cuda_graphs: bool = True,
     attention_backend: str | None = None,
     repeats: int = 5,
     device: torch.device | str = "cpu",
@@ -73,6 +75,7 @@ def bench(
         sync: "hold", or "drift": K and V of the sleeping tokens go on, and dense calls see how they change.
         layers: transformer blocks, in place of all.
         compiled: with `compile_repeated_blocks`, the plain call too.
+        cuda_graphs: replay calls of few tokens, as a run does.
         attention_backend: as `set_attention_backend` takes it.
         repeats: of everything, in turns.
         breakdown: profile where the time goes, too.
@@ -80,7 +83,8 @@ def bench(
 
     Returns:
         plain types: `plain_seconds`; `rows`, each with store, share (1 for the dense call that keeps K and V), seconds,
-        ratio to plain, and K/V bytes on the device and in host memory; `breakdown`, seconds by kind of each call.
+        ratio to plain, K/V bytes on the device and in host memory, and whether it was replayed; `breakdown`, seconds
+        by kind of each call.
 
     Raises:
         HeterostepError: a name, a share or a store is not known, or the size is refused.
@@ -122,7 +126,8 @@ def bench(
     with torch.no_grad():
         calls = DirectCalls(model, inputs)
         drift = sync == "drift"
-        variants = _variants(calls, shares, stores, drift)
+        replayed: set[tuple[str, float]] = set()
+        variants = _variants(calls, shares, stores, drift, replayed if cuda_graphs and device.type == "cuda" else None)
         seconds = _time(variants, repeats, device, tell)
         kinds = _breakdown(calls, shares, device, drift) if breakdown else {}
         memory = _memory(calls, stores, drift)
@@ -134,6 +139,7 @@ def bench(
             "share": share,
             "seconds": statistics.median(seconds[store, share]),
             "ratio": statistics.median(seconds[store, share]) / plain,
+            "replayed": (store, share) in replayed,
             **memory[store],
         }
         for store in stores
@@ -188,8 +194,18 @@ class _Variant:
     prepare: Callable[[], Any] = lambda: None
 
 
-def _variants(calls: DirectCalls, shares: Sequence[float], stores: Sequence[str], drift: bool) -> dict[Any, _Variant]:
-    """What takes turns, in order: plain, then each store's dense call with its sparse ones."""
+def _variants(
+    calls: DirectCalls,
+    shares: Sequence[float],
+    stores: Sequence[str],
+    drift: bool,
+    replayed: set[tuple[str, float]] | None,
+) -> dict[Any, _Variant]:
+    """What takes turns, in order: plain, then each store's dense call with its sparse ones.
+
+    Args:
+        replayed: filled with what is replayed as CUDA graphs; None where nothing shall be.
+    """
     variants: dict[Any, _Variant] = {"plain": _Variant(calls.plain)}
     indices = {share: calls.random_index(max(1, round(share * calls.num_tokens))) for share in shares}
     for store in stores:
@@ -202,7 +218,18 @@ def _variants(calls: DirectCalls, shares: Sequence[float], stores: Sequence[str]
 
         variants[store, 1.0] = _Variant(calls.dense, prepare)
         for share, index in indices.items():
-            variants[store, share] = _Variant(functools.partial(calls.sparse, index))
+            if replayed is None or store != "device" or index.numel() > MOST_ROWS:
+                variants[store, share] = _Variant(functools.partial(calls.sparse, index))
+                continue
+
+            def record(name: tuple[str, float] = (store, share), index: torch.Tensor = index) -> None:
+                # In a run, the first of many calls are not replayed.
+                for _ in range(3):
+                    calls.replayed(index)
+                if calls.is_recorded(index.shape[1]):
+                    replayed.add(name)
+
+            variants[store, share] = _Variant(functools.partial(calls.replayed, index), record)
     return variants
 
 

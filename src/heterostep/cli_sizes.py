@@ -127,6 +127,7 @@ def bench(
     sync: Annotated[str, typer.Option(help="K/V of sleeping tokens: hold or drift.")] = "hold",
     layers: Annotated[int | None, typer.Option(min=1, help="Transformer blocks.  [default: all]")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="With compile_repeated_blocks.")] = False,
+    no_graphs: Annotated[bool, typer.Option("--no-graphs", help="Replay no call as a CUDA graph.")] = False,
     attention_backend: Annotated[str | None, typer.Option(help="Such as _native_cudnn.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")] = 5,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
@@ -160,6 +161,7 @@ def bench(
             sync=sync,
             layers=layers,
             compiled=compiled,
+            cuda_graphs=not no_graphs,
             attention_backend=attention_backend,
             repeats=repeats,
             device=place,
@@ -185,7 +187,7 @@ def _show_bench(result: dict[str, Any]) -> None:
         f"{result['device']}: a plain dense call takes {result['plain_seconds'] * 1000:.1f} ms",
     )  # fmt: skip
     for row in result["rows"]:
-        what = "all, K/V kept" if row["share"] == 1 else f"{row['share']:g}"
+        what = "all, K/V kept" if row["share"] == 1 else f"{row['share']:g}" + ", replayed" * row["replayed"]
         sizes = (filesize.decimal(row[name]) for name in ("device_bytes", "host_bytes"))
         table.add_row(row["store"], what, f"{row['seconds'] * 1000:.1f}", f"{row['ratio']:.4f}", *sizes)
     Console().print(table)

@@ -49,6 +49,8 @@ class HSAConfig:
             "fp8-offload": in pinned host memory, fetched a layer ahead. "auto" takes the first of device, fp8,
             fp8-offload that fits beside the run, or two of them by layer.
         vram: bytes / 1e9 of the device's memory that the process may use, for "auto"; by default what is free.
+        cuda_graphs: whether calls with few active tokens may be recorded and replayed, where K and V are all in the
+            "device" store. The same kernels run on the same numbers, without the host's time to launch each.
 
     Raises:
         HeterostepError: a value is out of its range.
@@ -68,6 +70,7 @@ class HSAConfig:
     sync: str = "hold"
     kv_store: str = "auto"
     vram: float | None = None
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         if (self.runtime is None) == (self.share is None):

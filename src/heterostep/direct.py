@@ -5,6 +5,7 @@ Shapes: B batch of a call, N tokens, n active tokens, C values a token.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from heterostep.adapters import FAMILIES, Call
 from heterostep.errors import HeterostepError, first_line
 from heterostep.kv_cache import KVCache, StaticKV, Workspace
+from heterostep.replay import ReplayedCalls
 
 
 class DirectCalls:
@@ -37,10 +39,12 @@ class DirectCalls:
         self.rows: torch.Tensor | None = None
         self.held: torch.Tensor | None = None
         self._seams = self.adapter.install(model, self.call, self._velocity)
+        self._replays: dict[int, ReplayedCalls] = {}
         self.use(store)
 
     def use(self, store: str, drift: bool = False) -> None:
         """Keep K and V in another store from the next dense call on; with `drift` a sparse call moves the others'."""
+        self._replays.clear()
         self.workspace = Workspace()
         self.drift = drift
         self.stores: list[KVCache | StaticKV] = [
@@ -59,6 +63,21 @@ class DirectCalls:
         """The tokens of `index`, int64 [B, n], alone; after a dense call."""
         return self._run(index)
 
+    def replayed(self, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As `sparse`, but a call of as many tokens as the one before is replayed, where that can be done."""
+        count = index.shape[1]
+        if count not in self._replays:
+            device = index.device
+            self._replays[count] = ReplayedCalls(
+                self.model, self._seams.hooked, device, functools.cache(torch.cuda.graph_pool_handle)
+            )
+        reads = [t for kept in (*self.stores, self.workspace) for t in kept.tensors or ()]
+        return self._replays[count](self._run, index, reads if self.held is None else [*reads, self.held])
+
+    def is_recorded(self, count: int) -> bool:
+        """Whether `replayed` replays calls of as many tokens."""
+        return count in self._replays and self._replays[count].recorded
+
     def random_index(self, count: int, seed: int = 4) -> torch.Tensor:
         """Other tokens for each row of the batch, ascending, int64 [B, count] where the inputs are."""
         states = self.inputs["hidden_states"]
@@ -71,6 +90,7 @@ class DirectCalls:
         for undo in reversed(self._seams.undo):
             undo()
         self.stores, self.rows, self.held = [], None, None
+        self._replays.clear()
         self.workspace.reset()
 
     def _velocity(self, rows: torch.Tensor) -> torch.Tensor:

@@ -73,9 +73,14 @@ class Workspace:
         return self._decoded[kind]
 
     @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds on the device."""
+        return [t for t in (*self._decoded.values(), *self._staged) if t is not None]
+
+    @property
     def nbytes(self) -> int:
         """Bytes held on the device."""
-        return sum(t.nbytes for t in (*self._decoded.values(), *self._staged) if t is not None)
+        return sum(t.nbytes for t in self.tensors)
 
     def reset(self) -> None:
         """Free the memory."""
@@ -297,6 +302,11 @@ class KVCache:
             return None
         kept = self._parts[0]
         return KVShape(kept.shape[:-1].numel(), kept.shape[-1], kept.dtype, len(self._parts) > 2)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds on the device."""
+        return self._parts
 
     @property
     def nbytes(self) -> int:

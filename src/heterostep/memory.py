@@ -208,6 +208,11 @@ class Stores:
     layers: tuple[KVShape, ...] = field(repr=False)
 
     @property
+    def all_on_device(self) -> bool:
+        """Whether all are kept in the model's precision where it runs."""
+        return set(self.names) == {"device"}
+
+    @property
     def device_bytes(self) -> int:
         """K and V on the device, and what decoding and transfers use."""
         return self.kept_bytes + self.workspace_bytes

@@ -38,6 +38,7 @@ from heterostep.errors import HeterostepError
 from heterostep.kernels import gather_rows
 from heterostep.kv_cache import KVCache, StaticKV
 from heterostep.placement import DoesNotFit, place
+from heterostep.replay import MOST_ROWS, ReplayedCalls
 from heterostep.reports import MemoryReport, Report, RuntimeReport, ShareReport, StepInfo, StepsReport
 from heterostep.schedule import Schedule
 from heterostep.scoring import drift_time, velocity_change, velocity_slope
@@ -106,7 +107,7 @@ class Runner:
         self._active: torch.Tensor | None = None  # tokens whose velocities are to be taken; None where all are
         self._keep_scores = False
         self._stale = False
-        self._truth: list[torch.Tensor] | None = None  # where the oracle's velocities go
+        self._taken: list[torch.Tensor] | None = None  # where velocities go in place of the branch
         self._experts = [self._wrap(position, model) for position, model in enumerate(models)]
 
     def _wrap(self, position: int, model: torch.nn.Module) -> _Expert:
@@ -154,7 +155,7 @@ class Runner:
             generation.free_kv()
             raise
         finally:
-            self._call.index = self._branch = self._active = self._truth = None
+            self._call.index = self._branch = self._active = self._taken = None
             for _, processor in expert.seams.attentions:
                 processor.kv = None
 
@@ -209,7 +210,10 @@ class Runner:
             return
         if generation.step == 0:
             # Layers are alike.
-            kinds = {type(processor): (attn, processor) for attn, processor in expert.seams.attentions}
+            kinds = {
+                (type(processor), getattr(attn, "inner_dim", 0)): (attn, processor)
+                for attn, processor in expert.seams.attentions
+            }
             _in_background(lambda: _compile_kernels(kinds.values(), inputs["hidden_states"]))
         elif generation.stores is None:
             # By now all guidance branches are known.
@@ -244,9 +248,42 @@ class Runner:
                 processor.kv = store
         else:
             branch.free_kv()
-        if index is not None:
-            inputs = self.adapter.select(expert.model, inputs, index)
+        if index is None:
+            return expert.wrapped.inner(**inputs)
+        inputs = self.adapter.select(expert.model, inputs, index)
+        few = index.numel() <= MOST_ROWS
+        if few and self.config.cuda_graphs and generation.stores is not None and generation.stores.all_on_device:
+            return self._replayed(expert, generation, branch, inputs, index)
         return expert.wrapped.inner(**inputs)
+
+    def _replayed(
+        self, expert: _Expert, generation: Generation, branch: Branch, inputs: dict[str, Any], index: torch.Tensor
+    ) -> Any:
+        """A sparse call, recorded where it can be. What is made of its velocities is not part of the recording."""
+        workspace = generation.workspace
+
+        def call(given: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+            self._call.index, workspace.ahead = given["index"], given["ahead"]
+            rows: list[torch.Tensor] = []
+            self._taken = rows
+            try:
+                output = expert.wrapped.inner(**given["inputs"])
+            finally:
+                self._taken = None
+            return rows[0], output
+
+        if branch.replays is None:
+            branch.replays = ReplayedCalls(
+                expert.model, expert.seams.hooked, index.device, lambda: generation.graph_pool
+            )
+        rows, output = branch.replays(
+            call,
+            {"inputs": inputs, "index": index, "ahead": workspace.ahead},
+            [t for kept in (*branch.stores, workspace) for t in kept.tensors or ()],
+        )
+        velocities = self._on_velocity(rows)
+        assert velocities is not None
+        return self._with_velocities(expert, generation, output, velocities)
 
     @staticmethod
     def _reserve(branch: Branch, device: torch.device) -> None:
@@ -311,10 +348,12 @@ class Runner:
         """The transformer's last output, with the velocities that the tokens are held at."""
         if branch.slope is None or self.config.extrapolate == 0:
             return branch.output
-        velocities = self.adapter.arrange(expert.model, generation.grid, self._held(generation, branch))
-        if isinstance(branch.output, tuple):
-            return velocities, *branch.output[1:]
-        return type(branch.output)(**{**branch.output, "sample": velocities})
+        return self._with_velocities(expert, generation, branch.output, self._held(generation, branch))
+
+    def _with_velocities(self, expert: _Expert, generation: Generation, output: Any, velocities: torch.Tensor) -> Any:
+        """The transformer's output with the velocities of all tokens [b, N, C] in place of its own."""
+        sample = self.adapter.arrange(expert.model, generation.grid, velocities)
+        return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(**{**output, "sample": sample})
 
     def _held(self, generation: Generation, branch: Branch) -> torch.Tensor:
         """Everyone's velocities at this step [b, N, C]: of the tokens evaluated at it, and held ones."""
@@ -334,9 +373,11 @@ class Runner:
 
     def _on_velocity(self, rows: torch.Tensor) -> torch.Tensor | None:
         """The output projection's rows of the active tokens [b, n, C] -> everyone's velocities [b, N, C]."""
-        if self._truth is not None:
-            self._truth.append(rows)
-            return None
+        if self._taken is not None:
+            self._taken.append(rows)
+            # What the model does with all tokens' values, it may do with these.
+            everyone = (rows.shape[0], self._call.num_tokens, rows.shape[2])
+            return None if self._call.index is None else rows.new_zeros(everyone)
         branch, generation = self._branch, self.generation
         if branch is None or generation is None:
             return None
@@ -484,9 +525,9 @@ class Runner:
 
     def _rank_by_truth(self, expert: _Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]) -> None:
         """Rank the tokens by how wrong their held velocities are, which costs a dense call. Decided by one branch."""
-        self._truth = []
+        self._taken = []
         expert.wrapped.inner(**inputs)
-        (rows,), self._truth = self._truth, None
+        (rows,), self._taken = self._taken, None
         error = (rows.float() - self._held(generation, branch).float()).abs().sum(-1)
         self._set_ranking(generation, error.view(-1, *generation.elapsed.shape).mean(0))
         self._activate(generation)

@@ -5,6 +5,7 @@ Shapes: B samples, N tokens, C values a token, b batch of a branch's calls (B ti
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from heterostep.schedule import Schedule
 if TYPE_CHECKING:
     from heterostep.adapters import TokenGrid
     from heterostep.memory import Stores
+    from heterostep.replay import ReplayedCalls
 
 
 @dataclass(eq=False)
@@ -34,6 +36,7 @@ class Branch:
     output: Any = None  # what the transformer returned last
     last_step: int = -1
     batch: int = 0  # b
+    replays: ReplayedCalls | None = None  # of its calls of few tokens, once there is one
 
     @property
     def kv_bytes(self) -> int:
@@ -47,6 +50,7 @@ class Branch:
 
     def free_kv(self) -> None:
         """Give the K/V memory back; velocities stay."""
+        self.replays = None
         for store in self.stores:
             store.reset()
 
@@ -92,6 +96,11 @@ class Generation:
     kv_host_bytes_peak: int = 0
     finished: bool = False
     closed: bool = False  # finished, and told so
+
+    @functools.cached_property
+    def graph_pool(self) -> Any:
+        """The memory that recorded calls use in turn."""
+        return torch.cuda.graph_pool_handle()
 
     @property
     def is_meeting(self) -> bool:

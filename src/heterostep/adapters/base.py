@@ -54,10 +54,12 @@ class Seams:
     Attributes:
         attentions: attention modules and their processors that keep K and V; the runner gives each its store before a
             call.
+        hooked: modules whose outputs are changed.
         undo: what takes the changes back, in order.
     """
 
     attentions: list[tuple[Any, CachedAttention]] = field(default_factory=list)
+    hooked: list[torch.nn.Module] = field(default_factory=list)
     undo: list[Callable[[], Any]] = field(default_factory=list)
 
     def replace_processor(self, attn: Any, processor: CachedAttention) -> None:
@@ -70,6 +72,7 @@ class Seams:
 
     def hook_output(self, module: torch.nn.Module, change: Callable[[Any], Any]) -> None:
         """Let `change(output)` replace what a module returns, or leave it where it gives None."""
+        self.hooked.append(module)
         self.undo.append(module.register_forward_hook(lambda module, args, output: change(output)).remove)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from heterostep.adapters.attention import CachedAttention, normed_and_rotated
+from heterostep.adapters.attention import CachedAttention, is_plain, normed_and_rotated
 from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
 from heterostep.kernels import gather_rows
 from heterostep.kv_cache import StaticKV
@@ -72,6 +72,18 @@ class VideoAttention(CachedAttention):
             out = (out.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2, 3)
         return attn.to_out[1](attn.to_out[0](out))
 
+    def prepare(self, attn: Any, hidden_states: torch.Tensor) -> None:
+        """See `CachedAttention.prepare`."""
+        if not hidden_states.is_cuda or not is_plain(attn.norm_k, hidden_states.dtype):
+            return
+        # Strides, too, are as they will be: multiples of 16.
+        rows = hidden_states.new_zeros(1, 16, attn.inner_dim)
+        pairs = attn.inner_dim // attn.heads // 2
+        split = attn.rope_type == "split"
+        table = torch.zeros((1, attn.heads, 16, pairs) if split else (1, 16, attn.inner_dim), device=rows.device)
+        for by_head in (True, False):
+            _normed_and_rotated(attn, attn.norm_k, rows, (table, table), by_head)
+
     def key_value(self, attn: Any, states: torch.Tensor, rotary_emb: Any) -> tuple[torch.Tensor, ...]:
         """The states' own V [B, n, H * D]; K and V to attend to, [B, N, H, D]."""
         own_value = attn.to_v(states)
@@ -96,6 +108,9 @@ class TextAttention(VideoAttention):
     """Attention to text that no step modulates: K and V are computed in a dense step and kept."""
 
     store = StaticKV
+
+    def prepare(self, attn: Any, hidden_states: torch.Tensor) -> None:
+        """See `CachedAttention.prepare`: text is normed by PyTorch alone."""
 
     def key_value(self, attn: Any, states: torch.Tensor, rotary_emb: Any) -> tuple[torch.Tensor, ...]:
         """As in `VideoAttention`; text states have no rotary embedding."""

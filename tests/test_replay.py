@@ -1,0 +1,144 @@
+"""Recorded calls: when they are replayed, and that what is replayed is what would have been called.
+
+The recording itself is CUDA's (tests/test_gpu.py); here it is one that calls again, on the recorded inputs.
+"""
+
+import pytest
+import torch
+
+import heterostep
+from heterostep import replay
+from heterostep.replay import ReplayedCalls
+from rows import ROWS, equal
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Calls that were replayed, by how a recording is made without a GPU."""
+    made = []
+
+    def capture(call, pool):
+        return lambda: (made.append(1), call())[1]
+
+    monkeypatch.setattr(replay, "capture", capture)
+    monkeypatch.setattr(replay, "why_not", lambda *_: "")
+    return made
+
+
+def double(inputs):
+    return {"twice": inputs["x"] * 2, "named": inputs["name"]}
+
+
+def calls():
+    return ReplayedCalls(torch.nn.Linear(1, 1), [], CPU, lambda: None)
+
+
+def test_from_the_second_call_alike_on_it_is_replayed(replays):
+    ask, kept = calls(), torch.zeros(3)
+    for number in range(4):
+        x = torch.full((2,), float(number))
+        assert torch.equal(ask(double, {"x": x, "name": "a"}, [kept])["twice"], x * 2)
+        assert len(replays) == number
+        assert ask.recorded == (number > 0)
+
+
+def test_what_it_returns_is_not_overwritten(replays):
+    ask = calls()
+    out = [ask(lambda x: x["x"], {"x": torch.full((2,), float(number))}, []) for number in range(4)]
+    assert [float(each[0]) for each in out] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ({"x": torch.zeros(3), "name": "a"}, 0),
+        ({"x": torch.zeros(2, dtype=torch.float64), "name": "a"}, 0),
+        ({"x": torch.zeros(2), "name": "b"}, 0),
+        ({"x": torch.zeros(2), "name": "a"}, 1),
+    ],
+    ids=["shape", "dtype", "value", "place"],
+)
+def test_a_call_of_another_kind_is_not_replayed(replays, other):
+    ask, kept = calls(), [torch.zeros(1), torch.zeros(1)]
+    for _ in range(3):
+        ask(double, {"x": torch.ones(2), "name": "a"}, kept[:1])
+    assert len(replays) == 2
+    inputs, place = other
+    assert torch.equal(ask(double, inputs, [kept[place]])["twice"], inputs["x"] * 2)
+    assert len(replays) == 2 and not ask.recorded
+
+
+def test_where_recording_fails_calls_go_on_as_they_are(monkeypatch, caplog):
+    def capture(call, pool):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(replay, "capture", capture)
+    monkeypatch.setattr(replay, "why_not", lambda *_: "")
+    replay._log.cache_clear()
+    ask = calls()
+    with caplog.at_level("INFO", logger="heterostep"):
+        for number in range(4):
+            x = torch.full((2,), float(number))
+            assert torch.equal(ask(double, {"x": x, "name": "a"}, [])["twice"], x * 2)
+    assert not ask.recorded
+    assert caplog.text.count("operation not permitted when stream is capturing") == 1
+
+
+def test_what_cannot_be_recorded_says_why():
+    cuda = torch.device("cuda")
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    assert "gradients" in replay.why_not(model, [], cuda)
+    with torch.no_grad():
+        assert replay.why_not(model, [], CPU) == "the device is cpu"
+        assert replay.why_not(model, [], cuda) == ""
+        handle = model[0].register_forward_hook(lambda *_: None)
+        assert replay.why_not(model, [model[0]], cuda) == ""
+        assert replay.why_not(model, [], cuda) == "Linear has a hook"
+        handle.remove()
+        model[1]._hf_hook = object()
+        assert "accelerate" in replay.why_not(model, [], cuda)
+
+
+@pytest.mark.parametrize(
+    "name", ["wan2.1-i2v", "wan2.1-vace", "wan2.2-t2v", "wan2.2-ti2v-i2v", "ltx2.3-t2v", "ltx0.9-t2v"]
+)
+@pytest.mark.parametrize("options", [{"between": 0.5}, {"rotation": 4, "sync": "drift"}], ids=["between", "drift"])
+def test_replayed_runs_are_bit_identical(name, options, replays):
+    row = ROWS[name]
+    pipe = row.build()
+    with heterostep.enabled(pipe, share=0.5, dense_start=2, **options, cuda_graphs=False):
+        expected = row.run(pipe, steps=12)
+    assert not replays
+    with heterostep.enabled(pipe, share=0.5, dense_start=2, **options):
+        for _ in range(2):
+            assert equal(row.run(pipe, steps=12), expected)
+    assert replays
+
+
+def test_only_calls_of_few_tokens_are_replayed(replays, monkeypatch):
+    row = ROWS["wan2.1-t2v"]
+    pipe = row.build()
+    monkeypatch.setattr("heterostep.runner.MOST_ROWS", 8)
+    with heterostep.enabled(pipe, share=0.5, dense_start=2, rotation=4):
+        row.run(pipe, steps=12)
+    assert not replays
+
+
+def test_coded_keys_and_values_are_not_replayed(replays):
+    row = ROWS["wan2.1-t2v"]
+    pipe = row.build()
+    with heterostep.enabled(pipe, share=0.5, dense_start=2, rotation=4, kv_store="fp8"):
+        row.run(pipe, steps=12)
+    assert not replays
+
+
+def test_nothing_recorded_outlives_the_generation(replays):
+    row = ROWS["wan2.1-t2v"]
+    pipe = row.build()
+    heterostep.enable(pipe, share=0.5, dense_start=2, rotation=4)
+    row.run(pipe, steps=12)
+    assert replays
+    assert all(branch.replays is None for branch in heterostep.pipeline._open[pipe].runner.generation.branches)
+    heterostep.disable(pipe)
