@@ -27,7 +27,7 @@ def room(monkeypatch):
     """Let "auto" find so many bytes for K and V, as on a GPU; what the call itself holds comes on top."""
 
     def set_to(size, host=10**12):
-        monkeypatch.setattr(memory, "room_on", lambda device, vram: size)
+        monkeypatch.setattr(memory, "room_on", lambda device, vram, activations=0: size)
         monkeypatch.setattr(memory, "host_room", lambda: host)
         nothing = {"plain": 0, "dense": 0, "sparse": 0, "static": 0, "held": 0}
         measured = memory.call_memory

@@ -35,8 +35,7 @@ def place(
         DoesNotFit: not even the smallest; the message says what is lacking.
     """
     device, name = inputs["hidden_states"].device, config.kv_store
-    present = memory.room_on(device, config.vram)
-    if name != "auto" or present is None:
+    if name != "auto" or memory.room_on(device, config.vram) is None:
         name = "device" if name == "auto" else name
         return memory.Stores((name,) * attentions * len(batches), ())
     try:
@@ -48,6 +47,8 @@ def place(
     batch = inputs["hidden_states"].shape[0]
     drifts = config.sync == "drift"
     layers = [replace(each, vectors=each.vectors * b // batch, drifts=drifts) for b in batches for each in call.layers]
+    present = memory.room_on(device, config.vram, call.dense)
+    assert present is not None
     room = present - (call.static + call.held) * sum(batches) // batch
     host_room = memory.host_room()
     stores = memory.choose(layers, room - call.dense, room - call.sparse, host_room)

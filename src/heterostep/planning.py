@@ -193,7 +193,7 @@ def _plan(model: str, seen: Rehearsal, weights: dict[str, int], sizes: dict[str,
     plain = max(call.plain for call in each)
     beside = base + sum(call.static for call in each)
     dense, sparse = max(call.dense for call in each), max(call.sparse for call in each)
-    limit = _limit(config)
+    limit = _limit(config, dense)
     # For another machine, its host memory is not known.
     host = memory.host_room() if torch.cuda.is_available() else UNLIMITED
     room = UNLIMITED if limit is None else limit - beside
@@ -238,9 +238,9 @@ def _plan(model: str, seen: Rehearsal, weights: dict[str, int], sizes: dict[str,
     )
 
 
-def _limit(config: HSAConfig) -> int | None:
+def _limit(config: HSAConfig, activations: int) -> int | None:
     """Bytes that the process may use, less a margin; None where neither asked nor present."""
-    free = memory.room_on(torch.device("cuda"), config.vram) if torch.cuda.is_available() else None
+    free = memory.room_on(torch.device("cuda"), config.vram, activations) if torch.cuda.is_available() else None
     if free is not None:
         return free + torch.cuda.memory_allocated()
-    return None if config.vram is None else int(config.vram * 1e9 * (1 - memory.MARGIN))
+    return None if config.vram is None else memory.less_margin(int(config.vram * 1e9), activations)
