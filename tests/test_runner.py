@@ -11,6 +11,7 @@ from PIL import Image
 import heterostep
 from heterostep.adapters.wan import SelfAttention
 from heterostep.errors import HeterostepError
+from heterostep.scoring import drift_time
 from small import run, small_pipeline
 
 TOKENS = 3 * 4 * 4
@@ -76,18 +77,18 @@ def test_held_velocities_go_along_their_last_slope(pipe, extrapolate):
     hook = pipe.transformer.register_forward_hook(lambda m, a, out: outputs.append(out[0].clone()))
     run(pipe, steps=8, guidance_scale=1.0)
     hook.remove()
-    sigmas = pipe.scheduler.sigmas
-    slope = (outputs[2] - outputs[1]) / (sigmas[2] - sigmas[1])
-    expected = outputs[2] + extrapolate * (sigmas[3] - sigmas[2]) * slope
+    times = drift_time(pipe.scheduler.sigmas)
+    slope = (outputs[2] - outputs[1]) / (times[2] - times[1])
+    expected = outputs[2] + extrapolate * (times[3] - times[2]) * slope
     torch.testing.assert_close(outputs[3], expected, atol=1e-5, rtol=1e-5)
     # At step 4 half of the tokens were evaluated: the others are still on their line, and at step 5 too.
     slept = torch.from_numpy(heterostep.report(pipe).steps_map == 5)[None, None]
     slept = slept.repeat_interleave(2, 3).repeat_interleave(2, 4).expand_as(expected)
     assert slept.float().mean() == 0.5
     for step in (4, 5):
-        expected = outputs[2] + extrapolate * (sigmas[step] - sigmas[2]) * slope
+        expected = outputs[2] + extrapolate * (times[step] - times[2]) * slope
         torch.testing.assert_close(outputs[step][slept], expected[slept], atol=1e-5, rtol=1e-5)
-    fresh = outputs[4] + extrapolate * (sigmas[5] - sigmas[4]) * (outputs[4] - outputs[2]) / (sigmas[4] - sigmas[2])
+    fresh = outputs[4] + extrapolate * (times[5] - times[4]) * (outputs[4] - outputs[2]) / (times[4] - times[2])
     torch.testing.assert_close(outputs[5][~slept], fresh[~slept], atol=1e-5, rtol=1e-5)
     assert runner.generation.branches[0].slope.dtype == torch.float32
 

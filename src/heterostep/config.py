@@ -36,8 +36,8 @@ class HSAConfig:
         dense_start: steps before the window, all dense, at least 1; by default chosen from the target.
         dense_end: steps after the window, all dense.
         regroup_every: tokens are ranked anew at every such meeting step that single tokens follow.
-        extrapolate: how far a held velocity follows its last slope over sigma: 0 holds it as it is, as the paper does;
-            1 extends the line through its last two evaluations.
+        extrapolate: how far a held velocity follows its last slope over log(1 - sigma): 0 holds it as it is, as the
+            paper does; 1 extends the line through its last two evaluations.
         solver: "pipeline" feeds held velocities to the scheduler that the pipeline has; "euler" is the paper's update,
             a first-order step on the same sigma grid.
         score: "velocity" ranks tokens by how fast their velocity changes. For experiments: "random" is a control;
@@ -64,7 +64,7 @@ class HSAConfig:
     dense_start: int | None = None
     dense_end: int = 0
     regroup_every: int = 1
-    extrapolate: float = 0.5
+    extrapolate: float = 0.65
     solver: str = "pipeline"
     score: str = "velocity"
     sync: str = "hold"

@@ -12,7 +12,7 @@ import torch
 
 
 def drift_time(sigma: torch.Tensor) -> torch.Tensor:
-    """The variable over which a token's keys and values go nearly straight: log(1 - sigma), which rises as sigma falls.
+    """What velocities, keys and values go nearly straight over: log(1 - sigma), which rises as sigma falls.
 
     1 - sigma is the part of the signal in the latents. Over sigma itself a line through two evaluations overshoots, the
     more so the earlier and the farther it is followed: measured on the bundled model's dense runs (docs/method.md).
@@ -38,13 +38,13 @@ def velocity_change(new: torch.Tensor, old: torch.Tensor, elapsed: torch.Tensor)
     return change / size.clamp_min(tiny) / elapsed.clamp_min(1e-6)
 
 
-def velocity_slope(new: torch.Tensor, old: torch.Tensor, elapsed: torch.Tensor) -> torch.Tensor:
-    """Change of each velocity per unit of sigma between two evaluations, float32 [B, N, C].
+def velocity_slope(new: torch.Tensor, old: torch.Tensor, stride: torch.Tensor) -> torch.Tensor:
+    """Change of each velocity per unit of `drift_time` between two evaluations, float32 [B, N, C].
 
-    Along it a held velocity goes on: with the whole slope that is the second-order Adams-Bashforth update.
+    Along it a held velocity goes on. Over sigma, the whole slope would be the second-order Adams-Bashforth update.
 
     Args:
         new, old: velocities [B, N, C].
-        elapsed: sigma that passed between the two, > 0, [B, N]; sigma falls, so `old` was at the higher one.
+        stride: `drift_time` that passed between the two, > 0, [B, N].
     """
-    return (old.float() - new.float()) / elapsed.clamp_min(1e-6)[..., None]
+    return (new.float() - old.float()) / stride.clamp_min(1e-6)[..., None]

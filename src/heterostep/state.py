@@ -29,7 +29,7 @@ class Branch:
     stores: Sequence[KVCache | StaticKV] = ()  # one for each attention of `expert` that keeps K and V, once any is kept
     expert: int = -1  # which of the pipeline's transformers the stores belong to
     velocity: torch.Tensor | None = None  # [b, N, C], of each token's last evaluation
-    slope: torch.Tensor | None = None  # [b, N, C] float32, how it had changed since the one before, over sigma
+    slope: torch.Tensor | None = None  # [b, N, C] float32, how it had changed since the one before, over `drift_time`
     scores: torch.Tensor | None = None  # [b, N], of the last meeting step
     text: Any = None  # the states that the static K/V were made from
     text_version: int | None = None
