@@ -27,7 +27,7 @@ from heterostep.kv_cache import KVCache, KVShape
 GRAIN = 512
 # Blocks of the model that a call is forecast with.
 SHALLOW = 2
-# Of what is free, kept for what no forecast knows: libraries' workspaces, and fragments of the allocator's blocks. These
+# Of what is free, kept for what no forecast knows: libraries' workspaces, and fragments of what the allocator has. These
 # measured a third of a dense call's activations (benchmarks/h200: 0.53 GB beside 1.6).
 MARGIN = 0.04
 FRAGMENTS = 0.36
