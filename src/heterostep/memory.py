@@ -27,8 +27,8 @@ from heterostep.kv_cache import KVCache, KVShape
 GRAIN = 512
 # Blocks of the model that a call is forecast with.
 SHALLOW = 2
-# Of what is free, kept for what no forecast knows: libraries' workspaces, and fragments of what the allocator has. These
-# measured a third of a dense call's activations (benchmarks/h200: 0.53 GB beside 1.6).
+# Of what is free, kept for what no forecast knows: libraries' workspaces and the allocator's fragments, which were
+# a third of a dense call's activations (benchmarks/h200: 0.53 GB beside 1.6).
 MARGIN = 0.04
 FRAGMENTS = 0.36
 # Of the host's free memory, what pinned K and V may take. The allocator of pinned memory rounds up to powers of two.
