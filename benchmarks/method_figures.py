@@ -38,6 +38,7 @@ RULES: dict[str, Callable[[float, float, float], float]] = {
     "over sigma": lambda before, last, now: (now - last) / (last - before),
     "half of it": lambda before, last, now: 0.5 * (now - last) / (last - before),
     "over log(1 - sigma)": lambda before, last, now: (_time(now) - _time(last)) / (_time(last) - _time(before)),
+    "0.65 of that": lambda before, last, now: 0.65 * (_time(now) - _time(last)) / (_time(last) - _time(before)),
 }
 
 
@@ -245,9 +246,15 @@ def main() -> None:
         "K/V over sigma": "C1o-",
         "K/V half of it": "C2o-",
         "K/V over log(1 - sigma)": "C0o-",
+        "K/V 0.65 of that": "C0o:",
     }
     draw_lines(tables, lines, "unexplained, of K/V's change", args.out / "drift.png")
-    lines = {"v over sigma": "C1o-", "v half of it": "C2o-", "v over log(1 - sigma)": "C0o-"}
+    lines = {
+        "v over sigma": "C1o-",
+        "v half of it": "C2o-",
+        "v over log(1 - sigma)": "C0o:",
+        "v 0.65 of that": "C0o-",
+    }
     draw_lines(tables, lines, "unexplained, of the velocity's change", args.out / "update.png")
 
 

@@ -93,6 +93,37 @@ def draw(tasks: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def paired(mine: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], prompts: list[int]) -> str:
+    """The mean difference in PSNR over these videos and its standard error."""
+    gaps = [psnr(mine[p]) - psnr(theirs[p]) for p in prompts]
+    return f"{statistics.mean(gaps):+.2f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.2f}"
+
+
+def synchronisation(tasks: dict[str, dict[str, Any]]) -> None:
+    """Print what K and V held, in drift and fresh give single tokens, and whole steps by the former slope."""
+    for name, former in tasks.items():
+        task = results(f"sync-{name}")
+        count = len(task["prompts"])
+        assert former["prompts"][:count] == task["prompts"]
+        everyone = list(range(count))
+        panning = [p for p in everyone if "camera" in task["prompts"][p]["prompt"]]
+        print(
+            f"\n{TASKS[name]}: {count} videos a setting, the camera pans in {len(panning)}; PSNR, and to heterostep's"
+        )
+        for share in SHARES:
+            own = nearest(task, "heterostep", share)
+            before = nearest(former, "heterostep", share)
+            print(f"  {share:g} to heterostep with half a slope over sigma: {paired(own, before, everyone)}")
+            for method in (each["name"] for each in task["methods"]):
+                mine = nearest(task, method, share)
+                captions = [statistics.mean(v for v in r["caption"].values() if v is not None) for r in mine.values()]
+                print(
+                    f"  {share:g} {method:15s} {statistics.mean(map(psnr, mine.values())):.1f} "
+                    f"({paired(mine, own, everyone)}; panning {paired(mine, own, panning)}), "
+                    f"caption {statistics.mean(captions):.3f}"
+                )
+
+
 def main() -> None:
     tasks = {name: results(name) for name in TASKS}
     for name, task in tasks.items():
@@ -117,6 +148,7 @@ def main() -> None:
         moved = [r["displacement"] for r in nearest(task, "heterostep", 0.25).values() if r["displacement"] is not None]
         dense = [r["displacement"] for r in task["dense"] if r["displacement"] is not None]
         print(f"  displacement at 0.25: {statistics.mean(moved):.1f} px, dense {statistics.mean(dense):.1f} px")
+    synchronisation(tasks)
     draw(tasks, HERE / "frontier.png")
 
 
