@@ -5,6 +5,7 @@ The recording itself is CUDA's (tests/test_gpu.py); here it is one that calls ag
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import heterostep
 from heterostep import replay
@@ -68,6 +69,27 @@ def test_a_call_of_another_kind_is_not_replayed(replays, other):
     inputs, place = other
     assert torch.equal(ask(double, inputs, [kept[place]])["twice"], inputs["x"] * 2)
     assert len(replays) == 2 and not ask.recorded
+
+
+def test_a_lora_that_is_turned_down_is_noticed(replays):
+    row = ROWS["wan2.1-t2v"]
+    model = row.build().transformer
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    ask = ReplayedCalls(model, [], CPU, lambda: None)
+    changes = (
+        lambda: model.disable_adapters(),
+        lambda: model.enable_adapters(),
+        lambda: model.blocks[0].attn1.to_q.set_scale("default", 0.5),
+        lambda: model.fuse_lora(),
+    )
+    for number, change in enumerate(changes):
+        for _ in range(2):
+            ask(double, {"x": torch.ones(2), "name": "a"}, [])
+        assert ask.recorded and len(replays) == number + 1
+        change()
+        ask(double, {"x": torch.ones(2), "name": "a"}, [])
+        assert not ask.recorded
+        ask.reset()
 
 
 def test_where_recording_fails_calls_go_on_as_they_are(monkeypatch, caplog):

@@ -42,6 +42,10 @@ class ReplayedCalls:
     ) -> None:
         self._device, self._pool = device, pool
         self._refused = why_not(model, ours, device)
+        # A user may turn a LoRA up or down between two steps.
+        self._loras: list[Any] = [
+            each for each in model.modules() if hasattr(each, "scaling") and hasattr(each, "active_adapters")
+        ]
         self._kind: Any = None  # of the last call
         self._static: list[Any] = []
         self._replay: Callable[[], Any] | None = None
@@ -64,7 +68,8 @@ class ReplayedCalls:
         leaves, spec = tree_flatten(inputs)
         if self._refused or any(_elsewhere(leaf, self._device) for leaf in leaves):
             return call(inputs)
-        kind = [spec, [_kind(leaf) for leaf in leaves], [t.data_ptr() for t in reads]]
+        loras = [(dict(x.scaling), list(x.active_adapters), x.disable_adapters, x.merged) for x in self._loras]
+        kind = [spec, [_kind(leaf) for leaf in leaves], [t.data_ptr() for t in reads], loras]
         if kind != self._kind:
             self.reset()
             # Kernels are compiled and libraries make their plans in a call that is not recorded. It may put something
