@@ -1,6 +1,7 @@
 """Whole generations on a small random pipeline: what is identical, what is spent, what is forgotten."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from PIL import Image
 import heterostep
 from heterostep.adapters.wan import SelfAttention
 from heterostep.errors import HeterostepError
+from heterostep.kernels import reference
 from heterostep.scoring import drift_time
+from rows import ROWS
 from small import run, small_pipeline
 
 TOKENS = 3 * 4 * 4
@@ -390,3 +393,26 @@ def test_kernels_are_prepared_once_where_single_tokens_may_come(pipe, monkeypatc
     with heterostep.enabled(pipe, **options):
         run(pipe, steps=8)
     assert len(prepared) == expected
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v", "ltx2.0-t2v", "ltx2.3-t2v"])
+def test_kernels_are_prepared_as_they_will_be_called(name, monkeypatch):
+    """What a kernel is compiled for: the values of a row, its heads, the tables' layout and precision, its kind."""
+    row, called = ROWS[name], set()
+
+    def norm_rotate(x, weight, eps, cos, sin, heads, split, by_head):
+        called.add((x.shape[2], x.dtype, heads, cos.shape[2:], cos.dtype, split, by_head))
+        return reference.norm_rotate(x, weight, eps, cos, sin, heads, split, by_head)
+
+    monkeypatch.setattr("heterostep.adapters.attention.norm_rotate", norm_rotate)
+    monkeypatch.setattr("heterostep.runner._in_background", lambda work: None)
+    pipe = row.build()
+    with heterostep.enabled(pipe, share=0.5, between=0.5):
+        row.run(pipe, steps=12)
+        in_run = set(called)
+        called.clear()
+        states = SimpleNamespace(is_cuda=True, dtype=torch.float32, new_zeros=torch.zeros)
+        (expert,) = heterostep.pipeline._open[pipe].runner._experts
+        for attn, processor in expert.seams.attentions:
+            processor.prepare(attn, states)
+    assert in_run and in_run <= called

@@ -5,7 +5,6 @@ Shapes: B batch of a call, N tokens, n active tokens, C values a token.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -67,9 +66,8 @@ class DirectCalls:
         """As `sparse`, but a call of as many tokens as the one before is replayed, where that can be done."""
         count = index.shape[1]
         if count not in self._replays:
-            device = index.device
             self._replays[count] = ReplayedCalls(
-                self.model, self._seams.hooked, device, functools.cache(torch.cuda.graph_pool_handle)
+                self.model, self._seams.hooked, index.device, torch.cuda.graph_pool_handle
             )
         reads = [t for kept in (*self.stores, self.workspace) for t in kept.tensors or ()]
         return self._replays[count](self._run, index, reads if self.held is None else [*reads, self.held])
