@@ -34,9 +34,21 @@ def test_wrong_options_are_refused_in_one_line(options):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 8, 40])
-@pytest.mark.parametrize("target", [0.1, 0.5, 1.0])
-def test_window_stays_inside_the_run(steps, target):
-    for config in (HSAConfig(share=target), HSAConfig(runtime=target)):
-        start, stop = config.window(steps)
-        assert 0 < start <= stop <= steps
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "auto", "rotation": 4, "divisors": (1, 2)}, "leave out divisors"),
+        ({"policy": "hsa", "between": 0.2}, "between belongs to policy='auto'"),
+        ({"policy": "rotation"}, "wants rotation="),
+        ({"policy": "rotation", "rotation": 3, "divisors": (1, 2)}, "leave out divisors"),
+        ({"policy": "hsa", "rotation": 3}, "rotation belongs to policy='rotation'"),
+    ],
+)
+def test_options_of_one_policy_do_not_go_with_another(options, message):
+    with pytest.raises(HeterostepError, match=message):
+        HSAConfig(share=0.5, **options)
+
+
+def test_the_former_name_of_the_default_still_works():
+    with pytest.warns(DeprecationWarning, match="between=None is the default now"):
+        assert HSAConfig(share=0.5, between=None).between == 0

@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 
 import heterostep
-from heterostep.allocation import Tokens, by_rotation, probes, with_probes
 from heterostep.compare.own import BUDGETS, in_rotation
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 from heterostep.memory import choose
+from heterostep.policy import Run, Tokens
+from heterostep.policy.rotation import by_rotation, probes, with_probes
 from heterostep.runner import Runner
-from heterostep.schedule import Schedule
+from heterostep.schedule import Schedule, nominal_sigmas
 from heterostep.scoring import drift_time
 from rows import ROWS, equal
 from small import run, small_pipeline
@@ -143,12 +144,12 @@ def test_a_rotation_with_two_experts_and_with_a_promise():
 def test_counts_of_a_rotation_spend_every_budget():
     tokens = Tokens(1296)
     for evaluations in range(1296 * 4, 1296 * 20, 777):
-        counts = by_rotation(evaluations, tokens, range(3, 23), 8, meetings=(3,))
+        counts = by_rotation(evaluations, tokens, range(3, 23), 8, dense=(3,))
         assert len(counts) == 20 and counts[0] == 1296 and min(counts) >= 162
         assert sum(counts) == evaluations
         assert max(counts[1:]) - min(counts[1:]) <= 2 * tokens.unit
     # Behind the window's first step there is no meeting, and with too little each step has its probes.
-    assert by_rotation(0, tokens, range(5, 9), 8, meetings=(3,)) == [162] * 4
+    assert by_rotation(0, tokens, range(5, 9), 8, dense=(3,)) == [162] * 4
 
 
 @pytest.mark.parametrize(("total", "rotation"), [(48, 5), (7, 3), (3, 9)])
@@ -175,16 +176,16 @@ def test_faults_are_one_line(options, message):
 
 
 def test_a_target_that_a_rotation_cannot_meet_is_refused():
-    schedule = Schedule(HSAConfig(share=0.2, rotation=4, dense_start=2), 20)
-    with pytest.raises(HeterostepError, match="then 1/4 of the tokens at each.*allow a longer rotation") as caught:
+    schedule = Schedule(HSAConfig(share=0.2, rotation=4, dense_start=2), Run(nominal_sigmas(20)))
+    with pytest.raises(HeterostepError, match="then 1/4 of the tokens at each") as caught:
         schedule.check()
     assert "below the lowest possible 0.363" in str(caught.value)
-    Schedule(HSAConfig(share=0.363, rotation=4, dense_start=2), 20).check()
+    Schedule(HSAConfig(share=0.363, rotation=4, dense_start=2), Run(nominal_sigmas(20))).check()
 
 
 def test_the_compared_rotations_are_feasible():
     for share in BUDGETS:
-        Schedule(HSAConfig(share=share, **in_rotation(share, 40)), 40).check()
+        Schedule(HSAConfig(share=share, **in_rotation(share, 40)), Run(nominal_sigmas(40))).check()
 
 
 def test_what_is_planned_is_what_is_kept(pipe):

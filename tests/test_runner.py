@@ -73,10 +73,9 @@ def test_a_held_velocity_is_one_euler_step_over_the_gap(pipe):
 
 @pytest.mark.parametrize("extrapolate", [0.5, 1.0])
 def test_held_velocities_go_along_their_last_slope(pipe, extrapolate):
-    """With no token active and with some, what a sleeping token gets lies on the line through its last two."""
+    """With no token active and with some, what a skipped token gets lies on the line through its last two."""
     outputs = []
     heterostep.enable(pipe, share=[1, 1, 1, 0, 0.5, 0, 1, 1], extrapolate=extrapolate)
-    runner = heterostep.pipeline._open[pipe].runner
     hook = pipe.transformer.register_forward_hook(lambda m, a, out: outputs.append(out[0].clone()))
     run(pipe, steps=8, guidance_scale=1.0)
     hook.remove()
@@ -93,16 +92,18 @@ def test_held_velocities_go_along_their_last_slope(pipe, extrapolate):
         torch.testing.assert_close(outputs[step][slept], expected[slept], atol=1e-5, rtol=1e-5)
     fresh = outputs[4] + extrapolate * (times[5] - times[4]) * (outputs[4] - outputs[2]) / (times[4] - times[2])
     torch.testing.assert_close(outputs[5][~slept], fresh[~slept], atol=1e-5, rtol=1e-5)
-    assert runner.generation.branches[0].slope.dtype == torch.float32
 
 
 def test_whole_steps_keep_no_kv(pipe):
     """K and V are kept where a step between two meetings reads them, and nowhere else."""
-    for between, kept_bytes in ((None, False), (0.0, True)):
+    for between, achieved in ((0.0, 0.5), (0.2, 0.56)):
         heterostep.enable(pipe, share=0.56, between=between)
         run(pipe, steps=12)
-        assert (heterostep.report(pipe).memory.kv_cache_bytes > 0) == kept_bytes
-    assert heterostep.report(pipe).share.achieved > 0.55
+        report = heterostep.report(pipe)
+        assert (report.memory.kv_cache_bytes > 0) == (between > 0)
+        # What whole steps leave of the budget is not spent, and the report says so.
+        assert report.share.achieved == pytest.approx(achieved, abs=0.002)
+        assert report.share.unspent == pytest.approx(0.56 - achieved, abs=0.002)
     heterostep.enable(pipe, share=[1, 1, 0, 0, 1, 0])
     run(pipe, steps=6)
     assert heterostep.report(pipe).memory.kv_cache_bytes == 0
@@ -145,12 +146,13 @@ def test_the_oracle_evaluates_the_most_wrong_tokens(pipe):
 
 
 @pytest.mark.parametrize("steps,share", list(itertools.product([10, 25, 40], [0.3, 0.5, 0.77])))
-@pytest.mark.parametrize("options", [{"between": 0.3}, {}, {"divisors": (1, 2, 4, 8)}])
+@pytest.mark.parametrize("options", [{"between": 0.3}, {}, {"policy": "hsa", "dense_start": 1}])
 def test_share_is_spent_exactly_and_everyone_gets_the_dense_steps(pipe, steps, share, options):
-    heterostep.enable(pipe, share=share, dense_start=1, **options)
+    heterostep.enable(pipe, share=share, **options)
     run(pipe, steps=steps)
     report = heterostep.report(pipe)
-    assert int(report.steps_map.sum()) == int(share * steps * TOKENS + 1e-6)
+    unit = 1 if options else TOKENS
+    assert int(report.steps_map.sum()) == int(share * steps * TOKENS + 1e-6) // unit * unit
     assert report.steps_map.shape == (3, 4, 4)
     dense = sum(s == 1 for s in report.active_share)
     assert report.steps.min >= dense
@@ -255,8 +257,7 @@ def test_memory_is_counted_and_given_back(pipe):
     kv = 2 * layers * TOKENS * width * 4 * branches
     text = 2 * layers * 512 * width * 4 * branches
     assert heterostep.report(pipe).memory.kv_cache_bytes == kv + text
-    session_runner = heterostep.pipeline._open[pipe].runner
-    assert all(branch.kv_bytes == 0 for branch in session_runner.generation.branches)
+    assert not heterostep.pipeline._open[pipe].runner.generation.branches
 
 
 def test_given_first_frame_costs_only_the_meetings():
@@ -385,7 +386,10 @@ def test_fresh_keys_are_those_of_a_dense_step(pipe):
     assert (same ^ held).all() and same.float().mean() == 0.5
 
 
-@pytest.mark.parametrize(("options", "expected"), [({"share": 0.7}, 1), ({"runtime": 0.9}, 1), ({"share": 1.0}, 0)])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"share": 0.7, "between": 0.2}, 1), ({"runtime": 0.9, "between": 0.2}, 1), ({"share": 0.7}, 0)],
+)
 def test_kernels_are_prepared_once_where_single_tokens_may_come(pipe, monkeypatch, options, expected):
     """Before a store is in use, and for one layer: the layers are alike."""
     prepared = []

@@ -1,60 +1,91 @@
 import pytest
 
-from heterostep.allocation import Tokens
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
-from heterostep.schedule import Schedule
+from heterostep.policy import Change, Run, Tokens
+from heterostep.schedule import Schedule, nominal_sigmas
 
 
-def test_lowest_share_is_the_boundary_of_what_is_feasible():
-    for divisors, expected in (((1, 2, 4, 8), 2 + 5), (None, 2 + 1)):
-        options = dict(divisors=divisors, dense_start=2)
-        lowest = Schedule(HSAConfig(share=0.25, **options), 40).lowest_share
-        assert lowest == pytest.approx(expected / 40)
-        Schedule(HSAConfig(share=lowest, **options), 40).check()
-        with pytest.raises(HeterostepError, match="lowest possible"):
-            Schedule(HSAConfig(share=lowest - 0.001, **options), 40).check()
+def schedule(num_steps=40, tokens=None, restarts=(), **options):
+    return Schedule(HSAConfig(**options), Run(nominal_sigmas(num_steps), tokens or Tokens(640), restarts))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"policy": "hsa", "dense_start": 2}, 2 + 5), ({}, 1), ({"dense_start": 3}, 3), ({"between": 0.3}, 1)],
+)
+def test_lowest_share_is_the_boundary_of_what_is_feasible(options, expected):
+    lowest = schedule(share=0.25, **options).lowest_share
+    assert lowest == pytest.approx(expected / 40)
+    schedule(share=lowest, **options).check()
+    with pytest.raises(HeterostepError, match="lowest possible"):
+        schedule(share=lowest - 0.001, **options).check()
     with pytest.raises(HeterostepError, match="runtime=0.01"):
-        Schedule(HSAConfig(runtime=0.01), 40).check()
+        schedule(runtime=0.01).check()
 
 
-def test_a_replay_needs_one_share_a_step_and_two_dense_ones():
+def test_a_replay_needs_one_share_a_step_and_dense_ones_to_go_by():
     config = HSAConfig(share=[1, 1, 0.5, 0])
-    Schedule(config, 4).check()
     assert config.target == pytest.approx(0.625)
+    schedule(4, share=[1, 1, 0.5, 0]).check()
+    schedule(4, share=[1, 0, 0, 1]).check()
     with pytest.raises(HeterostepError, match="4 active shares"):
-        Schedule(config, 5).check()
-    with pytest.raises(HeterostepError, match="first two"):
-        Schedule(HSAConfig(share=[1, 0.5, 1]), 3).check()
+        schedule(5, share=[1, 1, 0.5, 0]).check()
+    with pytest.raises(HeterostepError, match="first active share"):
+        schedule(3, share=[0, 1, 1]).check()
+    with pytest.raises(HeterostepError, match="before that of step 2"):
+        schedule(4, share=[1, 0, 0.5, 1]).check()
 
 
-def test_the_second_expert_costs_one_dense_step():
-    config = HSAConfig(share=0.5, dense_start=2, dense_end=0)
-    assert Schedule(config, 40, restarts=(13,)).lowest_share > Schedule(config, 40).lowest_share
-    counts = Schedule(config, 40, Tokens(100), (13,)).plan()
-    assert counts[13] == 100 and counts[:3] == [100, 100, 100] and sum(counts) == 2000
+def test_sigmas_that_rise_are_refused():
+    rising = Schedule(HSAConfig(share=0.5), Run((0.0, 0.5, 1.0)))
+    with pytest.raises(HeterostepError, match="sigmas must fall"):
+        rising.check()
+
+
+@pytest.mark.parametrize("policy", ["auto", "hsa"])
+def test_the_second_expert_costs_one_dense_step(policy):
+    two = schedule(share=0.5, policy=policy, restarts=(13,), tokens=Tokens(100))
+    assert two.lowest_share > schedule(share=0.5, policy=policy).lowest_share
+    counts = two.plan()
+    assert counts[13] == 100 and counts[:2] == [100, 100] and sum(counts) == 2000
     with pytest.raises(HeterostepError, match="second transformer"):
-        Schedule(HSAConfig(share=0.01), 40, restarts=(13,)).check()
+        schedule(share=0.01, policy=policy, restarts=(13,)).check()
     with pytest.raises(HeterostepError, match="step 2 must be 1"):
-        Schedule(HSAConfig(share=[1, 1, 0.5, 0.5]), 4, restarts=(2,)).check()
+        schedule(4, share=[1, 1, 0.5, 0.5], restarts=(2,)).check()
 
 
-def test_what_is_behind_and_outside_the_window_is_not_corrected():
-    for options in ({}, {"between": 0.3}, {"divisors": (1, 2, 4, 8)}):
-        schedule = Schedule(HSAConfig(runtime=0.5, dense_end=2, **options), 40, Tokens(640))
-        counts = schedule.plan()
-        start, stop = schedule.window
-        corrected = schedule.corrected(counts, start + 8, 4000.0, float)
-        assert corrected[: start + 8] == counts[: start + 8] and corrected[stop:] == counts[stop:] == [640, 640]
-        assert 4000 - 640 < sum(corrected[start + 8 : stop]) <= 4000
+@pytest.mark.parametrize("options", [{}, {"between": 0.3}, {"policy": "hsa"}, {"rotation": 4}])
+def test_what_is_behind_is_not_corrected(options):
+    made = schedule(runtime=0.5, dense_end=2, **options)
+    counts = made.plan()
+    begins = [made.anew_from(counts, step) for step in range(40)]
+    begin = next(begin for begin in begins if begin is not None and begin > 12)
+    again = made.within_seconds(counts, begin, [], 8000.0, float)
+    assert again[:begin] == counts[:begin] and len(again) == 40 and again[-2:] == [640, 640]
+    assert 8000 - 640 <= sum(again[begin:]) <= 8000
 
 
-@pytest.mark.parametrize("target", [0.1, 0.25, 0.5, 0.75, 0.95])
-def test_the_dense_start_leaves_something_to_place(target):
-    for steps in (10, 20, 40, 100):
-        config = HSAConfig(share=target)
-        start, stop = config.window(steps)
-        assert start <= max(1, 0.65 * target * steps) and stop == steps
-        if target * steps >= 2:
-            counts = Schedule(config, steps, Tokens(320)).plan()
-            assert sum(counts) == int(target * steps * 320 + 1e-6) and counts[: start + 1] == [320] * (start + 1)
+def test_a_gap_in_which_tokens_run_alone_stays_as_its_kv_were_kept():
+    whole, single = schedule(share=0.5), schedule(share=0.5, between=0.3)
+    for made in (whole, single):
+        counts = made.plan()
+        dense = [step for step, count in enumerate(counts) if count == 640]
+        first, second = dense[4:6]
+        assert made.anew_from(counts, first) == (first if made is whole else second)
+        assert made.anew_from(counts, next(s for s, c in enumerate(counts) if c < 640)) is None
+    assert schedule(share=0.5, policy="hsa").online is False
+    assert schedule(share=[1.0] * 40).online is False
+
+
+def test_seconds_buy_whole_steps():
+    """Each step that is not empty has a fixed cost; what is left over never costs a whole step."""
+    made, total = schedule(runtime=0.5, tokens=Tokens(75_600)), 75_600
+
+    def cost(count):
+        return 1.0 if count == total else 0.01
+
+    for budget in (5.4, 8.4, 9.4, 16.3, 27.2):
+        counts = made.within_seconds(made.plan(), 0, [Change(0, 1, 0.3)], budget, cost)
+        assert sum(map(cost, counts)) <= budget
+        assert sum(count == total for count in counts) == int(budget)

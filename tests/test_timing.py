@@ -13,7 +13,18 @@ def test_fit_recovers_a_line_through_the_dense_steps():
     assert cost.fixed == pytest.approx(0.2)
     assert cost.seconds(0.125) == pytest.approx(0.3)
     assert cost.seconds(0) == pytest.approx(0.01)
-    assert cost.dense_run(40) == pytest.approx(9.0 + 39)
+    assert cost.dense_run(40) == pytest.approx(40.0)
+    assert cost.warmup == pytest.approx(8.0)
+
+
+def test_first_calls_that_are_slow_are_warm_up():
+    """Compilation of the first dense calls and of the first sparse one; what is slow later was not."""
+    cost = StepCost([4.0, 3.0, 1.0, 6.0, 0.6, 2.5, 1.0], [1, 1, 1, 0.5, 0.5, 1, 1])
+    assert cost.dense == pytest.approx(1.75)
+    assert cost.steady == pytest.approx([1.75, 1.75, 1.0, 1.75, 0.6, 2.5, 1.0])
+    assert cost.warmup == pytest.approx(2.25 + 1.25 + 4.25)
+    steady = StepCost([1.2, 1.0, 1.1, 0.5], [1, 1, 1, 0.5])
+    assert steady.warmup == 0 and steady.steady == [1.2, 1.0, 1.1, 0.5]
 
 
 def test_before_a_sparse_step_cost_follows_the_tokens():

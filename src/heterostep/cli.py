@@ -115,13 +115,13 @@ def generate(
     runtime: Annotated[float | None, typer.Option(help="Promised seconds over dense seconds.  [default: 0.5]")] = None,
     share: Annotated[float | None, typer.Option(help="Token evaluations over dense ones; repeatable.")] = None,
     between: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of it for single tokens between whole steps.")
+        float, typer.Option(min=0, max=1, help="Share of it for single tokens between dense steps.")
     ] = 0.0,
-    rotation: Annotated[
-        int | None, typer.Option(min=1, help="In place of whole steps: every token at least once in so many steps.")
-    ] = None,
-    sync: Annotated[str, typer.Option(help="K/V of sleeping tokens: hold, or drift along their last change.")] = "hold",
-    no_kv: Annotated[bool, typer.Option("--no-kv", help="Whole steps alone: no K/V in memory; not for LTX-2.")] = False,
+    policy: Annotated[
+        str, typer.Option(help="Where evaluations go: auto, or hsa for the paper's step divisors.")
+    ] = "auto",
+    sync: Annotated[str, typer.Option(help="K/V of skipped tokens: hold, or drift along their last change.")] = "hold",
+    no_kv: Annotated[bool, typer.Option("--no-kv", hidden=True, help="The default now.")] = False,
     kv_store: Annotated[str, typer.Option(help="auto, device, fp8, offload or fp8-offload.")] = "auto",
     vram: Annotated[float | None, typer.Option(help="Gigabytes it may use, for auto.  [default: what is free]")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 40,
@@ -147,16 +147,15 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", help="Neither progress nor summary.")] = False,
 ) -> None:
     """Generate a video."""
-    from heterostep.schedule import Schedule
+    from heterostep.policy import Run
+    from heterostep.schedule import Schedule, nominal_sigmas
 
     if no_kv and between:
         raise HeterostepError("give --between or --no-kv, not both of them")
-    if rotation is not None and (no_kv or between or dense):
-        raise HeterostepError("--rotation chooses each step's tokens: leave out --between, --no-kv and --dense")
     _check_guidance(guidance)
-    config = _config(runtime, share, None if no_kv else between, dense, both, solver.value)
-    config = dataclasses.replace(config, rotation=rotation, sync=sync, kv_store=kv_store, vram=vram)
-    Schedule(config, steps).check()
+    config = _config(runtime, share, between, dense, both, solver.value)
+    config = dataclasses.replace(config, policy=policy, sync=sync, kv_store=kv_store, vram=vram)
+    Schedule(config, Run(nominal_sigmas(steps))).check()
     _check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
     picture = _open_image(image) if image is not None else None
     with _silence():
@@ -312,10 +311,10 @@ def _methods(text: str, known: dict[str, Any]) -> list[Any]:
 
 
 def _config(
-    runtime: float | None, share: float | None, between: float | None, dense: bool, both: bool, solver: str
+    runtime: float | None, share: float | None, between: float, dense: bool, both: bool, solver: str
 ) -> HSAConfig:
     if dense and (runtime is not None or share is not None or between != 0 or both):
-        raise HeterostepError("--dense skips nothing: leave out --runtime, --share, --between, --no-kv and --both")
+        raise HeterostepError("--dense skips nothing: leave out --runtime, --share, --between and --both")
     if runtime is not None and share is not None:
         raise HeterostepError("give --runtime or --share, not both of them")
     if dense:
@@ -434,13 +433,13 @@ def _memory_advice(pipe: Any, config: HSAConfig, sizes: dict[str, Any]) -> Itera
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
             raise
         advice = "lower --height, --width or --frames, or take a smaller --dtype"
-        if config.target == 1 or config.between is None:
+        if config.target == 1 or (not config.between and config.policy == "auto"):
             raise HeterostepError(f"out of memory: {advice}") from error
         from heterostep.checkpoints import kv_cache_bytes
 
         needed = kv_cache_bytes(pipe, **sizes)
         cache = f"; the K/V cache alone needs {filesize.decimal(needed)}" if needed else ""
-        raise HeterostepError(f"out of memory{cache}: {advice}, or use --no-kv (LTX-2: --dense)") from error
+        raise HeterostepError(f"out of memory{cache}: {advice}, or leave out --between and --policy") from error
 
 
 def _run(pipe: Any, config: HSAConfig, options: dict[str, Any], seed: int, name: str, quiet: bool) -> Result:
@@ -494,6 +493,8 @@ def _summary(result: Result, reference: Result | None, files: Sequence[Path]) ->
     lines = {}
     if runtime.target is not None and runtime.achieved is not None:
         lines["runtime"] = f"promised {runtime.target:.2f} of dense, achieved {runtime.achieved:.2f}"
+        if runtime.warmup_seconds > 0.05 * runtime.seconds:
+            lines["runtime"] += f", besides {runtime.warmup_seconds:.1f} s of warm-up"
     if share.target is not None:
         lines["share"] = f"promised {share.target:.2f} of the dense evaluations, achieved {share.achieved:.2f}"
     lines["seconds"] = f"{result.seconds:.1f} for the denoising loop"

@@ -25,9 +25,12 @@ def plan(
     runtime: Annotated[float | None, typer.Option(help="Promised seconds over dense seconds.  [default: 0.5]")] = None,
     share: Annotated[float | None, typer.Option(help="Token evaluations over dense ones.")] = None,
     between: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of it for single tokens between whole steps.")
+        float, typer.Option(min=0, max=1, help="Share of it for single tokens between dense steps.")
     ] = 0.0,
-    no_kv: Annotated[bool, typer.Option("--no-kv", help="Whole steps alone, which keep no K/V.")] = False,
+    policy: Annotated[
+        str, typer.Option(help="Where evaluations go: auto, or hsa for the paper's step divisors.")
+    ] = "auto",
+    no_kv: Annotated[bool, typer.Option("--no-kv", hidden=True, help="The default now.")] = False,
     vram: Annotated[float | None, typer.Option(help="Gigabytes of the device.  [default: what is free]")] = None,
     kv_store: Annotated[str, typer.Option(help="auto, device, fp8, offload or fp8-offload.")] = "auto",
     offload: Annotated[str, typer.Option(help="none, or model: one model on the device at a time.")] = "none",
@@ -54,7 +57,7 @@ def plan(
         raise HeterostepError("give --between or --no-kv, not both of them")
     runtime = 0.5 if runtime is None and share is None else runtime
     config = HSAConfig(
-        runtime=runtime, share=share, between=None if no_kv else between, kv_store=kv_store, vram=vram
+        runtime=runtime, share=share, policy=policy, between=between, kv_store=kv_store, vram=vram
     )  # fmt: skip
     from heterostep.cli import _silence
     from heterostep.planning import plan as make_plan
@@ -109,7 +112,7 @@ def _show_plan(made: Plan, config: HSAConfig) -> None:
         least = min(made.stores, key=lambda store: store.peak_bytes)
         typer.echo(
             f"chosen       nothing fits: {least.store} needs {filesize.decimal(least.peak_bytes)}; make a smaller or "
-            "shorter video, give --offload model or --no-kv"
+            "shorter video, give --offload model, or leave out --between and --policy"
         )
         return
     host = f", {filesize.decimal(made.chosen.host_bytes)} in host memory" if made.chosen.host_bytes else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,21 +24,23 @@ class HSAConfig:
         runtime: seconds of the denoising loop over the dense loop's seconds, 0..1; kept online by timing steps.
         share: token evaluations over dense token evaluations, 0..1; deterministic. A sequence gives one active share
             for each step: with `report.active_share` it replays a run exactly.
-        between: share of the caching window's evaluations, 0..1, that goes to the tokens ranked first between two
-            meeting steps (at which all tokens are evaluated); at 0 they get what whole meetings leave. With None that
-            is left unspent, less than one dense step: then no K and V are kept at all. Not for LTX-2, whose sound runs
-            at every step.
-        divisors: the paper's equal gaps in place of growing ones: the step divisors that tokens may get, ascending,
-            each a multiple of the one before. A token of divisor d is evaluated at every d-th step; all tokens meet at
-            multiples of the largest divisor in play. `between` then has no meaning.
-        rotation: in place of meetings: after the window's first step every step evaluates as many tokens. Each has its
-            turn in `rotation` steps, so that none sleeps longer; beside these probes, the tokens whose velocities are
-            predicted to be most wrong: the rate of change times the sigma elapsed. `between` then has no meaning.
-        dense_start: steps before the window, all dense, at least 1; by default chosen from the target.
-        dense_end: steps after the window, all dense.
-        regroup_every: tokens are ranked anew at every such meeting step that single tokens follow.
-        extrapolate: how far a held velocity follows its last slope over log(1 - sigma): 0 holds it as it is, as the
-            paper does; 1 extends the line through its last two evaluations.
+        policy: where evaluations go and which tokens get them. "auto": all tokens, at steps between which the velocity
+            changes by equal amounts; "hsa": the paper's step divisors, with velocities held as they are; or the name of
+            one added by `heterostep.policy.register_policy`.
+        between: for "auto": share of the evaluations, 0..1, that goes to single tokens between dense steps, those whose
+            velocities change fastest. Above 0 the K and V of all tokens are kept. At 0 what dense steps leave of the
+            budget, less than one of them, is not spent (except on LTX-2, whose sound runs at every step).
+        divisors: for "hsa": the step divisors that tokens may get, ascending, each a multiple of the one before; by
+            default (1, 2, 4, 8). A token of divisor d is evaluated at every d-th step; all tokens meet at multiples of
+            the largest divisor in play. To give them is to choose "hsa".
+        rotation: for experiments: as many tokens at each step, each at least once in so many steps. It is its own
+            policy, "rotation".
+        dense_start: steps at the beginning that are all dense; by default as the policy sees fit.
+        dense_end: steps at the end that are all dense.
+        regroup_every: for "hsa": tokens are ranked anew at every such dense step that single tokens follow.
+        extrapolate: how far a held velocity follows its last change over log(1 - sigma), 0..1: 0 holds it as it is, as
+            the paper does; 1 extends the line through its last two evaluations. By default the policy decides: "auto"
+            by how large that change was, "hsa" takes 0.
         solver: "pipeline" feeds held velocities to the scheduler that the pipeline has; "euler" is the paper's update,
             a first-order step on the same sigma grid.
         score: "velocity" ranks tokens by how fast their velocity changes. For experiments: "random" is a control;
@@ -58,13 +61,14 @@ class HSAConfig:
 
     runtime: float | None = None
     share: float | Sequence[float] | None = None
-    between: float | None = 0.0
+    policy: str = "auto"
+    between: float = 0.0
     divisors: tuple[int, ...] | None = None
     rotation: int | None = None
     dense_start: int | None = None
     dense_end: int = 0
     regroup_every: int = 1
-    extrapolate: float = 0.65
+    extrapolate: float | None = None
     solver: str = "pipeline"
     score: str = "velocity"
     sync: str = "hold"
@@ -83,7 +87,10 @@ class HSAConfig:
             name, target = ("runtime", self.runtime) if self.share is None else ("share", self.share)
             if not isinstance(target, int | float) or not 0 < target <= 1:
                 raise HeterostepError(f"{name} must be above 0 and at most 1, not {target}")
-        for name, value in (("between", self.between or 0), ("extrapolate", self.extrapolate)):
+        if self.between is None:
+            warnings.warn("between=None is the default now, between=0: leave it out", DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "between", 0.0)
+        for name, value in (("between", self.between), ("extrapolate", self.extrapolate or 0)):
             if not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise HeterostepError(f"{name} must be in 0..1, not {value}")
         if self.divisors is not None:
@@ -98,9 +105,10 @@ class HSAConfig:
                 raise HeterostepError(f"rotation must be a number of steps, at least 1, not {self.rotation}")
             if self.divisors is not None or isinstance(self.share, tuple):
                 raise HeterostepError("rotation chooses each step's tokens: leave out divisors and shares by step")
+        self._choose_policy()
         if self.dense_start is not None and self.dense_start < 1:
             raise HeterostepError(
-                "dense_start must be at least 1: the window's first step is dense too, and a change needs two"
+                "dense_start must be at least 1: the first step has no velocity yet that could be held"
             )
         if self.dense_end < 0:
             raise HeterostepError("dense_end must be at least 0")
@@ -116,6 +124,20 @@ class HSAConfig:
             raise HeterostepError(f"kv_store must be one of {', '.join(KV_STORES)}, not {self.kv_store!r}")
         if self.vram is not None and (not isinstance(self.vram, int | float) or not 0 < self.vram < math.inf):
             raise HeterostepError(f"vram must be gigabytes above 0, not {self.vram}")
+
+    def _choose_policy(self) -> None:
+        """Options that belong to one policy choose it, and do not go with another."""
+        for name, policy in (("divisors", "hsa"), ("rotation", "rotation")):
+            if getattr(self, name) is not None and self.policy != policy:
+                if self.policy != "auto":
+                    raise HeterostepError(f"{name} belongs to policy={policy!r}, not to {self.policy!r}")
+                object.__setattr__(self, "policy", policy)
+        if self.policy == "rotation" and self.rotation is None:
+            raise HeterostepError("policy='rotation' wants rotation=, a number of steps")
+        if self.between and self.policy in ("hsa", "rotation"):
+            raise HeterostepError(f"between belongs to policy='auto', not to {self.policy!r}")
+        if self.policy == "hsa" and self.extrapolate is None:
+            object.__setattr__(self, "extrapolate", 0.0)
 
     @classmethod
     def of(cls, config: HSAConfig | None, options: dict[str, Any]) -> HSAConfig:
@@ -139,14 +161,3 @@ class HSAConfig:
         if isinstance(self.share, tuple):
             return sum(self.share) / len(self.share)
         return float(self.share)  # type: ignore[arg-type]
-
-    def window(self, num_steps: int) -> tuple[int, int]:
-        """The caching window [start, stop): the steps at which tokens may be skipped."""
-        start = self.dense_start
-        if start is None:
-            # Measured (benchmarks/tiny-ti2v): the larger the budget, the more of it belongs to the beginning. One less,
-            # for the window's first step is dense too; a runtime needs steps to time.
-            part = min(0.65, 1.45 * self.target)
-            start = max(3 if self.runtime is not None else 1, round(part * self.target * num_steps) - 1)
-        start = min(start, num_steps)
-        return start, max(start, num_steps - self.dense_end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +20,7 @@ from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 from heterostep.reports import Report, StepInfo
 from heterostep.runner import Runner
-from heterostep.wrapping import is_wrapped
+from heterostep.wrapping import WrappedStep, is_wrapped
 
 PIPELINES = tuple(sorted(name for family in FAMILIES.values() for name in family.pipelines))
 
@@ -30,11 +31,6 @@ class _Session:
     def __init__(self, pipe: DiffusionPipeline, config: HSAConfig, on_step: Callable[[StepInfo], None] | None) -> None:
         models = transformers(pipe)
         adapter = FAMILIES[type(models[0]).__name__].adapter
-        if config.between is None and config.divisors is None and adapter.least_active:
-            raise HeterostepError(
-                f"{type(pipe).__name__} has something to do at every step, which reads everyone's K/V: give between=0 "
-                "in place of None (no --no-kv)"
-            )
         self.name = type(pipe).__name__
         self._pipe = weakref.ref(pipe)
         self.original_scheduler = pipe.scheduler
@@ -43,7 +39,9 @@ class _Session:
             pipe.scheduler = self.own_scheduler
         self.runner = Runner(self._pipe, models, adapter, config, self._check, on_step)
         # Whoever drops the pipeline may go on with its transformer.
-        weakref.finalize(pipe, self.runner.uninstall)
+        self._abandoned = weakref.finalize(pipe, self.runner.uninstall)
+        self._class = type(pipe)
+        pipe.__class__ = _enabled_class(self._class)  # type: ignore[arg-type]
 
     def _check(self) -> None:
         pipe: Any = self._pipe()
@@ -51,11 +49,51 @@ class _Session:
         if self.own_scheduler is not None and pipe.scheduler is not self.own_scheduler:
             raise HeterostepError("the scheduler was replaced, but solver='euler' needs its own: enable again")
 
+    @contextlib.contextmanager
+    def call(self, pipe: Any) -> Iterator[None]:
+        """What is around one call of the pipeline: inside of it, in this thread, transformer and scheduler are ours."""
+        self.runner.begin()
+        try:
+            step = WrappedStep(pipe.scheduler, self.runner.end_step, self.runner.stepped)
+            try:
+                yield
+            finally:
+                step.restore()
+        finally:
+            self.runner.end()
+
     def close(self, pipe: DiffusionPipeline) -> None:
+        self._abandoned.detach()
         self.runner.uninstall()
+        pipe.__class__ = self._class
         # A scheduler that the user has set since is theirs to keep.
         if self.own_scheduler is not None and pipe.scheduler is self.own_scheduler:
             pipe.scheduler = self.original_scheduler
+
+
+class _Enabled:
+    """Mixed into the class of an enabled pipeline, so that its calls can be told from all others."""
+
+
+@functools.cache
+def _enabled_class(cls: Any) -> Any:
+    """A pipeline class whose calls are accelerated; in all else it is, and looks, the same."""
+
+    @functools.wraps(cls.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        session = _open.get(self)
+        if session is None:
+            raise HeterostepError(
+                "this is a copy of a pipeline that heterostep was enabled on: make it with from_pipe() instead"
+            )
+        with session.call(self):
+            return cls.__call__(self, *args, **kwargs)
+
+    def reduce(self: Any, protocol: int) -> Any:
+        raise HeterostepError("a pipeline cannot be pickled or copied while heterostep is enabled: call disable first")
+
+    own = {"__call__": call, "__reduce_ex__": reduce, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (_Enabled, cls), own | {"__doc__": cls.__doc__})
 
 
 _open: weakref.WeakKeyDictionary[DiffusionPipeline, _Session] = weakref.WeakKeyDictionary()

@@ -16,13 +16,13 @@ import torch
 
 from heterostep import configs, memory, timings
 from heterostep.adapters import FAMILIES
-from heterostep.allocation import Tokens
 from heterostep.config import HSAConfig
 from heterostep.direct import use_backend
 from heterostep.errors import HeterostepError
 from heterostep.kv_cache import STORES
+from heterostep.policy import Run, Tokens
 from heterostep.rehearsal import Rehearsal, rehearse, rehearse_pipeline
-from heterostep.schedule import Schedule
+from heterostep.schedule import Schedule, nominal_sigmas
 
 OFFLOADS = ("none", "model")
 UNLIMITED = sys.maxsize
@@ -180,12 +180,13 @@ def _plan(model: str, seen: Rehearsal, weights: dict[str, int], sizes: dict[str,
     total, num_steps = grid.num_tokens, sizes["num_inference_steps"]
     switch = adapter.expert_switch(seen.pipe)
     restarts = () if switch is None or not 0 < switch < num_steps else (switch,)
-    schedule = Schedule(config, num_steps, Tokens(total, adapter.least_active), restarts)
+    run = Run(_sigmas(seen.pipe, num_steps), Tokens(total, adapter.least_active), restarts)
+    schedule = Schedule(config, run)
     schedule.check()
     counts = schedule.plan()
     some = [count for count in counts if 0 < count < total]
-    # With a runtime, what whole steps leave may come to be spent on some of the tokens.
-    keeps = config.sync != "fresh" and (bool(some) or (config.runtime is not None and config.between is not None))
+    # Where the plan is made anew as the run goes, there may come to be sparse steps.
+    keeps = config.sync != "fresh" and (bool(some) or (schedule.online and schedule.sparse))
     active = max(some, default=total // 2) / total
     each = [memory.call_memory(seen.model, call, active) for call in seen.calls]
     layers = [replace(layer, drifts=config.sync == "drift") for call in each for layer in call.layers]
@@ -236,6 +237,14 @@ def _plan(model: str, seen: Rehearsal, weights: dict[str, int], sizes: dict[str,
         device=None if timed is None else timed.device,
         **sizes,
     )
+
+
+def _sigmas(pipe: Any, num_steps: int) -> tuple[float, ...]:
+    """The noise levels that the pipeline has set, or likely ones where it was not run so far."""
+    sigmas = getattr(pipe.scheduler, "sigmas", None)
+    if sigmas is None or len(sigmas) != num_steps + 1 or sigmas[0] > 1:
+        return nominal_sigmas(num_steps)
+    return tuple(sigmas.tolist())
 
 
 def _limit(config: HSAConfig, activations: int) -> int | None:

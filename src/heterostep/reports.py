@@ -8,28 +8,35 @@ from typing import Any
 
 import numpy as np
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
 class RuntimeReport:
     """The denoising loop: asked (or None) and achieved as ratios to the dense loop; seconds of both.
 
-    `dense_seconds` is this machine's estimate from the run's own dense steps.
+    `seconds` are all of the loop's. `warmup_seconds` of them went to calls that were made for the first time
+    (compilation, autotuning); they are in neither `achieved` nor `dense_seconds`, which is this machine's estimate from
+    the run's own dense steps.
     """
 
     target: float | None
     achieved: float | None
     seconds: float
     dense_seconds: float | None
+    warmup_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class ShareReport:
-    """Token evaluations over dense token evaluations: asked (or None) and spent."""
+    """Token evaluations over dense token evaluations: asked (or None) and spent.
+
+    `unspent` is what whole dense steps left of the asked share, less than one of them.
+    """
 
     target: float | None
     achieved: float
+    unspent: float = 0.0
 
 
 @dataclass(frozen=True)

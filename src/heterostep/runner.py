@@ -1,16 +1,16 @@
 """The transformer's forward, step by step: which tokens run, what is kept, what is returned for the tokens that sleep.
 
-The runner stands around the forward of the pipeline's transformer, or of both where it has two experts; what happens
-inside is the adapter's. Each call is one of four:
+The runner stands around the forward of the pipeline's transformer, or of both where it has two experts, and around the
+scheduler's step, which is given the guided velocity; what happens inside the model is the adapter's. Only calls from
+inside the pipeline's own `__call__`, in its thread, are the runner's: others pass through. Each is one of four:
 
     plain    every token, nothing kept: exactly the model as it was
     dense    every token, K/V kept for a sparse step that follows
-    sparse   the active tokens only; the others' velocities are held
-    empty    no token: all velocities are held
+    sparse   the active tokens only; the others' velocities are extrapolated
+    empty    no token: all velocities are extrapolated
 
-Holding a token's velocity over k steps is one Euler step over all of them: with one velocity, their sum telescopes. By
-default held velocities go on along two thirds of their slope between the token's last two evaluations, over
-log(1 - sigma), which measured best.
+How many tokens a step evaluates, which, and how far the others' velocities follow their last change over log(1 - sigma)
+is the policy's (`heterostep.policy`). Holding a velocity over k steps is one Euler step over all of them.
 
 Shapes: B samples, b batch of a call, N tokens, n active tokens, C values a token.
 """
@@ -21,15 +21,15 @@ import contextlib
 import inspect
 import logging
 import math
-import resource
-import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import psutil
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from heterostep import allocation, memory
 from heterostep.adapters.base import Adapter, Call, Seams
@@ -38,12 +38,14 @@ from heterostep.errors import HeterostepError
 from heterostep.kernels import gather_rows
 from heterostep.kv_cache import KVCache, StaticKV
 from heterostep.placement import DoesNotFit, place
+from heterostep.policy import Change, Run, Tokens
 from heterostep.replay import MOST_ROWS, ReplayedCalls
 from heterostep.reports import MemoryReport, Report, RuntimeReport, ShareReport, StepInfo, StepsReport
-from heterostep.schedule import Schedule
+from heterostep.schedule import TOLERANCE, Schedule
 from heterostep.scoring import drift_time, velocity_change, velocity_slope
 from heterostep.state import Branch, Generation
 from heterostep.timing import StepClock, StepCost
+from heterostep.trajectory import Trajectory
 from heterostep.wrapping import WrappedForward
 
 _log = logging.getLogger("heterostep")
@@ -108,7 +110,29 @@ class Runner:
         self._keep_scores = False
         self._stale = False
         self._taken: list[torch.Tensor] | None = None  # where velocities go in place of the branch
+        # Pipelines in other threads may share the transformer: one call at a time, for hooks see the call under way.
+        self._lock = threading.RLock()
+        self._thread: int | None = None  # whose pipeline call is under way
         self._experts = [self._wrap(position, model) for position, model in enumerate(models)]
+
+    def begin(self) -> None:
+        """The pipeline is being called: what the transformers are asked for in this thread is its generation.
+
+        Raises:
+            HeterostepError: it is under way already.
+        """
+        if self._thread is not None:
+            raise HeterostepError("the pipeline is running already: give each thread, or nested call, one of its own")
+        self._thread = threading.get_ident()
+        if self.generation is not None:
+            self.generation.over = True
+
+    def end(self) -> None:
+        """The pipeline's call has ended, as it should or by an exception: nothing but the report is kept."""
+        self._thread = None
+        if self.generation is not None:
+            self.generation.over = True
+            self.generation.release()
 
     def _wrap(self, position: int, model: torch.nn.Module) -> _Expert:
         seams = self.adapter.install(model, self._call, self._on_velocity)
@@ -127,14 +151,17 @@ class Runner:
             if not self._compiled:
                 torch._dynamo.config.recompile_limit = self._recompile_limit
         if self.generation is not None:
-            self.generation.branches.clear()
+            self.generation.release()
 
     def _forward(self, position: int, args: tuple, kwargs: dict[str, Any]):
         expert = self._experts[position]
+        with self._lock:
+            if self._thread != threading.get_ident():
+                return expert.wrapped.inner(*args, **kwargs)
+            return self._answer(position, expert, args, kwargs)
+
+    def _answer(self, position: int, expert: _Expert, args: tuple, kwargs: dict[str, Any]):
         pipe = self.pipeline()
-        # Pipelines tell their loop's timestep. Without one this is another's call, of a pipeline that shares the model.
-        if getattr(pipe, "_current_timestep", None) is None:
-            return expert.wrapped.inner(*args, **kwargs)
         inputs = dict(expert.signature.bind(expert.model, *args, **kwargs).arguments)
         inputs.pop("self")
         generation = self._current(expert, pipe, inputs)
@@ -147,6 +174,7 @@ class Runner:
             # Another model's K/V are of no use to this one.
             generation.drop_stores()
             generation.expert = position
+            generation.trajectory.restart()
         if branch.expert != position:
             branch.expert, branch.last_step = position, -1
         try:
@@ -160,7 +188,7 @@ class Runner:
                 processor.kv = None
 
     def _run(self, expert: _Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]):
-        step, total, count = generation.step, generation.schedule.tokens.total, generation.counts[generation.step]
+        step, total, count = generation.step, generation.total, generation.counts[generation.step]
         # A branch that missed a step (guidance switched off for a while) has stale K/V: it starts again, dense.
         self._stale = branch.last_step < 0 or branch.last_step < step - 1
         branch.last_step, branch.batch = step, inputs["hidden_states"].shape[0]
@@ -177,9 +205,7 @@ class Runner:
                 branch.free_kv()
             branch.follow_text(inputs.get("encoder_hidden_states"))
             self._branch, self._active = branch, active
-            # With a runtime the plan may yet come to have single tokens.
-            some = self.config.runtime is not None or any(0 < n < total for n in generation.counts[step + 1 :])
-            self._keep_scores = some and (generation.is_meeting or self.config.rotation is not None)
+            self._keep_scores = generation.sparse_follows
             try:
                 output = self._call_model(expert, generation, branch, inputs, index, keep)
             except torch.OutOfMemoryError:
@@ -198,15 +224,11 @@ class Runner:
                 branch.free_kv()
                 if not any(each.kv_bytes or each.kv_host_bytes for each in generation.branches):
                     generation.workspace.reset()
-        if step == generation.schedule.num_steps - 1:
-            self._finish(generation)
         return output
 
     def _prepare(self, expert: _Expert, generation: Generation, inputs: dict[str, Any]) -> None:
         """Do what the first step that keeps K and V would wait for while the GPU has other calls to make."""
-        total, ahead = generation.schedule.tokens.total, generation.counts[generation.step + 1 :]
-        some = self.config.runtime is not None or any(0 < count < total for count in ahead)
-        if self.config.sync == "fresh" or not some:
+        if self.config.sync == "fresh" or not generation.sparse_follows:
             return
         if generation.step == 0:
             # Layers are alike.
@@ -231,9 +253,7 @@ class Runner:
         """The model's forward, of the tokens of `index` or of all; with K/V kept or read, or neither."""
         if keep and not branch.stores:
             branch.stores = self._make_stores(expert, generation, branch, inputs)
-            # The choice may be to keep nothing, and to let no token run alone.
-            keep = bool(branch.stores)
-        self._call.index, self._call.num_tokens = index, generation.schedule.tokens.total
+        self._call.index, self._call.num_tokens = index, generation.total
         if index is not None or keep:
             if index is None:
                 # A dense call decodes nothing, or little, and needs the room.
@@ -297,13 +317,12 @@ class Runner:
     def _make_stores(
         self, expert: _Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]
     ) -> list[KVCache | StaticKV]:
-        """Empty stores for one branch, of the kinds that fit; none where nothing does and nothing has to."""
+        """Empty stores for one branch, of the kinds that fit."""
         processors = [processor for _, processor in expert.seams.attentions]
         kinds = [processor.store is KVCache for processor in processors]
         if generation.stores is None:
             self._place(expert, generation, inputs)
-            if generation.stores is None:
-                return []
+        assert generation.stores is not None
         generation.kv_store = str(generation.stores)
         names, size = generation.stores.names, sum(kinds)
         first = min(generation.branches.index(branch) * size, len(names) - size)
@@ -316,23 +335,24 @@ class Runner:
         return stores
 
     def _place(self, expert: _Expert, generation: Generation, inputs: dict[str, Any]) -> None:
-        """Choose the stores; where none fits, and whole steps are all that was asked for, let no token run alone."""
-        total = generation.schedule.tokens.total
-        # With a runtime, counts may yet come near to all.
-        share = max(count for count in generation.counts if count < total) / total if self.config.runtime is None else 1
+        """Choose the stores.
+
+        Raises:
+            HeterostepError: none fits.
+        """
+        total = generation.total
+        # Where the plan is made anew, counts may yet come near to all.
+        largest = max((count for count in generation.counts if count < total), default=total)
+        share = 1 if generation.schedule.online else largest / total
         attentions = sum(processor.store is KVCache for _, processor in expert.seams.attentions)
         batches = [branch.batch for branch in generation.branches]
         try:
             generation.stores = place(self.config, expert.model, inputs, batches, share, attentions)
         except DoesNotFit as error:
-            config = self.config
-            if config.between or config.divisors or config.rotation or self.adapter.least_active:
-                advice = "make a smaller or shorter video, offload other models, or give between=None alone"
-                raise HeterostepError(f"{error}: {advice}") from error
-            # What whole steps leave of the budget is less than one of them, and can be left unspent.
-            _log.warning("%s; whole steps alone are evaluated, as with between=None", error)
-            generation.counts = [count if count == total else 0 for count in generation.counts]
-            generation.schedule = replace(generation.schedule, config=replace(self.config, between=None))
+            advice = "make a smaller or shorter video or offload other models"
+            if not self.adapter.least_active:
+                advice += ", or evaluate whole steps alone (policy='auto', between=0)"
+            raise HeterostepError(f"{error}: {advice}") from error
 
     def _fall_back(self, generation: Generation) -> None:
         """Memory ran out: smaller stores from now on, for all branches. What was kept is gone."""
@@ -346,7 +366,7 @@ class Runner:
 
     def _held_output(self, expert: _Expert, generation: Generation, branch: Branch) -> Any:
         """The transformer's last output, with the velocities that the tokens are held at."""
-        if branch.slope is None or self.config.extrapolate == 0:
+        if branch.slope is None:
             return branch.output
         return self._with_velocities(expert, generation, branch.output, self._held(generation, branch))
 
@@ -359,10 +379,11 @@ class Runner:
         """Everyone's velocities at this step [b, N, C]: of the tokens evaluated at it, and held ones."""
         velocity = branch.velocity
         assert velocity is not None
-        if branch.slope is None or self.config.extrapolate == 0:
+        if branch.slope is None:
             return velocity
-        asleep = self._asleep(generation).repeat(velocity.shape[0] // generation.samples, 1)[..., None]
-        return (velocity.float() + self.config.extrapolate * asleep * branch.slope).to(velocity.dtype)
+        ahead = generation.weight[:, None] * self._asleep(generation)
+        ahead = ahead.repeat(velocity.shape[0] // generation.samples, 1)[..., None]
+        return (velocity.float() + ahead * branch.slope).to(velocity.dtype)
 
     @staticmethod
     def _rows(x: torch.Tensor | None, generation: Generation, inputs: dict[str, Any]) -> torch.Tensor | None:
@@ -393,12 +414,12 @@ class Runner:
             branch.velocity = rows
             if self._keep_scores:
                 branch.scores = velocity_change(rows, old, elapsed)
-            if self.config.extrapolate and generation.skips_follow:
+            if self.config.extrapolate != 0 and generation.skips_follow:
                 branch.slope = velocity_slope(rows, old, stride)
             return rows
         where = active[..., None].expand_as(rows)
         branch.velocity, before = old.scatter(1, where, rows), old.gather(1, where)
-        if self.config.extrapolate:
+        if self.config.extrapolate != 0:
             slope = torch.zeros_like(old, dtype=torch.float32) if branch.slope is None else branch.slope
             branch.slope = slope.scatter(1, where, velocity_slope(rows, before, stride.gather(1, active)))
         if self._keep_scores and branch.scores is not None:
@@ -407,14 +428,15 @@ class Runner:
         return self._held(generation, branch)
 
     def _current(self, expert: _Expert, pipe: Any, inputs: dict[str, Any]) -> Generation:
-        """The generation under way, or a new one: schedulers make new timesteps for each, also after an exception."""
+        """The generation under way, or a new one: schedulers make new timesteps for each."""
         grid = self.adapter.token_grid(expert.model, inputs)
         batch, device = inputs["hidden_states"].shape[0], inputs["hidden_states"].device
         old, scheduler = self.generation, pipe.scheduler
         if old is not None:
-            if old.timesteps is scheduler.timesteps and old.grid == grid and batch % old.samples == 0:
+            same = old.timesteps is scheduler.timesteps and old.grid == grid and batch % old.samples == 0
+            if same and not old.over:
                 return old
-            old.free_kv()
+            old.release()
         self.check()
         for each in self._experts:
             each.check()
@@ -427,11 +449,12 @@ class Runner:
         clean = self.adapter.clean_tokens(inputs)
         if clean is not None:
             clean = clean[:samples]
-        tokens = allocation.Tokens(grid.num_tokens, self.adapter.least_active)
-        schedule = Schedule(self.config, num_steps, tokens, restarts)
-        schedule.check()
-        sigmas = scheduler.sigmas[first:]
+        sigmas = scheduler.sigmas[first : first + num_steps + 1].float().cpu()
         self._sigmas, self._times = sigmas.tolist(), drift_time(sigmas).tolist()
+        tokens = Tokens(grid.num_tokens, self.adapter.least_active)
+        schedule = Schedule(self.config, Run(tuple(self._sigmas), tokens, restarts))
+        schedule.check()
+        memoryless = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or self.config.solver == "euler"
         self._clock = StepClock(device)
         self.generation = Generation(
             timesteps=scheduler.timesteps,
@@ -441,12 +464,28 @@ class Runner:
             schedule=schedule,
             counts=schedule.plan(),
             clean=clean,
+            trajectory=Trajectory(self._sigmas, self._times, schedule.policy.corrects and memoryless),
             evaluations=torch.zeros(samples, tokens.total, dtype=torch.int32, device=device),
             evaluated_at=torch.full((samples, tokens.total), self._sigmas[0], device=device),
             elapsed=torch.zeros(samples, tokens.total, device=device),
             stride=torch.ones(samples, tokens.total, device=device),
+            weight=torch.full((samples,), float(self.config.extrapolate or 0.0), device=device),
         )
+        self._clock.mark()
         return self.generation
+
+    def _ignored(self, generation: Generation, velocity: torch.Tensor) -> torch.Tensor | None:
+        """Which values of a guided velocity are given tokens', bool of its shape; None where none are."""
+        if generation.clean is None:
+            return None
+        if generation.ignored is None:
+            rows = generation.branches[0].velocity
+            assert rows is not None
+            everyone = generation.clean[..., None].expand(-1, -1, rows.shape[2])
+            model = self._experts[generation.expert].model
+            generation.ignored = self.adapter.arrange(model, generation.grid, everyone)
+        # Some pipelines leave given frames out of what they step.
+        return generation.ignored if generation.ignored.shape == velocity.shape else None
 
     def _allow_recompiles(self, model: torch.nn.Module) -> None:
         if any(module._compiled_call_impl is not None for module in model.modules()):
@@ -464,32 +503,59 @@ class Runner:
         return int((pipe.scheduler.timesteps - pipe._current_timestep).abs().argmin())
 
     def _start_step(self, generation: Generation, step: int) -> None:
-        assert self._clock is not None
-        self._clock.mark()
-        if generation.step >= 0:
-            self._notify(generation)
-        generation.step, generation.calls_before, generation.calls = step, generation.calls, 0
-        start, stop = generation.schedule.window
-        rotation = self.config.rotation
-        turn = generation.is_meeting if rotation is None else (step - start) % rotation == 0
-        if self.config.runtime is not None and start <= step < stop and turn:
-            self._correct(generation)
+        generation.step, generation.calls = step, 0
         count, sigma = generation.counts[step], self._sigmas[step]
         generation.elapsed = generation.evaluated_at - sigma
         generation.index = None
-        if generation.is_meeting:
+        if generation.is_dense:
             generation.evaluations += 1
             if step:
                 generation.stride = self._asleep(generation)
             generation.evaluated_at = torch.full_like(generation.evaluated_at, sigma)
             # Between two experts a velocity's change tells them apart rather than the tokens.
-            generation.unranked = generation.ranking is None or step not in generation.schedule.restarts
+            generation.unranked = generation.ranking is None or step not in generation.schedule.run.restarts
         elif count and self.config.score != "oracle":
-            if rotation is not None:
-                self._set_ranking(generation, self._scores(generation) * generation.elapsed)
-            elif generation.unranked:
-                self._rank(generation)
+            self._rank(generation)
             self._activate(generation)
+
+    def end_step(self, velocity: torch.Tensor) -> torch.Tensor:
+        """The scheduler is given a step's guided velocity [B, ...], in the layout of the latents.
+
+        Returns:
+            what it is to be given instead; the same object where nothing is changed.
+        """
+        generation = self.generation
+        if self._thread != threading.get_ident() or generation is None or generation.over or generation.step < 0:
+            return velocity
+        step, count = generation.step, generation.counts[generation.step]
+        if not generation.is_dense:
+            generation.trajectory.skipped(step, velocity, sparse=count > generation.schedule.run.tokens.least)
+            return velocity
+        before = generation.trajectory.step
+        change, given = generation.trajectory.evaluated(step, velocity, self._ignored(generation, velocity))
+        if change is not None and not generation.all_dense:
+            policy = generation.schedule.policy
+            if len(change) == generation.samples:
+                generation.weight = policy.weight(change)
+            if generation.schedule.online and policy.online:
+                # To read it is to wait for the GPU.
+                generation.changes.append(Change(before, step, float(change.mean())))
+        return given
+
+    def stepped(self) -> None:
+        """The scheduler has made a step: what lies ahead is planned anew, and the user is told."""
+        generation = self.generation
+        if self._thread != threading.get_ident() or generation is None or generation.over or generation.step < 0:
+            return
+        assert self._clock is not None
+        self._clock.mark()
+        generation.steps_done = generation.step + 1
+        if generation.steps_done == generation.schedule.run.num_steps:
+            generation.finished = True
+            generation.release()
+        else:
+            self._plan_anew(generation)
+        self._notify(generation)
 
     def _activate(self, generation: Generation) -> None:
         """The tokens ranked first are this step's active ones."""
@@ -505,12 +571,15 @@ class Runner:
         return self._times[generation.step] - drift_time(generation.evaluated_at)
 
     def _rank(self, generation: Generation) -> None:
-        """Rank the tokens by the scores of the last meeting step, the same for all branches."""
-        generation.unranked = False
-        generation.meetings += 1
-        if generation.ranking is not None and (generation.meetings - 1) % self.config.regroup_every:
-            return
-        self._set_ranking(generation, self._scores(generation))
+        """Rank the tokens for a sparse step, the same for all branches."""
+        policy = generation.schedule.policy
+        if generation.unranked or policy.ranks_each_step:
+            again = generation.ranking is None or generation.rankings % self.config.regroup_every == 0
+            generation.rankings += generation.unranked
+            generation.unranked = False
+            if again or policy.ranks_each_step:
+                scores = self._scores(generation)
+                self._set_ranking(generation, policy.rank(scores, generation.elapsed, generation.step))
 
     def _scores(self, generation: Generation) -> torch.Tensor:
         """How urgent each token is [B, N], from what all branches know of it."""
@@ -529,52 +598,62 @@ class Runner:
         expert.wrapped.inner(**inputs)
         (rows,), self._taken = self._taken, None
         error = (rows.float() - self._held(generation, branch).float()).abs().sum(-1)
-        self._set_ranking(generation, error.view(-1, *generation.elapsed.shape).mean(0))
+        error = error.view(-1, *generation.elapsed.shape).mean(0)
+        unscaled = torch.ones_like(generation.elapsed)
+        self._set_ranking(generation, generation.schedule.policy.rank(error, unscaled, generation.step))
         self._activate(generation)
 
     def _set_ranking(self, generation: Generation, scores: torch.Tensor) -> None:
         if generation.clean is not None:
-            # What is given needs no velocity, so it comes last; it runs at the meetings, for its K/V change with the
-            # other tokens'.
-            scores = scores.masked_fill(generation.clean, -1.0)
-        if self.config.rotation is not None:
-            turn = (generation.step - generation.schedule.window[0]) % self.config.rotation
-            scores = allocation.with_probes(scores, turn, self.config.rotation)
+            # What is given needs no velocity, so it comes last; it runs at dense steps and where its turn has come, for
+            # its K/V change with the other tokens'.
+            scores = torch.where(generation.clean & scores.isfinite(), -1.0, scores)
         generation.ranking = allocation.rank(scores)
 
     def _cost(self, generation: Generation) -> tuple[StepCost, list[float]] | None:
         """Step costs fitted to what has been timed, and those seconds; None before the first dense step has ended."""
         assert self._clock is not None
         durations = self._clock.durations()
-        shares = [count / generation.schedule.tokens.total for count in generation.counts[: len(durations)]]
+        shares = [count / generation.total for count in generation.counts[: len(durations)]]
         if not any(share == 1 for share in shares):
             return None
         return StepCost(durations, shares), durations
 
-    def _correct(self, generation: Generation) -> None:
-        """At a meeting step: what is left of the promised seconds, in token evaluations over the rest of the window."""
+    def _plan_anew(self, generation: Generation) -> None:
+        """After a step: the rest of the run within what is left of the share, or of the seconds."""
+        schedule, step = generation.schedule, generation.step
+        begin = schedule.anew_from(generation.counts, step)
+        if begin is None:
+            return
+        if self.config.runtime is None:
+            generation.counts = schedule.within_share(generation.counts, begin, generation.changes)
+            return
         fitted = self._cost(generation)
         if fitted is None:
             return
         cost, durations = fitted
-        schedule = generation.schedule
-        promised = self.config.target * cost.dense_run(schedule.num_steps)
-        left = promised - sum(durations) - cost.dense * (schedule.num_steps - schedule.window[1])
-        generation.counts = schedule.corrected(
-            generation.counts, generation.step, left, lambda count: cost.seconds(count / schedule.tokens.total)
+        planned = [cost.seconds(count / generation.total) for count in generation.counts[:begin]]
+        # What has been made counts as it was timed, what comes before the new plan as it is expected.
+        made = min(len(durations), begin)
+        promised = self.config.runtime * cost.dense_run(schedule.run.num_steps)
+        left = promised - sum(cost.steady[:made]) - sum(planned[made:])
+        if not schedule.sparse:
+            left += min(cost.dense / 2, TOLERANCE * promised)
+        generation.counts = schedule.within_seconds(
+            generation.counts, begin, generation.changes, left, lambda count: cost.seconds(count / generation.total)
         )
 
     def _notify(self, generation: Generation) -> None:
         if self.on_step is None:
             return
         fitted = self._cost(generation)
-        total, num_steps = generation.schedule.tokens.total, generation.schedule.num_steps
+        total, num_steps = generation.total, generation.schedule.run.num_steps
         elapsed, runtime = 0.0, None
         if fitted is not None:
             cost, durations = fitted
             elapsed = sum(durations)
-            ahead = generation.counts[generation.step + 1 :]
-            seconds = elapsed + sum(cost.seconds(count / total) for count in ahead)
+            ahead = generation.counts[generation.steps_done :]
+            seconds = elapsed - cost.warmup + sum(cost.seconds(count / total) for count in ahead)
             runtime = seconds / cost.dense_run(num_steps)
         self.on_step(
             StepInfo(
@@ -587,20 +666,6 @@ class Runner:
             )
         )
 
-    def _finish(self, generation: Generation) -> None:
-        """After each call of the last step: nobody says which of them is the last."""
-        assert self._clock is not None
-        self._clock.mark(again=generation.finished)
-        generation.finished = True
-        if generation.calls >= generation.calls_before:
-            self._close(generation)
-
-    def _close(self, generation: Generation) -> None:
-        generation.free_kv()
-        if not generation.closed:
-            generation.closed = True
-            self._notify(generation)
-
     def report(self, pipeline: str) -> Report:
         """The last generation's account.
 
@@ -612,31 +677,30 @@ class Runner:
             raise HeterostepError(
                 "nothing to report yet: call the pipeline first (after replacing its transformer, enable again)"
             )
-        if generation.finished:
-            self._close(generation)
-        num_steps, total = generation.schedule.num_steps, generation.schedule.tokens.total
+        num_steps, total = generation.schedule.run.num_steps, generation.total
         fitted = self._cost(generation)
-        seconds, dense_seconds = 0.0, None
+        seconds, dense_seconds, warmup = 0.0, None, 0.0
         if fitted is not None:
             cost, durations = fitted
-            seconds = sum(durations)
+            seconds, warmup = sum(durations), cost.warmup
             dense_seconds = cost.dense_run(num_steps)
         steps = generation.evaluations.cpu()
-        done = generation.counts[: generation.step + 1]
+        done = generation.counts[: generation.steps_done]
         config, grid = self.config, generation.grid.shape
+        achieved = float(steps.double().mean()) / num_steps
+        target = None if config.share is None else config.target
+        left = 0.0 if target is None or not generation.finished else target - achieved
         return Report(
             pipeline=pipeline,
             num_inference_steps=num_steps,
             runtime=RuntimeReport(
                 target=config.runtime,
-                achieved=seconds / dense_seconds if dense_seconds and generation.finished else None,
+                achieved=(seconds - warmup) / dense_seconds if dense_seconds and generation.finished else None,
                 seconds=seconds,
                 dense_seconds=dense_seconds,
+                warmup_seconds=warmup,
             ),
-            share=ShareReport(
-                target=None if config.share is None else config.target,
-                achieved=float(steps.float().mean()) / num_steps,
-            ),
+            share=ShareReport(target=target, achieved=achieved, unspent=left if left > 1e-4 else 0.0),
             steps=StepsReport(mean=float(steps.float().mean()), min=int(steps.min()), max=int(steps.max())),
             active_share=[count / total for count in done],
             memory=MemoryReport(
@@ -672,5 +736,15 @@ def _peak_bytes(generation: Generation) -> int:
     device = generation.evaluated_at.device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Linux counts kibibytes, macOS bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory_info = psutil.Process().memory_info()
+    # Windows and Linux (by the field that it has there) tell the peak; elsewhere what is held now is the best there is.
+    return getattr(memory_info, "peak_wset", 0) or _linux_peak() or memory_info.rss
+
+
+def _linux_peak() -> int:
+    try:
+        with open("/proc/self/status") as status:
+            lines = [line for line in status if line.startswith("VmHWM:")]
+    except OSError:
+        return 0
+    return int(lines[0].split()[1]) * 1024 if lines else 0

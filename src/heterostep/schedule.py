@@ -1,41 +1,48 @@
-"""A run's plan: the active tokens of each step, before anything has been timed and again as the seconds come in."""
+"""A run's counts of active tokens: the plan of a policy, kept within the share or the seconds that were asked for."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from heterostep.allocation import Tokens, by_divisors, by_growing_gaps, by_rotation, evaluations_within
+from heterostep.allocation import evaluations_within
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
+from heterostep.policy import Change, Run, make
+
+# A plan of dense steps alone meets a runtime to the nearest of them, but exceeds it by this part at the most.
+TOLERANCE = 0.03
 
 
-@dataclass(frozen=True)
 class Schedule:
     """What a config means for one run.
 
-    Attributes:
+    Args:
         config: the dial and options.
-        num_steps: denoising steps of the run.
-        tokens: the run's tokens; by default very many, for a forecast before they are known.
-        restarts: steps at which another transformer takes over.
+        run: what is known of it.
+
+    Attributes:
+        policy: see `heterostep.policy`.
+        sparse: whether a step may evaluate some of the tokens.
+        online: whether the plan is made anew as changes and seconds come in.
     """
 
-    config: HSAConfig
-    num_steps: int
-    tokens: Tokens = Tokens(1_000_000)
-    restarts: tuple[int, ...] = ()
+    def __init__(self, config: HSAConfig, run: Run) -> None:
+        self.config, self.run = config, run
+        self.policy = make(config, run)
+        by_step = isinstance(config.share, tuple)
+        self.sparse = by_step or self.policy.sparse or run.tokens.least > 0
+        self.online = not by_step and (config.runtime is not None or self.policy.online)
 
     @property
-    def window(self) -> tuple[int, int]:
-        """The caching window [start, stop)."""
-        return self.config.window(self.num_steps)
+    def budget(self) -> int:
+        """Token evaluations of the whole run by the asked share."""
+        return int(self.config.target * self.run.num_steps * self.run.tokens.total + 1e-6)
 
     @property
     def lowest_share(self) -> float:
-        """The smallest share that the window, the largest divisor where there are any, and the restarts allow."""
-        return sum(self._spend(0)) / (self.num_steps * self.tokens.total)
+        """The smallest share that the policy and the restarts allow."""
+        return sum(self.policy.plan(0)) / (self.run.num_steps * self.run.tokens.total)
 
     def check(self) -> None:
         """Whether the run can meet the target.
@@ -43,76 +50,83 @@ class Schedule:
         Raises:
             HeterostepError: it cannot; the message names the lowest possible target.
         """
-        config, num_steps = self.config, self.num_steps
+        sigmas = self.run.sigmas
+        if any(later >= earlier for earlier, later in zip(sigmas, sigmas[1:])):
+            raise HeterostepError("the scheduler's sigmas must fall from step to step (no invert_sigmas)")
+        config, num_steps = self.config, self.run.num_steps
         if isinstance(config.share, tuple):
             self._check_replay(config.share)
         elif config.target < self.lowest_share:
             name = "runtime" if config.runtime is not None else "share"
-            start, stop = self.window
-            dense, divisors = num_steps - stop + start, config.divisors
-            then = f", then every {divisors[-1]}th" if divisors else ", one more at the window's start"
-            then += f", then 1/{config.rotation} of the tokens at each" if config.rotation else ""
-            then = then if start < stop else ""
-            switch = ", one more where the second transformer takes over" if self.restarts else ""
-            longer = "allow larger divisors" if divisors else "allow a longer rotation" if config.rotation else ""
-            advice = f"take more steps, or {longer}" if longer else "or take more steps"
+            switch = ", with one where the second transformer takes over" if self.run.restarts else ""
             raise HeterostepError(
                 f"{name}={config.target:g} is below the lowest possible {math.ceil(self.lowest_share * 1000) / 1000:g} "
-                f"for {num_steps} steps (dense ones: {dense}{then}{switch}): raise {name}, {advice}"
+                f"for {num_steps} steps ({self.policy.smallest()}{switch}): raise {name} or take more steps"
             )
 
     def _check_replay(self, shares: tuple[float, ...]) -> None:
-        if len(shares) != self.num_steps:
-            raise HeterostepError(f"share has {len(shares)} active shares, but the run has {self.num_steps} steps")
-        if any(share < 1 for share in shares[:2]):
-            raise HeterostepError("the first two active shares must be 1: a velocity's change needs two evaluations")
-        for step in self.restarts:
+        if len(shares) != self.run.num_steps:
+            raise HeterostepError(f"share has {len(shares)} active shares, but the run has {self.run.num_steps} steps")
+        if shares[0] < 1:
+            raise HeterostepError("the first active share must be 1: there is no velocity yet that could be held")
+        first = next((step for step, share in enumerate(shares) if 0 < share < 1), len(shares))
+        if shares[:first].count(1.0) < 2 and first < len(shares):
+            raise HeterostepError(f"two active shares of 1 must come before that of step {first}, which ranks tokens")
+        for step in self.run.restarts:
             if shares[step] < 1:
                 raise HeterostepError(
                     f"the active share of step {step} must be 1: there the second transformer takes over"
                 )
 
     def plan(self) -> list[int]:
-        """Active tokens at each step, before anything has been timed."""
-        total = self.tokens.total
+        """Active tokens at each step, before anything has been measured."""
+        tokens = self.run.tokens
         if isinstance(self.config.share, tuple):
-            return [max(round(share * total), self.tokens.least) for share in self.config.share]
-        start, stop = self.window
-        dense = self.num_steps - stop + start
-        return self._spend(int(self.config.target * self.num_steps * total + 1e-6) - dense * total)
+            return [max(round(share * tokens.total), tokens.least) for share in self.config.share]
+        return self.policy.plan(self.budget)
 
-    def corrected(self, counts: Sequence[int], step: int, seconds: float, cost: Callable[[int], float]) -> list[int]:
-        """The counts of the whole run, those from `step` on to the window's end made to fit into `seconds`.
+    def anew_from(self, counts: Sequence[int], step: int) -> int | None:
+        """The step from which the plan is made anew once `step` has been made; None where it stays.
+
+        Where tokens run alone, the gap that begins with this step is as it was: its K and V were kept for it, or not.
+        """
+        total = self.run.tokens.total
+        begin = self.policy.plans_anew_from(step, counts[step] == total) if self.online else None
+        if begin == step and self.policy.sparse:
+            begin = next((at for at in range(step + 1, len(counts)) if counts[at] == total), None)
+        return None if begin is None or begin >= self.run.num_steps else begin
+
+    def within_share(self, counts: Sequence[int], begin: int, changes: Sequence[Change]) -> list[int]:
+        """The counts of the whole run, those from `begin` on planned anew for what is left of the share."""
+        done = list(counts[:begin])
+        return [*done, *self.policy.replan(self.budget - sum(done), begin, changes)]
+
+    def within_seconds(
+        self,
+        counts: Sequence[int],
+        begin: int,
+        changes: Sequence[Change],
+        seconds: float,
+        cost: Callable[[int], float],
+    ) -> list[int]:
+        """The counts of the whole run, those from `begin` on made to fit into `seconds`.
 
         Args:
             counts: the plan so far.
-            step: a step inside the window; where there is no rotation, a meeting.
-            seconds: what the steps from there to the window's end may take together.
+            begin: a step that `anew_from` gave.
+            changes: measured so far.
+            seconds: what the steps from there on may take together.
             cost: active tokens of one step -> its seconds.
         """
-        _, stop = self.window
 
         def plan(evaluations: int) -> list[int]:
-            return self._allocate(evaluations, step, exact=False)
+            return self.policy.replan(evaluations, begin, changes, exact=False)
 
-        evaluations = evaluations_within(seconds, cost, self.tokens.total * (stop - step), plan)
-        return [*counts[:step], *plan(evaluations), *counts[stop:]]
+        most = self.run.tokens.total * (self.run.num_steps - begin)
+        return [*counts[:begin], *plan(evaluations_within(seconds, cost, most, plan))]
 
-    def _spend(self, evaluations: int) -> list[int]:
-        """Counts of the whole run, with these evaluations for the window."""
-        start, stop = self.window
-        total = self.tokens.total
-        return [total] * start + self._allocate(evaluations, start) + [total] * (self.num_steps - stop)
 
-    def _allocate(self, evaluations: int, step: int, exact: bool = True) -> list[int]:
-        config, (start, stop) = self.config, self.window
-        if config.rotation is not None:
-            meetings = (start, *self.restarts)
-            return by_rotation(evaluations, self.tokens, range(step, stop), config.rotation, meetings, exact)
-        if config.divisors is None:
-            steps = range(step, stop)
-            return (
-                by_growing_gaps(evaluations, self.tokens, steps, config.between, self.restarts, exact) if steps else []
-            )
-        restarts = [restart - step for restart in self.restarts]
-        return by_divisors(evaluations, self.tokens, stop - step, config.divisors, restarts, exact)
+def nominal_sigmas(num_steps: int, shift: float = 5.0) -> tuple[float, ...]:
+    """Flow-matching sigmas for a forecast, where no scheduler is at hand."""
+    times = [1 - step / num_steps for step in range(num_steps + 1)]
+    return tuple(shift * time / (1 + (shift - 1) * time) for time in times)

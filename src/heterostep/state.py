@@ -19,7 +19,9 @@ from heterostep.schedule import Schedule
 if TYPE_CHECKING:
     from heterostep.adapters import TokenGrid
     from heterostep.memory import Stores
+    from heterostep.policy import Change
     from heterostep.replay import ReplayedCalls
+    from heterostep.trajectory import Trajectory
 
 
 @dataclass(eq=False)
@@ -30,7 +32,7 @@ class Branch:
     expert: int = -1  # which of the pipeline's transformers the stores belong to
     velocity: torch.Tensor | None = None  # [b, N, C], of each token's last evaluation
     slope: torch.Tensor | None = None  # [b, N, C] float32, how it had changed since the one before, over `drift_time`
-    scores: torch.Tensor | None = None  # [b, N], of the last meeting step
+    scores: torch.Tensor | None = None  # [b, N], of the last dense step
     text: Any = None  # the states that the static K/V were made from
     text_version: int | None = None
     output: Any = None  # what the transformer returned last
@@ -75,19 +77,23 @@ class Generation:
     schedule: Schedule
     counts: list[int]  # active tokens a step; what lies ahead may still be corrected
     clean: torch.Tensor | None  # [B, N] bool, tokens without noise
+    trajectory: Trajectory
     evaluations: torch.Tensor  # [B, N] int32
     evaluated_at: torch.Tensor  # [B, N] sigma of each token's last evaluation
     elapsed: torch.Tensor  # [B, N] sigma between that and this step
     stride: torch.Tensor  # [B, N] `drift_time` between each token's last two evaluations
+    weight: torch.Tensor  # [B], how far held velocities follow their slope
+    changes: list[Change] = field(default_factory=list)
+    ignored: torch.Tensor | None = None  # `clean` in the layout of the model's output, once it is known
     branches: list[Branch] = field(default_factory=list)
     expert: int = -1  # which of the pipeline's transformers runs
     step: int = -1
+    steps_done: int = 0
     calls: int = 0  # the transformers' calls so far in this step
-    calls_before: int = 0  # and in the step before
     index: torch.Tensor | None = None  # the active tokens [B, n]; None where all are
     ranking: torch.Tensor | None = None  # [B, N]
-    meetings: int = 0
-    unranked: bool = False  # a meeting's scores have not been looked at yet
+    rankings: int = 0  # dense steps whose scores have been looked at
+    unranked: bool = False  # the last dense step's have not
     workspace: Workspace = field(default_factory=Workspace)  # what the K/V stores use in turn
     stores: Stores | None = None  # how K and V are kept, chosen when they first are, for each expert
     kv_store: str = "none"  # the same for the report
@@ -95,7 +101,7 @@ class Generation:
     kv_bytes_peak: int = 0
     kv_host_bytes_peak: int = 0
     finished: bool = False
-    closed: bool = False  # finished, and told so
+    over: bool = False  # the pipeline's call has ended: what comes is another generation
 
     @functools.cached_property
     def graph_pool(self) -> Any:
@@ -103,21 +109,41 @@ class Generation:
         return torch.cuda.graph_pool_handle()
 
     @property
-    def is_meeting(self) -> bool:
+    def total(self) -> int:
+        """N."""
+        return self.schedule.run.tokens.total
+
+    @property
+    def is_dense(self) -> bool:
         """Whether this step evaluates every token."""
-        return self.step >= 0 and self.counts[self.step] == self.schedule.tokens.total
+        return self.step >= 0 and self.counts[self.step] == self.total
+
+    @property
+    def all_dense(self) -> bool:
+        """Whether no step skips anything."""
+        return all(count == self.total for count in self.counts)
+
+    @property
+    def sparse_follows(self) -> bool:
+        """Whether a later step evaluates some of the tokens, or may come to."""
+        ahead = self.counts[self.step + 1 :]
+        if self.schedule.online and self.schedule.sparse:
+            return bool(ahead)
+        return any(0 < count < self.total for count in ahead)
 
     def wants_kv(self, drift: bool) -> bool:
-        """Whether this step's K and V are read by a later one, or are to be compared with a later meeting's."""
-        total = self.schedule.tokens.total
-        ahead = list(itertools.takewhile(lambda count: count in (0, total), self.counts[self.step + 1 :]))
-        follows = self.step + 1 + len(ahead) < len(self.counts)
-        return follows and ahead.count(total) <= drift
+        """Whether this step's K and V are read by a later one, or are to be compared with a later dense step's."""
+        ahead = self.counts[self.step + 1 :]
+        if self.schedule.run.tokens.least and ahead:
+            # Every step that is not dense reads them, and which are may change after this one.
+            return self.step > 0 or ahead[0] < self.total
+        whole = list(itertools.takewhile(lambda count: count in (0, self.total), ahead))
+        return len(whole) < len(ahead) and whole.count(self.total) <= drift
 
     @property
     def skips_follow(self) -> bool:
         """Whether any velocity will be held."""
-        return any(count < self.schedule.tokens.total for count in self.counts[self.step + 1 :])
+        return any(count < self.total for count in self.counts[self.step + 1 :])
 
     def branch(self, position: int) -> Branch:
         """The branch of the step's call number `position`."""
@@ -130,6 +156,13 @@ class Generation:
         for branch in self.branches:
             branch.free_kv()
         self.workspace.reset()
+
+    def release(self) -> None:
+        """Give everything but the account back."""
+        self.free_kv()
+        self.branches.clear()
+        self.trajectory.restart()
+        self.index = self.ranking = None
 
     def drop_stores(self) -> None:
         """Give the memory back, and let stores be chosen anew."""

@@ -12,16 +12,15 @@ class StepClock:
     """Marks the start of each step; on CUDA with events, so that no step waits for the host."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._marks: list = []
 
-    def mark(self, again: bool = False) -> None:
-        """A step begins (or the last one has ended); `again` moves the last mark to now."""
-        if again:
-            self._marks.pop()
+    def mark(self) -> None:
+        """A step begins, or the last one has ended."""
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            with torch.cuda.device(self._device):
+                event = torch.cuda.Event(enable_timing=True)
+                event.record()
             self._marks.append(event)
         else:
             self._marks.append(time.perf_counter())
@@ -35,17 +34,33 @@ class StepClock:
         return [b - a for a, b in zip(self._marks, self._marks[1:])]
 
 
+# A call that is made for the first time and takes so many times what it should was compiled, or woke something up.
+SLOW = 1.5
+
+
 class StepCost:
-    """seconds = a + b * active share, fitted to the steps timed so far."""
+    """seconds = a + b * active share, fitted to the steps timed so far.
+
+    Attributes:
+        dense: seconds of a dense step, the median of those but the first.
+        steady: the timed seconds, less the warm-up in them.
+        warmup: seconds that compilation and other first calls took, of the first two steps and the first sparse one.
+    """
 
     def __init__(self, durations: list[float], shares: list[float]) -> None:
         timed = list(zip(shares, durations))
-        self.first = durations[0]
         # The first step also warms caches and allocators, so it says little of the others.
         dense = [seconds for share, seconds in timed[1:] if share == 1] or [
             seconds for share, seconds in timed if share == 1
         ]
         self.dense = statistics.median(dense)
+        first_calls = {0, 1, next((at for at, share in enumerate(shares) if 0 < share < 1), 0)}
+        self.steady = [
+            self.dense if at in first_calls and seconds > SLOW * self.dense else seconds
+            for at, seconds in enumerate(durations)
+        ]
+        self.warmup = sum(durations) - sum(self.steady)
+        timed = list(zip(shares, self.steady))
         empty = [seconds for share, seconds in timed if share == 0]
         self.empty = statistics.median(empty) if empty else 0.0
         sparse = [(share, seconds) for share, seconds in timed if 0 < share < 1]
@@ -61,5 +76,5 @@ class StepCost:
         return self.fixed + (self.dense - self.fixed) * share
 
     def dense_run(self, num_steps: int) -> float:
-        """Predicted seconds of a whole dense run: its first step as timed, the others at the dense median."""
-        return self.first + self.dense * (num_steps - 1)
+        """Predicted seconds of a whole dense run, once everything is warm."""
+        return self.dense * num_steps

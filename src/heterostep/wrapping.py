@@ -1,10 +1,13 @@
-"""Standing around a model's forward, inside of whatever offloading puts around it."""
+"""Standing around a model's forward, inside of whatever offloading puts around it, and around a scheduler's step."""
 
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from heterostep.errors import HeterostepError
 
@@ -61,3 +64,43 @@ def is_wrapped(model: Any) -> bool:
     """Whether a forward is being wrapped now."""
     values = (getattr(*place) for place in _places(model))
     return any(isinstance(value, WrappedForward) and value._active for value in values)
+
+
+class WrappedStep:
+    """Called in place of a scheduler's `step` until it is taken back. Copies of the scheduler step as they did.
+
+    Args:
+        scheduler: a diffusers scheduler.
+        before: before(velocity) -> the velocity that the scheduler is to be given.
+        after: called when it has made the step.
+    """
+
+    def __init__(
+        self, scheduler: Any, before: Callable[[torch.Tensor], torch.Tensor], after: Callable[[], None]
+    ) -> None:
+        self._scheduler, self._before, self._after = scheduler, before, after
+        self._inner = scheduler.step
+        self._was_in_class = "step" not in scheduler.__dict__
+        functools.update_wrapper(self, self._inner)
+        scheduler.step = self
+
+    def __call__(self, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        stepped = self._inner(self._before(model_output), *args, **kwargs)
+        self._after()
+        return stepped
+
+    def restore(self) -> None:
+        """Put the scheduler's own step back."""
+        if self._scheduler.__dict__.get("step") is not self:
+            return
+        if self._was_in_class:
+            del self._scheduler.step
+        else:
+            self._scheduler.step = self._inner
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        # LTX-2's pipelines copy the scheduler for the sound.
+        copied = memo.get(id(self._scheduler))
+        if copied is None or not self._was_in_class:
+            return self._inner
+        return types.MethodType(type(copied).step, copied)

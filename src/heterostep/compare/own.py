@@ -58,22 +58,22 @@ def _rotation_method(name: str, label: str, sync: str, diagnostic: bool = False)
     )
 
 
-# Evaluations for single tokens between the meetings, where a method is about these.
+# Share of the evaluations for single tokens between dense steps, where a method is about these.
 BETWEEN = 0.2
 
 OWN = (
     heterostep_method("heterostep", "heterostep"),
     heterostep_method("heterostep-euler", "heterostep, Euler", solver="euler"),
-    heterostep_method("hsa", "HSA's step divisors, velocities constant", divisors=(1, 2, 4, 8), extrapolate=0.0),
-    heterostep_method("tokens", "tokens between meetings", between=BETWEEN),
-    heterostep_method("tokens-random", "tokens between meetings, at random (control)", between=BETWEEN, score="random"),
+    heterostep_method("hsa", "HSA as published (step divisors, velocities held)", policy="hsa"),
+    heterostep_method("tokens", "single tokens in the gaps", between=BETWEEN),
+    heterostep_method("tokens-random", "single tokens at random (control)", between=BETWEEN, score="random"),
     heterostep_method(
-        "tokens-oracle", "tokens between meetings, true errors (bound)", True, between=BETWEEN, score="oracle"
+        "tokens-oracle", "single tokens in the gaps, true errors (bound)", True, between=BETWEEN, score="oracle"
     ),
     heterostep_method(
-        "tokens-fresh", "tokens between meetings, fresh K/V (bound)", True, between=BETWEEN, sync="fresh"
+        "tokens-fresh", "single tokens in the gaps, fresh K/V (bound)", True, between=BETWEEN, sync="fresh"
     ),
-    heterostep_method("tokens-drift", "tokens between meetings, K/V in drift", between=BETWEEN, sync="drift"),
+    heterostep_method("tokens-drift", "single tokens in the gaps, K/V in drift", between=BETWEEN, sync="drift"),
     _rotation_method("rotation", "tokens in rotation, K/V in drift", "drift"),
     _rotation_method("rotation-hold", "tokens in rotation, K/V held", "hold"),
     _rotation_method("rotation-fresh", "tokens in rotation, fresh K/V (bound)", "fresh", diagnostic=True),

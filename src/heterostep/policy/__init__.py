@@ -1,0 +1,41 @@
+"""Policies by name: where evaluations go. Add one with `register_policy`, and use it with `HSAConfig(policy=name)`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from heterostep.errors import HeterostepError
+from heterostep.policy.auto import Auto
+from heterostep.policy.base import Change, Policy, Run, Tokens
+from heterostep.policy.hsa import HSA
+from heterostep.policy.rotation import Rotation
+
+if TYPE_CHECKING:
+    from heterostep.config import HSAConfig
+
+__all__ = ["POLICIES", "Change", "Policy", "Run", "Tokens", "make", "register_policy"]
+
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Auto, HSA, Rotation)}
+
+
+def register_policy(policy: type[Policy]) -> type[Policy]:
+    """Let `HSAConfig(policy=policy.name)` choose this class; also as a decorator. A known name is replaced.
+
+    Raises:
+        HeterostepError: it is no `Policy` or has no name.
+    """
+    if not (isinstance(policy, type) and issubclass(policy, Policy) and isinstance(getattr(policy, "name", None), str)):
+        raise HeterostepError("register_policy wants a class derived from heterostep.policy.Policy with a name")
+    POLICIES[policy.name] = policy
+    return policy
+
+
+def make(config: HSAConfig, run: Run) -> Policy:
+    """The policy that a config asks for, for one run.
+
+    Raises:
+        HeterostepError: there is no policy of that name.
+    """
+    if config.policy not in POLICIES:
+        raise HeterostepError(f"policy must be one of {', '.join(POLICIES)}, not {config.policy!r}")
+    return POLICIES[config.policy](config, run)

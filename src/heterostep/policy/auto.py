@@ -1,0 +1,164 @@
+"""The default policy: evaluate at equal change.
+
+    plan       all tokens are evaluated at steps between which the guided velocity changes by equal amounts
+    evaluate   at such a dense step; what it changed by is measured, and the steps ahead are planned anew
+    extrapolate  in between, each velocity follows its last change over log(1 - sigma), the less the larger that was
+    correct    at the next dense step the gap behind is integrated again, for its end is known (`heterostep.trajectory`)
+
+How fast a velocity changes is measured in the run itself. Over sigma its relative change goes like
+
+    rate(sigma) = level * ((1 - sigma)^-exponent + 0.2 / sigma)
+
+fast while the video takes its shape, and again at the very end. The level hardly differs between tasks, guidance
+scales, shifts and solvers; the exponent does (1.5 to 1.7 in text-to-video, 1.1 to 1.3 where a first frame is given). So
+the first changes tell the exponent, and later ones steady both (docs/method.md).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from heterostep.policy.base import Change, Policy, Run, spread
+
+if TYPE_CHECKING:
+    from heterostep.config import HSAConfig
+
+# Keep 1 - sigma and sigma away from 0, where both parts of the rate have no end.
+MARGIN = 0.02
+# The end's part in the rate.
+END = 0.2
+# What is expected of a run before it is seen, and its standard deviation; of log(level) for the level.
+EXPONENT, EXPONENT_SPREAD = 1.4, 0.3
+LEVEL, LEVEL_SPREAD = 0.3, 0.3
+# Standard deviation of a measured log(change) about the law.
+NOISE = 0.25
+EXPONENTS = np.linspace(0.6, 2.2, 33)
+# Weight of a velocity's last change in what follows: 1 less so much of it. Measured on dense runs in 11 regimes.
+CAUTION = 1.8
+# A sparse step takes one token in so many, or more: each has its overhead.
+LEAST_SHARE = 8
+
+
+class Auto(Policy):
+    """See the module's description. With `between` a part of the evaluations goes to single tokens inside the gaps."""
+
+    name = "auto"
+
+    online = True
+
+    def __init__(self, config: HSAConfig, run: Run) -> None:
+        super().__init__(config, run)
+        self.sparse = bool(config.between)
+        self.corrects = config.extrapolate is None
+        sigmas = np.asarray(run.sigmas)
+        self._middles, self._widths = (sigmas[:-1] + sigmas[1:]) / 2, -np.diff(sigmas)
+        self._fitted: dict[tuple[Change, ...], float] = {}
+
+    def replan(self, evaluations: int, step: int, changes: Sequence[Change] = (), exact: bool = True) -> list[int]:
+        tokens, num_steps, between = self.run.tokens, self.run.num_steps, self.config.between
+        each = max(tokens.total - tokens.least, 1)
+        affordable = (evaluations - tokens.least * (num_steps - step)) / each
+        number = math.floor(affordable * (1 - between) + 1e-9)
+        fixed = self._fixed(step, number)
+        number = max(number, len(fixed))
+        dense = self.dense_steps(number, step, self.exponent(changes), fixed)
+        counts = [tokens.total if at in dense else tokens.least for at in range(step, num_steps)]
+        left = max(evaluations - sum(counts), 0)
+        if between or tokens.least:
+            self._spend_on_tokens(counts, left, [at - step for at in dense], exact)
+        return counts
+
+    def _fixed(self, step: int, number: int) -> set[int]:
+        """Steps from `step` on that are dense in any case, where about `number` can be."""
+        num_steps, config = self.run.num_steps, self.config
+        # The first change is wanted soon, unless that would be half of all evaluations.
+        start = config.dense_start or (2 if number > 2 or self.run.tokens.least else 1)
+        fixed = {step, *(at for at in self.run.restarts if at > step)} | set(range(step, min(start, num_steps)))
+        return fixed | set(range(max(step, num_steps - config.dense_end), num_steps))
+
+    def rates(self, exponent: float) -> np.ndarray:
+        """Predicted change of the velocity from each step to the next, up to the level; float64 [num_steps]."""
+        signal, noise = 1 - self._middles + MARGIN, self._middles + MARGIN
+        return (signal**-exponent + END / noise) * self._widths
+
+    @functools.cached_property
+    def _candidates(self) -> list[tuple[float, np.ndarray]]:
+        return [(float(exponent), np.concatenate([[0.0], np.cumsum(self.rates(exponent))])) for exponent in EXPONENTS]
+
+    def exponent(self, changes: Sequence[Change]) -> float:
+        """The most probable exponent, given what has been measured; the level that goes with it is fitted too."""
+        key = tuple(changes)
+        if key not in self._fitted:
+            self._fitted[key] = self._fit(key)
+        return self._fitted[key]
+
+    def _fit(self, changes: Sequence[Change]) -> float:
+        known = [change for change in changes if change.value > 0 and math.isfinite(change.value)]
+        if not known:
+            return EXPONENT
+        starts, stops = [change.start for change in known], [change.stop for change in known]
+        measured = np.log([change.value for change in known]) - math.log(LEVEL)
+
+        def cost(exponent: float, passed: np.ndarray) -> float:
+            off = measured - np.log(passed[stops] - passed[starts])
+            level = off.sum() / NOISE**2 / (len(off) / NOISE**2 + 1 / LEVEL_SPREAD**2)
+            prior = (level / LEVEL_SPREAD) ** 2 + ((exponent - EXPONENT) / EXPONENT_SPREAD) ** 2
+            return float((((off - level) / NOISE) ** 2).sum() + prior)
+
+        return min(self._candidates, key=lambda candidate: cost(*candidate))[0]
+
+    def dense_steps(self, number: int, step: int, exponent: float, fixed: set[int]) -> list[int]:
+        """`number` steps from `step` on, ascending, with `fixed` among them: between them the velocity changes alike.
+
+        The free ones go, one by one, to where most change is left between two fixed ones, and are then set evenly.
+        """
+        num_steps = self.run.num_steps
+        passed = np.concatenate([[0.0], np.cumsum(self.rates(exponent))])
+        ends = [*sorted(fixed), num_steps]
+        sections = list(zip(ends, ends[1:]))
+        inside = [0] * len(sections)
+        for _ in range(min(number, num_steps - step) - len(fixed)):
+            gaps = [
+                (passed[b] - passed[a]) / (more + 1) if more < b - a - 1 else -1.0
+                for (a, b), more in zip(sections, inside)
+            ]
+            inside[gaps.index(max(gaps))] += 1
+        chosen: list[int] = []
+        for (a, b), more in zip(sections, inside):
+            chosen.append(a)
+            for ahead in range(more, 0, -1):
+                last = chosen[-1]
+                due = passed[last] + (passed[b] - passed[last]) / (ahead + 1)
+                nearest = int(np.abs(passed - due).argmin())
+                chosen.append(min(max(nearest, last + 1), b - ahead))
+        return chosen
+
+    def _spend_on_tokens(self, counts: list[int], left: int, dense: list[int], exact: bool) -> None:
+        """Spend evaluations on sparse steps: one in the middle of each gap, more where that would be nearly dense."""
+        tokens, size = self.run.tokens, len(counts)
+        each = max(tokens.total - tokens.least, 1)
+        middles: list[int] = []
+        for number in range(1, size + 1):
+            middles = []
+            for a, b in zip(dense, [*dense[1:], size]):
+                within = min(number, b - a - 1)
+                middles += [a + (b - a) * position // (within + 1) for position in range(1, within + 1)]
+            if left <= each * len(middles) / 2:
+                break
+        enough = max(1, tokens.total // LEAST_SHARE)
+        # What is left over by chance comes last: as seconds come in it is spent once, and in one gap.
+        wanted = max(1, left // enough) if self.config.between else math.ceil(left / each)
+        used = min(len(middles), wanted)
+        if used and (exact or left >= enough):
+            spread(counts, left, middles[-used:], tokens, exact)
+
+    def weight(self, change: torch.Tensor) -> torch.Tensor:
+        if self.config.extrapolate is not None:
+            return super().weight(change)
+        return (1 - CAUTION * change).clamp(0.0, 1.0)

@@ -1,0 +1,106 @@
+"""A control for the benchmark: as many tokens at every step, in rotation. It loses to dense steps unless K/V are fresh.
+
+After the window's first step there is no dense one. Each token has its turn in `rotation` steps, so that none is
+skipped for longer; beside these probes run the tokens whose velocity is predicted to be most wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from heterostep.policy.base import Change, Policy, Tokens, spread
+from heterostep.policy.hsa import dense_start
+
+
+class Rotation(Policy):
+    """See the module's description; `config.rotation` is its length."""
+
+    name = "rotation"
+    ranks_each_step = True
+
+    @property
+    def length(self) -> int:
+        """Steps in which every token has its turn."""
+        return self.config.rotation or 1
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """The steps [start, stop) that are not dense, but for the first."""
+        config, num_steps = self.config, self.run.num_steps
+        start = dense_start(config.target, num_steps, config.dense_start, config.runtime is not None)
+        return start, max(start, num_steps - config.dense_end)
+
+    def replan(self, evaluations: int, step: int, changes: Sequence[Change] = (), exact: bool = True) -> list[int]:
+        (start, stop), total = self.window, self.run.tokens.total
+        before, after = max(start - step, 0), self.run.num_steps - max(stop, step)
+        steps = range(step + before, max(stop, step + before))
+        budget = evaluations - (before + after) * total
+        dense = (start, *self.run.restarts)
+        middle = by_rotation(budget, self.run.tokens, steps, self.length, dense, exact)
+        return [total] * before + middle + [total] * after
+
+    def plans_anew_from(self, step: int, dense: bool) -> int | None:
+        (start, stop), begins = self.window, step + 1
+        return begins if start < begins < stop and (begins - start) % self.length == 0 else None
+
+    def rank(self, scores: torch.Tensor, elapsed: torch.Tensor, step: int) -> torch.Tensor:
+        turn = (step - self.window[0]) % self.length
+        return with_probes(scores * elapsed, turn, self.length)
+
+    def weight(self, change: torch.Tensor) -> torch.Tensor:
+        # There is no change of all tokens to judge by.
+        return torch.full_like(change, 0.65 if self.config.extrapolate is None else self.config.extrapolate)
+
+    def smallest(self) -> str:
+        start, stop = self.window
+        dense = self.run.num_steps - stop + start + 1
+        return f"dense steps: {dense}, then 1/{self.length} of the tokens at each"
+
+
+def by_rotation(
+    evaluations: int,
+    tokens: Tokens,
+    steps: range,
+    rotation: int,
+    dense: Sequence[int] = (),
+    exact: bool = True,
+) -> list[int]:
+    """Active tokens at each of the window's steps: as many at each, and enough that all come round.
+
+    Args:
+        evaluations: token evaluations that may be spent, 0..N * len(steps).
+        tokens: how many there are.
+        steps: the window's steps, or what is left of it, numbered from the run's first.
+        rotation: no token is skipped for longer.
+        dense: steps at which all tokens are evaluated: the window's first, and where another model takes over.
+        exact: let one count fall between the sizes, so that the last evaluation is spent; else spend up to a unit less.
+
+    Returns:
+        A count in 0..N for each step. Their sum is `evaluations`, or the nearest that is possible.
+    """
+    least = Tokens(tokens.total, max(tokens.least, probes(tokens.total, rotation)))
+    counts = [least.total if step in dense else least.least for step in steps]
+    between = [position for position, step in enumerate(steps) if step not in dense]
+    spread(counts, max(evaluations - sum(counts), 0), between, least, exact)
+    return counts
+
+
+def probes(total: int, rotation: int) -> int:
+    """Tokens whose turn it is at a step, at the most, so that all have had theirs in `rotation` steps."""
+    return -(-total // rotation)
+
+
+def with_probes(scores: torch.Tensor, turn: int, rotation: int) -> torch.Tensor:
+    """Scores [B, N] in which the tokens whose turn it is come first: neighbours, such as a frame or a part of it.
+
+    Args:
+        scores: higher is more urgent, [B, N].
+        turn: 0..rotation - 1.
+        rotation: turns until all have had theirs.
+    """
+    total = scores.shape[1]
+    scores = scores.clone()
+    scores[:, turn * total // rotation : (turn + 1) * total // rotation] = torch.inf
+    return scores

@@ -1,0 +1,144 @@
+"""Plans of equal change, alone: budgets, monotony, restarts, and a made-up profile of change that is met."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from heterostep.config import HSAConfig
+from heterostep.policy import Change, Run, Tokens, make
+from heterostep.policy.auto import EXPONENT, LEVEL
+from heterostep.schedule import Schedule, nominal_sigmas
+
+TOTAL = 320
+
+
+def auto(num_steps=40, shift=5.0, tokens=None, restarts=(), **options):
+    run = Run(nominal_sigmas(num_steps, shift), tokens or Tokens(TOTAL), restarts)
+    return make(HSAConfig(share=0.5, **options), run)
+
+
+def dense(counts, total=TOTAL):
+    return [step for step, count in enumerate(counts) if count == total]
+
+
+steps_and_shares = given(
+    num_steps=st.integers(1, 100), share=st.floats(0.01, 1.0), shift=st.floats(1.0, 16.0), least=st.sampled_from([0, 1])
+)
+
+
+@steps_and_shares
+def test_every_budget_is_spent(num_steps, share, shift, least):
+    """In whole steps, the most that fit; on LTX-2, where every step runs something, to the last evaluation."""
+    policy = auto(num_steps, shift, Tokens(TOTAL, least))
+    budget = int(share * num_steps * TOTAL)
+    counts, lowest = policy.plan(budget), sum(policy.plan(0))
+    assert len(counts) == num_steps and counts[0] == TOTAL
+    assert all(least <= count <= TOTAL for count in counts)
+    if least:
+        assert sum(counts) == max(budget, lowest)
+    else:
+        assert set(counts) <= {0, TOTAL}
+        assert sum(counts) == max(budget // TOTAL * TOTAL, lowest)
+
+
+@given(num_steps=st.integers(4, 60), share=st.floats(0.2, 1.0), between=st.floats(0.05, 1.0))
+def test_with_single_tokens_the_last_evaluation_is_spent(num_steps, share, between):
+    policy = auto(num_steps, between=between)
+    budget = int(share * num_steps * TOTAL)
+    counts = policy.plan(budget)
+    assert sum(counts) == max(budget, sum(policy.plan(0)))
+    assert all(0 <= count <= TOTAL for count in counts)
+
+
+@given(num_steps=st.integers(2, 100), shift=st.floats(1.0, 16.0), exponent=st.floats(0.6, 2.2))
+def test_more_evaluations_make_no_gap_longer(num_steps, shift, exponent):
+    policy = auto(num_steps, shift)
+    passed = np.concatenate([[0.0], np.cumsum(policy.rates(exponent))])
+
+    def widest(number):
+        steps = [*policy.dense_steps(number, 0, exponent, {0}), num_steps]
+        assert len(steps) == number + 1 and steps == sorted(set(steps)) and steps[0] == 0
+        # A step is the smallest gap there is.
+        return max((passed[b] - passed[a] for a, b in zip(steps, steps[1:]) if b - a > 1), default=0.0)
+
+    widths = [widest(number) for number in range(1, num_steps + 1)]
+    largest = policy.rates(exponent).max()
+    assert all(later <= earlier + largest for earlier, later in zip(widths, widths[1:]))
+    assert widths[-1] == 0
+
+
+@given(
+    num_steps=st.integers(8, 60),
+    restarts=st.sets(st.integers(2, 59), max_size=2),
+    share=st.floats(0.2, 0.9),
+    begin=st.integers(0, 30),
+)
+def test_restarts_are_dense_from_wherever_it_is_planned(num_steps, restarts, share, begin):
+    restarts = tuple(sorted(step for step in restarts if step < num_steps))
+    begin = min(begin, num_steps - 1)
+    policy = auto(num_steps, restarts=restarts)
+    counts = policy.replan(int(share * (num_steps - begin) * TOTAL), begin)
+    assert len(counts) == num_steps - begin and counts[0] == TOTAL
+    assert all(counts[step - begin] == TOTAL for step in restarts if step >= begin)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 8.0, 16.0])
+@pytest.mark.parametrize("exponent", [0.9, 1.3, 1.7])
+def test_a_made_up_profile_is_met_with_equal_changes(shift, exponent):
+    """Velocities change by a law of their own level and exponent; from the second step on that is measured."""
+    schedule = Schedule(HSAConfig(share=0.4), Run(nominal_sigmas(50, shift), Tokens(TOTAL)))
+    policy = schedule.policy
+    true = np.concatenate([[0.0], np.cumsum(1.3 * LEVEL * policy.rates(exponent))])
+    counts, changes, last = schedule.plan(), [], 0
+    for step in range(50):
+        if counts[step] != TOTAL:
+            continue
+        if step:
+            changes.append(Change(last, step, true[step] - true[last]))
+        last = step
+        if (begin := schedule.anew_from(counts, step)) is not None:
+            counts = schedule.within_share(counts, begin, changes)
+    assert sum(counts) == 20 * TOTAL
+    assert policy.exponent(changes) == pytest.approx(exponent, abs=0.12)
+    # Beside gaps of one step, which cannot be shorter, all changes are alike.
+    long = [change.value for change in changes if change.stop - change.start > 1]
+    assert long and max(long) < 2.2 * min(long)
+
+
+def test_the_first_change_tells_the_exponent():
+    """What is given early changes little at the start: by that one number the tasks are told apart."""
+    policy = auto(40, 3.0)
+    assert policy.exponent([]) == pytest.approx(EXPONENT, abs=0.05)
+    text, image = policy.exponent([Change(0, 1, 1.05)]), policy.exponent([Change(0, 1, 0.15)])
+    assert image < 1.3 < 1.5 < text
+    assert policy.exponent([Change(0, 1, math.inf), Change(1, 2, 0.0)]) == policy.exponent([])
+
+
+def test_few_evaluations_do_not_begin_with_two_alike():
+    assert dense(auto(8).plan(2 * TOTAL)) != [0, 1]
+    assert dense(auto(40).plan(10 * TOTAL))[:2] == [0, 1]
+    # Where every step reads K and V, they are kept from the second on.
+    assert auto(8, tokens=Tokens(TOTAL, 1)).plan(3 * TOTAL)[:2] == [TOTAL, TOTAL]
+
+
+def test_steps_that_are_asked_to_be_dense_are():
+    counts = auto(20, dense_start=5, dense_end=2).plan(9 * TOTAL)
+    assert counts[:5] == [TOTAL] * 5 and counts[-2:] == [TOTAL] * 2 and sum(counts) == 9 * TOTAL
+
+
+def test_the_plan_is_near_to_what_a_search_found_on_a_real_model():
+    """LeMiCa's searched steps for Wan 2.1 1.3B, 50 steps of shift 5: how far each of ours is from the nearest."""
+    found = {
+        25: [*range(13), 14, 16, 18, 21, 24, 29, 35, 40, 44, 47, 48, 49],
+        14: [*range(6), 7, 10, 16, 23, 30, 37, 44, 49],
+    }
+    for number, searched in found.items():
+        ours = dense(auto(50, 5.0).plan(number * TOTAL))
+        assert len(ours) == number
+        apart = np.abs(np.array(ours) - np.array(searched))
+        equal = [round(step * 50 / number) for step in range(number)]
+        by_equal_gaps = np.abs(np.array(equal) - np.array(searched))
+        assert apart.mean() < 2 < 6 < by_equal_gaps.mean(), (ours, apart.mean())
