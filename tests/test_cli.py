@@ -187,8 +187,8 @@ def test_two_experts_through_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small_wan("wan2.2-i2v").save_pretrained("model")
     Image.new("RGB", (64, 64), "teal").save("first.png")
-    arguments = ["--model", "model", "--image", "first.png", "--share", "0.6", "--report", "report.json", "--quiet"]
-    assert cli.main(["generate", PROMPT, *SMALL, *arguments]) == 0
+    arguments = ["--model", "model", "--image", "first.png", "--share", "0.6", "--between", "0.2"]
+    assert cli.main(["generate", PROMPT, *SMALL, *arguments, "--report", "report.json", "--quiet"]) == 0
     assert json.loads(Path("report.json").read_text())["share"]["achieved"] == pytest.approx(0.6, abs=0.01)
 
 
@@ -223,7 +223,9 @@ def test_scene_without_a_shape_fails_in_one_line(no_model, capsys):
         (["--dense", "--runtime", "0.5"], "--dense"),
         (["--dense", "--both"], "--dense"),
         (["--share", "0.01"], "lowest possible"),
-        (["--runtime", "0.3", "--steps", "4"], "lowest possible"),
+        (["--runtime", "0.2", "--steps", "4"], "lowest possible"),
+        (["--policy", "best"], "policy must be one of auto, hsa"),
+        (["--policy", "hsa", "--between", "0.2"], "between belongs to policy='auto'"),
         (["--steps", "0"], "--steps"),
         (["--image", "missing.png"], "no image missing.png"),
         (["--out", "nowhere/video.mp4"], "no folder nowhere"),
@@ -333,7 +335,7 @@ def _interrupt_at(monkeypatch, step, error):
 )
 def test_out_of_memory_says_what_to_lower(pipes, capsys, monkeypatch, error):
     _interrupt_at(monkeypatch, 3, error)
-    line = only_line(fails(capsys, *SMALL, "--quiet"))
+    line = only_line(fails(capsys, *SMALL, "--between", "0.3", "--quiet"))
     assert "out of memory" in line and "kB" in line and "--height" in line
     assert "forward" not in vars(pipes[0].transformer)
 
@@ -343,16 +345,21 @@ def test_out_of_memory_without_a_cache_does_not_blame_it(pipes, capsys, monkeypa
     assert "K/V" not in only_line(fails(capsys, *SMALL, "--dense", "--quiet"))
 
 
+def test_out_of_memory_of_whole_steps_does_not_blame_it_either(pipes, capsys, monkeypatch):
+    _interrupt_at(monkeypatch, 3, torch.OutOfMemoryError("no"))
+    assert "K/V" not in only_line(fails(capsys, *SMALL, "--share", "0.5", "--quiet"))
+
+
 def test_the_k_v_cache_needs_what_it_was_said_to(pipes):
-    # No whole number of steps: what is left over goes to some of the tokens, which read the others' K/V.
-    assert cli.main(["generate", PROMPT, *SMALL, "--share", "0.72", "--report", "report.json", "--quiet"]) == 0
+    arguments = ["--share", "0.72", "--between", "0.2", "--report", "report.json", "--quiet"]
+    assert cli.main(["generate", PROMPT, *SMALL, *arguments]) == 0
     sizes = {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": tiny.DEFAULTS["guidance_scale"]}
     report = json.loads(Path("report.json").read_text())
     assert report["memory"]["kv_cache_bytes"] == kv_cache_bytes(pipes[0], **sizes)
 
 
 def test_whole_steps_alone_need_no_k_v_cache(pipes, capsys):
-    arguments = ["generate", PROMPT, *SMALL, "--share", "0.72", "--no-kv", "--report", "report.json", "--quiet"]
+    arguments = ["generate", PROMPT, *SMALL, "--share", "0.72", "--report", "report.json", "--quiet"]
     assert cli.main(arguments) == 0
     report = json.loads(Path("report.json").read_text())
     assert report["memory"]["kv_cache_bytes"] == 0 and set(report["active_share"]) == {0.0, 1.0}
@@ -360,7 +367,7 @@ def test_whole_steps_alone_need_no_k_v_cache(pipes, capsys):
 
 
 def test_the_k_v_store_is_chosen_and_told(pipes, capsys):
-    arguments = ["generate", PROMPT, *SMALL, "--share", "0.72", "--kv-store", "fp8-offload"]
+    arguments = ["generate", PROMPT, *SMALL, "--share", "0.72", "--between", "0.2", "--kv-store", "fp8-offload"]
     assert cli.main([*arguments, "--report", "report.json"]) == 0
     out = capsys.readouterr().out
     assert "(fp8-offload)" in out and "in host memory" in out
@@ -370,12 +377,11 @@ def test_the_k_v_store_is_chosen_and_told(pipes, capsys):
     assert "vram must be" in only_line(fails(capsys, *SMALL, "--vram", "0"))
 
 
-def test_tokens_in_rotation_with_k_v_in_drift(pipes, capsys):
-    arguments = ["generate", PROMPT, *SMALL, "--share", "0.75", "--rotation", "3", "--sync", "drift", "--quiet"]
+def test_the_papers_policy_with_k_v_in_drift(pipes, capsys):
+    arguments = ["generate", PROMPT, *SMALL, "--share", "0.76", "--policy", "hsa", "--sync", "drift", "--quiet"]
     assert cli.main([*arguments, "--report", "report.json"]) == 0
     report = json.loads(Path("report.json").read_text())
     assert any(0 < share < 1 for share in report["active_share"]) and report["memory"]["kv_cache_bytes"] > 0
-    assert "leave out --between" in only_line(fails(capsys, *SMALL, "--rotation", "3", "--between", "0.2"))
     assert "sync must be one of" in only_line(fails(capsys, *SMALL, "--sync", "slide"))
 
 

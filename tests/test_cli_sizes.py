@@ -60,8 +60,8 @@ def rows(out, first):
 
 
 def test_plan_shows_every_store(capsys):
-    out, err = works(capsys, *PLAN, "--offload", "model", "--vram", "80")
-    made = plan("wan2.1-t2v-1.3b", runtime=0.5, offload="model", vram=80)
+    out, err = works(capsys, *PLAN, "--offload", "model", "--vram", "80", "--between", "0.2")
+    made = plan("wan2.1-t2v-1.3b", runtime=0.5, offload="model", vram=80, between=0.2)
     assert err == ""
     assert "32,760 tokens (21 x 30 x 52), 2 transformer calls a step" in out
     assert "50; runtime 0.5: 0.500 of the dense token evaluations" in out
@@ -75,19 +75,23 @@ def test_plan_shows_every_store(capsys):
 
 
 def test_plan_says_what_does_not_fit(capsys):
-    out, _ = works(capsys, *PLAN, "--vram", "6")
-    assert "chosen       nothing fits" in out and "--offload model or --no-kv" in out
+    out, _ = works(capsys, *PLAN, "--vram", "6", "--policy", "hsa")
+    assert "chosen       nothing fits" in out and "--offload model, or leave out --between and --policy" in out
     assert {row[-1] for row in rows(out, STORES)} == {"no"}
-    out, _ = works(capsys, *PLAN, "--vram", "6", "--kv-store", "fp8", "--share", "0.55")
+    out, _ = works(capsys, *PLAN, "--vram", "6")
+    assert "chosen       none: peak" in out and "this does not fit" in out
+    out, _ = works(capsys, *PLAN, "--vram", "6", "--kv-store", "fp8", "--share", "0.55", "--between", "0.2")
     assert "chosen       fp8: peak" in out and "this does not fit" in out and "share 0.55" in out
 
 
 def test_plan_without_known_memory(capsys):
-    out, _ = works(capsys, "plan", "--model", "model", *SIZE, "--steps", "12", "--kv-store", "offload")
+    out, _ = works(
+        capsys, "plan", "--model", "model", *SIZE, "--steps", "12", "--kv-store", "offload", "--between", "0.2"
+    )
     assert {row[-1] for row in rows(out, STORES)} == {"?"} and "may use" not in out
     assert "chosen       offload: peak" in out and "in host memory" in out and "fit" not in out.split("chosen")[1]
-    out, _ = works(capsys, "plan", "--model", "model", *SIZE, "--steps", "12", "--no-kv")
-    assert "chosen       none: peak" in out
+    out, _ = works(capsys, "plan", "--model", "model", *SIZE, "--steps", "12")
+    assert "chosen       none: peak" in out and "none are kept" in out and not rows(out, STORES)
 
 
 def test_plan_as_json(capsys):

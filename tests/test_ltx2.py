@@ -6,7 +6,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.transformers import transformer_ltx2
 
 import heterostep
-from heterostep.errors import HeterostepError
 from heterostep.kv_cache import KVCache
 from rows import ROWS
 from seams import Seamed
@@ -104,14 +103,6 @@ def test_perturbed_blocks_keep_no_keys():
     kept = [store.nbytes > 0 for store in seamed.stores if isinstance(store, KVCache)]
     # Two attentions a block, its own and the audio's: STG switches off the second block's own.
     assert kept == [True, True, False, True, True, True]
-
-
-def test_whole_steps_alone_are_refused():
-    pipe = small_ltx2("text", "2.3")
-    scheduler = pipe.scheduler
-    with pytest.raises(HeterostepError, match="give between=0"):
-        heterostep.enable(pipe, share=0.5, between=None, solver="euler")
-    assert pipe.scheduler is scheduler
 
 
 def test_audio_is_fresh_at_every_step():

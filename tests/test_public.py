@@ -20,7 +20,9 @@ PURE = {
     "state",
     "timing",
     "reports",
+    "policy",
     "runner",
+    "trajectory",
     "wrapping",
 }
 
@@ -70,11 +72,13 @@ def test_modules_import_downwards_only():
         "config": {"errors"},
         "scoring": set(),
         "allocation": set(),
-        "schedule": {"allocation", "config", "errors"},
+        "trajectory": set(),
+        "policy": {"config", "errors", "policy"},
+        "schedule": {"allocation", "config", "errors", "policy"},
         "kernels": {"kernels"},
         "kv_cache": {"kernels"},
         "replay": {"errors"},
-        "state": {"adapters", "kv_cache", "memory", "replay", "schedule"},
+        "state": {"adapters", "kv_cache", "memory", "policy", "replay", "schedule", "trajectory"},
         "direct": {"adapters", "errors", "kv_cache", "replay"},
         "memory": {"direct", "errors", "kv_cache"},
         "placement": {"config", "errors", "memory"},
@@ -82,13 +86,13 @@ def test_modules_import_downwards_only():
         "rehearsal": {"adapters", "checkpoints", "configs", "errors", "pipeline"},
         "planning": {
             "adapters",
-            "allocation",
             "config",
             "configs",
             "direct",
             "errors",
             "kv_cache",
             "memory",
+            "policy",
             "rehearsal",
         }
         | {"schedule", "timings"},
@@ -98,7 +102,7 @@ def test_modules_import_downwards_only():
         "reports": set(),
         "adapters": {"adapters", "kernels", "kv_cache"},
         "runner": {"adapters", "allocation", "config", "errors", "kernels", "memory", "reports", "schedule", "scoring"}
-        | {"kv_cache", "placement", "replay", "state", "timing", "wrapping"},
+        | {"kv_cache", "placement", "policy", "replay", "state", "timing", "trajectory", "wrapping"},
         "wrapping": {"errors"},
         "pipeline": {"adapters", "config", "errors", "reports", "runner", "wrapping"},
         "checkpoints": {"adapters", "errors"},
@@ -123,9 +127,9 @@ def test_report_as_json_has_the_documented_keys():
     heterostep.enable(pipe, runtime=0.6)
     run(pipe)
     report = json.loads(heterostep.report(pipe).to_json())
-    assert report["schema"] == 2 and report["pipeline"] == "WanPipeline" and report["num_inference_steps"] == 12
-    assert set(report["runtime"]) == {"target", "achieved", "seconds", "dense_seconds"}
-    assert set(report["share"]) == {"target", "achieved"}
+    assert report["schema"] == 3 and report["pipeline"] == "WanPipeline" and report["num_inference_steps"] == 12
+    assert set(report["runtime"]) == {"target", "achieved", "seconds", "dense_seconds", "warmup_seconds"}
+    assert set(report["share"]) == {"target", "achieved", "unspent"}
     assert set(report["steps"]) == {"mean", "min", "max"}
     assert set(report["memory"]) == {"kv_cache_bytes", "kv_host_bytes", "kv_store", "peak_bytes", "fell_back"}
     assert len(report["active_share"]) == 12 and report["seed"] is None

@@ -163,25 +163,22 @@ def test_a_model_that_cannot_be_forecast_keeps_k_v_on_the_device(room, caplog):
     assert heterostep.report(pipe).memory.kv_store == "device"
 
 
-def test_too_little_room_is_said_or_leaves_single_tokens_out(room, caplog):
+def test_too_little_room_is_said_and_whole_steps_need_none(room):
     pipe = small_pipeline()
     room(1)
-    with (
-        heterostep.enabled(pipe, **SPARSE),
-        pytest.raises(HeterostepError, match="K and V do not fit: at the least .* host memory"),
-    ):
-        run(pipe)
-    # By default they get only what whole steps leave.
-    with heterostep.enabled(pipe, share=0.55), caplog.at_level(logging.WARNING, "heterostep"):
-        run(pipe)
-    assert "whole steps alone" in caplog.text
-    report = heterostep.report(pipe)
-    assert set(report.active_share) == {0.0, 1.0} and report.memory.kv_store == "none"
-    caplog.clear()
-    with heterostep.enabled(pipe, runtime=0.6), caplog.at_level(logging.WARNING, "heterostep"):
-        run(pipe, steps=30)
-    assert caplog.text.count("whole steps alone") == 1
-    assert set(heterostep.report(pipe).active_share) == {0.0, 1.0}
+    for options in (SPARSE, {"share": 0.5, "policy": "hsa"}):
+        with (
+            heterostep.enabled(pipe, **options),
+            pytest.raises(
+                HeterostepError, match="K and V do not fit: at the least .* host memory.*evaluate whole steps"
+            ),
+        ):
+            run(pipe)
+    for options in ({"share": 0.55}, {"runtime": 0.6}):
+        with heterostep.enabled(pipe, **options):
+            run(pipe, steps=30)
+        report = heterostep.report(pipe)
+        assert set(report.active_share) == {0.0, 1.0} and report.memory.kv_store == "none"
 
 
 def test_memory_is_forecast_before_the_step_that_needs_it(room, monkeypatch):

@@ -100,12 +100,16 @@ def _show_plan(made: Plan, config: HSAConfig) -> None:
         lines["seconds"] = f"{made.seconds:.1f} for the denoising loop, dense {made.dense_seconds:.1f} ({made.device})"
     for name, line in lines.items():
         typer.echo(f"{name:12s} {line}")
+    keeps = made.chosen is None or made.chosen.store != "none"
     table = Table("K/V store", "on the device", "in host memory", "run's peak", "fits")
     for store in made.stores:
         fits = {None: "?", True: "yes", False: "no"}[store.fits]
         sizes = (filesize.decimal(size) for size in (store.device_bytes, store.host_bytes, store.peak_bytes))
         table.add_row(store.store, *sizes, fits)
-    Console().print(table)
+    if keeps:
+        Console().print(table)
+    else:
+        typer.echo("K and V      none are kept: a step evaluates all tokens or none")
     if made.limit_bytes is not None:
         typer.echo(f"may use      {filesize.decimal(made.limit_bytes)} of the device, a margin left")
     if made.chosen is None:

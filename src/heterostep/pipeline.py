@@ -52,7 +52,9 @@ class _Session:
     @contextlib.contextmanager
     def call(self, pipe: Any) -> Iterator[None]:
         """What is around one call of the pipeline: inside of it, in this thread, transformer and scheduler are ours."""
-        self.runner.begin()
+        # Euler's: nothing of earlier steps is in the next.
+        euler = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler) or self.own_scheduler is not None
+        self.runner.begin(memoryless=euler)
         try:
             step = WrappedStep(pipe.scheduler, self.runner.end_step, self.runner.stepped)
             try:

@@ -242,7 +242,7 @@ def _plan(model: str, seen: Rehearsal, weights: dict[str, int], sizes: dict[str,
 def _sigmas(pipe: Any, num_steps: int) -> tuple[float, ...]:
     """The noise levels that the pipeline has set, or likely ones where it was not run so far."""
     sigmas = getattr(pipe.scheduler, "sigmas", None)
-    if sigmas is None or len(sigmas) != num_steps + 1 or sigmas[0] > 1:
+    if sigmas is None or sigmas.is_meta or len(sigmas) != num_steps + 1 or sigmas[0] > 1:
         return nominal_sigmas(num_steps)
     return tuple(sigmas.tolist())
 

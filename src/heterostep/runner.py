@@ -29,7 +29,6 @@ from typing import Any, ClassVar
 import numpy as np
 import psutil
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from heterostep import allocation, memory
 from heterostep.adapters.base import Adapter, Call, Seams
@@ -113,17 +112,21 @@ class Runner:
         # Pipelines in other threads may share the transformer: one call at a time, for hooks see the call under way.
         self._lock = threading.RLock()
         self._thread: int | None = None  # whose pipeline call is under way
+        self._memoryless = False
         self._experts = [self._wrap(position, model) for position, model in enumerate(models)]
 
-    def begin(self) -> None:
+    def begin(self, memoryless: bool) -> None:
         """The pipeline is being called: what the transformers are asked for in this thread is its generation.
+
+        Args:
+            memoryless: whether its scheduler's step depends on nothing but what it is given.
 
         Raises:
             HeterostepError: it is under way already.
         """
         if self._thread is not None:
             raise HeterostepError("the pipeline is running already: give each thread, or nested call, one of its own")
-        self._thread = threading.get_ident()
+        self._thread, self._memoryless = threading.get_ident(), memoryless
         if self.generation is not None:
             self.generation.over = True
 
@@ -454,7 +457,6 @@ class Runner:
         tokens = Tokens(grid.num_tokens, self.adapter.least_active)
         schedule = Schedule(self.config, Run(tuple(self._sigmas), tokens, restarts))
         schedule.check()
-        memoryless = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or self.config.solver == "euler"
         self._clock = StepClock(device)
         self.generation = Generation(
             timesteps=scheduler.timesteps,
@@ -464,7 +466,7 @@ class Runner:
             schedule=schedule,
             counts=schedule.plan(),
             clean=clean,
-            trajectory=Trajectory(self._sigmas, self._times, schedule.policy.corrects and memoryless),
+            trajectory=Trajectory(self._sigmas, self._times, schedule.policy.corrects and self._memoryless),
             evaluations=torch.zeros(samples, tokens.total, dtype=torch.int32, device=device),
             evaluated_at=torch.full((samples, tokens.total), self._sigmas[0], device=device),
             elapsed=torch.zeros(samples, tokens.total, device=device),

@@ -78,7 +78,7 @@ class Auto(Policy):
         """Steps from `step` on that are dense in any case, where about `number` can be."""
         num_steps, config = self.run.num_steps, self.config
         # The first change is wanted soon, unless that would be half of all evaluations.
-        start = config.dense_start or (2 if number > 2 or self.run.tokens.least else 1)
+        start = max(config.dense_start or 1, 2 if number > 2 or self.run.tokens.least else 1)
         fixed = {step, *(at for at in self.run.restarts if at > step)} | set(range(step, min(start, num_steps)))
         return fixed | set(range(max(step, num_steps - config.dense_end), num_steps))
 
