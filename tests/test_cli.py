@@ -194,7 +194,7 @@ def test_two_experts_through_the_command(tmp_path, monkeypatch):
 
 def test_every_pipeline_that_the_command_loads_is_supported():
     loaded = {name for kind in KINDS.values() for name in (kind.text, kind.image) if name}
-    assert loaded <= set(heterostep.pipeline.PIPELINES)
+    assert loaded <= set(heterostep.pipeline.supported())
 
 
 def test_scene_writes_a_first_frame(tmp_path, monkeypatch, capsys):

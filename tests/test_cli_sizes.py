@@ -85,12 +85,11 @@ def test_plan_says_what_does_not_fit(capsys):
 
 
 def test_plan_without_known_memory(capsys):
-    out, _ = works(
-        capsys, "plan", "--model", "model", *SIZE, "--steps", "12", "--kv-store", "offload", "--between", "0.2"
-    )
+    arguments = ["plan", "--model", "model", *SIZE, "--steps", "12"]
+    out, _ = works(capsys, *arguments, "--kv-store", "offload", "--between", "0.2")
     assert {row[-1] for row in rows(out, STORES)} == {"?"} and "may use" not in out
     assert "chosen       offload: peak" in out and "in host memory" in out and "fit" not in out.split("chosen")[1]
-    out, _ = works(capsys, "plan", "--model", "model", *SIZE, "--steps", "12")
+    out, _ = works(capsys, *arguments)
     assert "chosen       none: peak" in out and "none are kept" in out and not rows(out, STORES)
 
 

@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from heterostep.adapters import register_family
     from heterostep.config import HSAConfig
+    from heterostep.errors import HeterostepError
     from heterostep.pipeline import disable, enable, enabled, report
     from heterostep.planning import Plan, plan
-    from heterostep.reports import Report
+    from heterostep.policy import register_policy
+    from heterostep.reports import Report, StepInfo
 
-__all__ = ["HSAConfig", "Plan", "Report", "disable", "enable", "enabled", "plan", "report"]
+__all__ = [
+    "HSAConfig",
+    "HeterostepError",
+    "Plan",
+    "Report",
+    "StepInfo",
+    "disable",
+    "enable",
+    "enabled",
+    "plan",
+    "register_family",
+    "register_policy",
+    "report",
+]
 __version__ = "0.1.0"
+
+# Applications decide where log lines go.
+logging.getLogger("heterostep").addHandler(logging.NullHandler())
 
 _HOMES = {
     "HSAConfig": "heterostep.config",
+    "HeterostepError": "heterostep.errors",
+    "StepInfo": "heterostep.reports",
+    "register_family": "heterostep.adapters",
+    "register_policy": "heterostep.policy",
     "Plan": "heterostep.planning",
     "Report": "heterostep.reports",
     "disable": "heterostep.pipeline",

@@ -15,6 +15,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from heterostep import compat
 from heterostep.adapters import FAMILIES
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
@@ -22,7 +23,10 @@ from heterostep.reports import Report, StepInfo
 from heterostep.runner import Runner
 from heterostep.wrapping import WrappedStep, is_wrapped
 
-PIPELINES = tuple(sorted(name for family in FAMILIES.values() for name in family.pipelines))
+
+def supported() -> list[str]:
+    """The class names of the pipelines that heterostep runs on."""
+    return sorted(name for family in FAMILIES.values() for name in family.pipelines)
 
 
 class _Session:
@@ -30,56 +34,50 @@ class _Session:
 
     def __init__(self, pipe: DiffusionPipeline, config: HSAConfig, on_step: Callable[[StepInfo], None] | None) -> None:
         models = transformers(pipe)
-        adapter = FAMILIES[type(models[0]).__name__].adapter
+        self.config, self.on_step = config, on_step
         self.name = type(pipe).__name__
-        self._pipe = weakref.ref(pipe)
-        self.original_scheduler = pipe.scheduler
-        self.own_scheduler = first_order(pipe.scheduler) if config.solver == "euler" else None
-        if self.own_scheduler is not None:
-            pipe.scheduler = self.own_scheduler
-        self.runner = Runner(self._pipe, models, adapter, config, self._check, on_step)
+        self.runner = Runner(weakref.ref(pipe), models, FAMILIES[type(models[0]).__name__].adapter, config, on_step)
         # Whoever drops the pipeline may go on with its transformer.
         self._abandoned = weakref.finalize(pipe, self.runner.uninstall)
         self._class = type(pipe)
-        pipe.__class__ = _enabled_class(self._class)  # type: ignore[arg-type]
-
-    def _check(self) -> None:
-        pipe: Any = self._pipe()
-        check_pipeline(pipe)
-        if self.own_scheduler is not None and pipe.scheduler is not self.own_scheduler:
-            raise HeterostepError("the scheduler was replaced, but solver='euler' needs its own: enable again")
+        pipe.__class__ = _enabled_class(self._class)
 
     @contextlib.contextmanager
     def call(self, pipe: Any) -> Iterator[None]:
         """What is around one call of the pipeline: inside of it, in this thread, transformer and scheduler are ours."""
-        # Euler's: nothing of earlier steps is in the next.
-        euler = isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler) or self.own_scheduler is not None
+        check_pipeline(pipe)
+        original = pipe.scheduler
+        # Nothing of earlier steps is in Euler's next.
+        euler = self.config.solver == "euler" or isinstance(original, FlowMatchEulerDiscreteScheduler)
         self.runner.begin(memoryless=euler)
+        _last[pipe] = self
+        scheduler = first_order(original) if self.config.solver == "euler" else original
+        step = WrappedStep(scheduler, self.runner.end_step, self.runner.stepped)
+        pipe.scheduler = scheduler
         try:
-            step = WrappedStep(pipe.scheduler, self.runner.end_step, self.runner.stepped)
-            try:
-                yield
-            finally:
-                step.restore()
+            yield
         finally:
+            step.restore()
+            # A scheduler that the user has set meanwhile is theirs to keep.
+            if pipe.scheduler is scheduler:
+                pipe.scheduler = original
             self.runner.end()
 
     def close(self, pipe: DiffusionPipeline) -> None:
         self._abandoned.detach()
         self.runner.uninstall()
         pipe.__class__ = self._class
-        # A scheduler that the user has set since is theirs to keep.
-        if self.own_scheduler is not None and pipe.scheduler is self.own_scheduler:
-            pipe.scheduler = self.original_scheduler
 
 
 class _Enabled:
     """Mixed into the class of an enabled pipeline, so that its calls can be told from all others."""
 
 
-@functools.cache
 def _enabled_class(cls: Any) -> Any:
-    """A pipeline class whose calls are accelerated; in all else it is, and looks, the same."""
+    """A pipeline class whose calls are accelerated; in all else it is, and looks, the same.
+
+    Made anew for each pipeline: others may patch the class that they find on it.
+    """
 
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +131,8 @@ def first_order(scheduler: Any) -> Any:
 def transformers(pipe: Any) -> list[Any]:
     """The pipeline's transformers; Wan 2.2 A14B has two, and may be loaded with one of them."""
     names = ("transformer", "transformer_2")
-    return [model for model in (getattr(pipe, name, None) for name in names) if model is not None]
+    found = [model for model in (getattr(pipe, name, None) for name in names) if model is not None]
+    return found[:1] if len(found) == 2 and found[0] is found[1] else found
 
 
 def check_pipeline(pipe: Any) -> None:
@@ -147,17 +146,20 @@ def check_pipeline(pipe: Any) -> None:
     if not kinds or any(kind not in FAMILIES or name not in FAMILIES[kind].pipelines for kind in kinds):
         hint = " (compile its blocks with compile_repeated_blocks() instead)" if "OptimizedModule" in kinds else ""
         inner = " and ".join(sorted(kinds)) or "no transformer"
-        raise HeterostepError(f"{name} with {inner} is not supported{hint}; supported are {', '.join(PIPELINES)}")
+        raise HeterostepError(f"{name} with {inner} is not supported{hint}; supported are {', '.join(supported())}")
     for model in models:
         _check_model(model)
     _check_scheduler(pipe.scheduler)
 
 
 def _check_model(model: Any) -> None:
-    if getattr(model, "_compiled_call_impl", None) is not None:
+    compiled = getattr(model, "_compiled_call_impl", None) is not None
+    if compiled or hasattr(model.__dict__.get("forward"), "_torchdynamo_orig_callable"):
         raise HeterostepError("the transformer is compiled as a whole: use compile_repeated_blocks() instead")
-    if getattr(model, "is_cache_enabled", False):
-        raise HeterostepError("another cache is enabled on the transformer: call its disable_cache() first")
+    if (name := compat.other_cache(model)) is not None:
+        raise HeterostepError(
+            f"another cache ({name}) skips steps on the transformer: switch it off first, for both would skip at once"
+        )
     if getattr(model, "_parallel_config", None) is not None:
         raise HeterostepError("parallelism (enable_parallelism) is not supported: run the transformer on one device")
 
@@ -171,12 +173,12 @@ def enable(
 ) -> None:
     """Let the pipeline's next generations spend steps where the video moves.
 
-    Enabling again replaces the earlier options. Works before and after offload is enabled. Of pipelines that share a
-    transformer only this one is changed. K/V are given back at a generation's end, and after an interrupted one by the
-    next or by `disable`. With solver="euler", `pipe.scheduler` is another one until then.
+    Enabling again replaces the earlier options; where that fails, the earlier ones stay. Works before and after offload
+    is enabled, and LoRA may be put on and taken off in between. Of pipelines that share a transformer only this one's
+    calls are changed, also in other threads. K/V are given back when a call ends, as it should or by an exception.
 
     Args:
-        pipe: a diffusers pipeline of one of the supported families (`heterostep.pipeline.PIPELINES`).
+        pipe: a diffusers pipeline of one of the supported families (`heterostep.pipeline.supported()`).
         config: an `HSAConfig`; or give its fields as keywords: `enable(pipe, runtime=0.5)`.
         on_step: called after each denoising step with a `StepInfo`.
 
@@ -184,15 +186,31 @@ def enable(
         HeterostepError: an option is out of range, or the pipeline or its scheduler is not supported.
     """
     config = HSAConfig.of(config, options)
+    if on_step is not None and not callable(on_step):
+        raise HeterostepError(f"on_step must be a function that takes a StepInfo, not {on_step!r}")
     check_pipeline(pipe)
+    before = _open.get(pipe)
     disable(pipe)
-    if any(is_wrapped(model) for model in transformers(pipe)):
-        raise HeterostepError("the transformer is enabled through another pipeline: call heterostep.disable on that")
-    _open[pipe] = _last[pipe] = _Session(pipe, config, on_step)
+    try:
+        if any(is_wrapped(model) for model in transformers(pipe)):
+            raise HeterostepError(
+                "the transformer is enabled through another pipeline: call heterostep.disable on that"
+            )
+        _open[pipe] = _Session(pipe, config, on_step)
+    except BaseException:
+        if before is not None:
+            _open[pipe] = _Session(pipe, before.config, before.on_step)
+        raise
 
 
 def disable(pipe: DiffusionPipeline) -> None:
-    """Give the pipeline back as it was. On a pipeline that is not enabled this does nothing."""
+    """Give the pipeline back as it was. On a pipeline that is not enabled this does nothing.
+
+    Raises:
+        HeterostepError: it is no pipeline.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise HeterostepError(f"disable wants a diffusers pipeline, not {type(pipe).__name__}")
     session = _open.pop(pipe, None)
     if session is not None:
         session.close(pipe)
@@ -206,12 +224,16 @@ def enabled(
     on_step: Callable[[StepInfo], None] | None = None,
     **options: Any,
 ) -> Iterator[DiffusionPipeline]:
-    """`enable` for the length of a with block; the pipeline is restored also after an exception."""
+    """`enable` for the length of a with block. Afterwards, also after an exception, it is as before: off, or on with
+    the options that it had."""
+    before = _open.get(pipe) if isinstance(pipe, DiffusionPipeline) else None
     enable(pipe, config=config, on_step=on_step, **options)
     try:
         yield pipe
     finally:
         disable(pipe)
+        if before is not None:
+            _open[pipe] = _Session(pipe, before.config, before.on_step)
 
 
 def report(pipe: DiffusionPipeline) -> Report:
@@ -220,7 +242,9 @@ def report(pipe: DiffusionPipeline) -> Report:
     Raises:
         HeterostepError: the pipeline was never enabled, or has generated nothing since.
     """
-    session = _last.get(pipe)
+    session = _last.get(pipe) if isinstance(pipe, DiffusionPipeline) else None
     if session is None:
-        raise HeterostepError("no report: call heterostep.enable(pipe, ...) first, then the pipeline")
+        known = isinstance(pipe, DiffusionPipeline) and pipe in _open
+        first = "" if known else "heterostep.enable(pipe, ...) first, then "
+        raise HeterostepError(f"nothing to report yet: call {first}the pipeline")
     return session.runner.report(session.name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from heterostep import memory
 from heterostep.config import HSAConfig
-from heterostep.errors import HeterostepError
+from heterostep.errors import HeterostepError, first_line
 
 _log = logging.getLogger("heterostep")
 
@@ -40,8 +40,10 @@ def place(
         return memory.Stores((name,) * attentions * len(batches), ())
     try:
         call = memory.call_memory(model, inputs, share)
-    except HeterostepError as error:
-        _log.warning("%s; K and V are kept on the device, give kv_store= for another place", error)
+    except Exception as error:
+        # A forecast runs the model without its weights, which backends and quantised layers may not bear.
+        reason = error if isinstance(error, HeterostepError) else f"memory cannot be forecast ({first_line(error)})"
+        _log.warning("%s; K and V are kept on the device, give kv_store= for another place", reason)
         return memory.Stores(("device",) * attentions * len(batches), ())
     # The other branches' calls may be of more or fewer samples.
     batch = inputs["hidden_states"].shape[0]

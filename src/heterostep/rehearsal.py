@@ -27,7 +27,7 @@ from heterostep.adapters import FAMILIES
 from heterostep.checkpoints import KINDS
 from heterostep.configs import Configuration
 from heterostep.errors import HeterostepError, first_line
-from heterostep.pipeline import PIPELINES, transformers
+from heterostep.pipeline import supported, transformers
 
 # The parts that a rehearsal asks for anything; a pipeline takes None for the others.
 NEEDED = ("transformer", "transformer_2", "vae", "audio_vae", "connectors")
@@ -164,9 +164,8 @@ def _pipeline_name(configuration: Configuration, image_to_video: bool) -> str:
 
 def _check_support(pipeline: str, transformer: str) -> None:
     if transformer not in FAMILIES or pipeline not in FAMILIES[transformer].pipelines:
-        raise HeterostepError(
-            f"{pipeline} with {transformer or 'no transformer'} is not supported; supported are {', '.join(PIPELINES)}"
-        )
+        known, transformer = ", ".join(supported()), transformer or "no transformer"
+        raise HeterostepError(f"{pipeline} with {transformer} is not supported; supported are {known}")
 
 
 class _StepDone(Exception):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from heterostep import compat
 from heterostep.errors import first_line
 
 # Rows of a call (samples times active tokens) up to which recording pays. Above, the GPU is busy for longer than the
@@ -43,9 +44,7 @@ class ReplayedCalls:
         self._device, self._pool = device, pool
         self._refused = why_not(model, ours, device)
         # A user may turn a LoRA up or down between two steps.
-        self._loras: list[Any] = [
-            each for each in model.modules() if hasattr(each, "scaling") and hasattr(each, "active_adapters")
-        ]
+        self._loras = compat.adapter_layers(model)
         self._kind: Any = None  # of the last call
         self._static: list[Any] = []
         self._replay: Callable[[], Any] | None = None
@@ -68,7 +67,7 @@ class ReplayedCalls:
         leaves, spec = tree_flatten(inputs)
         if self._refused or any(_elsewhere(leaf, self._device) for leaf in leaves):
             return call(inputs)
-        loras = [(dict(x.scaling), list(x.active_adapters), x.disable_adapters, x.merged) for x in self._loras]
+        loras = compat.adapter_state(self._loras)
         kind = [spec, [_kind(leaf) for leaf in leaves], [t.data_ptr() for t in reads], loras]
         if kind != self._kind:
             self.reset()
@@ -129,7 +128,7 @@ def why_not(model: torch.nn.Module, ours: Collection[torch.nn.Module], device: t
         return "autocast keeps cast weights for as long as it likes"
     for module in model.modules():
         # Offloading moves weights; another's hook would run once and never again.
-        hooked = hasattr(module, "_hf_hook") or getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+        hooked = hasattr(module, "_hf_hook") or compat.diffusers_hooks(module)
         if module is not model and hooked:
             return f"{type(module).__name__} has a hook of accelerate or diffusers"
         if (module._forward_hooks or module._forward_pre_hooks) and module not in ours:

@@ -23,14 +23,13 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import psutil
 import torch
 
-from heterostep import allocation, memory
+from heterostep import allocation, compat, memory
 from heterostep.adapters.base import Adapter, Call, Seams
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
@@ -53,23 +52,51 @@ _log = logging.getLogger("heterostep")
 RECOMPILE_LIMIT = 64
 
 
-@dataclass
 class _Expert:
-    """One transformer of the pipeline, and what was changed on it."""
+    """One transformer of the pipeline, and what was changed on it.
 
-    model: torch.nn.Module
-    wrapped: WrappedForward
-    signature: inspect.Signature
-    seams: Seams
+    Args:
+        model: the transformer.
+        answer: called in place of its forward.
+        install: sets hooks and processors on it.
+    """
 
-    def check(self) -> None:
-        """Whether the processors are those that were set.
+    def __init__(self, model: torch.nn.Module, answer: Callable[..., Any], install: Callable[[Any], Seams]) -> None:
+        self.model, self._install = model, install
+        self.seams = install(model)
+        self.wrapped = WrappedForward(model, answer)
+        self.signature = inspect.signature(type(model).forward)
+        self._note_places()
+
+    def _note_places(self) -> None:
+        self._names = {name: module for name, module in self.model.named_modules() if module in self.seams.touched}
+        self.adapters = compat.adapter_layers(self.model)
+
+    def follow(self) -> None:
+        """Set hooks and processors anew where modules were replaced since: by a LoRA, by quantisation.
 
         Raises:
-            HeterostepError: somebody has set others since, so active tokens would attend to each other alone.
+            HeterostepError: somebody has set other attention processors, so active tokens would attend to each other
+                alone.
         """
-        if any(attn.processor is not processor for attn, processor in self.seams.attentions):
+        modules = dict(self.model.named_modules())
+        if any(modules.get(name) is not module for name, module in self._names.items()):
+            self.undo()
+            self.seams = self._install(self.model)
+        elif any(attn.processor is not processor for attn, processor in self.seams.attentions):
             raise HeterostepError("the attention processors were replaced: call heterostep.enable again")
+        self._note_places()
+
+    @property
+    def foreign(self) -> str | None:
+        """The name of an attention processor that is not diffusers' own; None where there is none."""
+        names = (type(p.original).__name__ for _, p in self.seams.attentions if not compat.is_own_processor(p.original))
+        return next(names, None)
+
+    def undo(self) -> None:
+        """Take hooks and processors back."""
+        for undo in reversed(self.seams.undo):
+            undo()
 
 
 class Runner:
@@ -80,7 +107,6 @@ class Runner:
         models: its transformers, in the order in which they take over.
         adapter: their family.
         config: the dial and options.
-        check: called before each generation; raises where the pipeline is not what it was.
         on_step: called with a `StepInfo` after each denoising step.
     """
 
@@ -94,10 +120,9 @@ class Runner:
         models: Sequence[torch.nn.Module],
         adapter: Adapter,
         config: HSAConfig,
-        check: Callable[[], None],
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> None:
-        self.pipeline, self.adapter, self.config, self.check = pipeline, adapter, config, check
+        self.pipeline, self.adapter, self.config = pipeline, adapter, config
         self.on_step = on_step
         self.generation: Generation | None = None
         self._clock: StepClock | None = None
@@ -138,15 +163,16 @@ class Runner:
             self.generation.release()
 
     def _wrap(self, position: int, model: torch.nn.Module) -> _Expert:
-        seams = self.adapter.install(model, self._call, self._on_velocity)
-        wrapped = WrappedForward(model, lambda *args, **kwargs: self._forward(position, args, kwargs))
-        return _Expert(model, wrapped, inspect.signature(type(model).forward), seams)
+        return _Expert(
+            model,
+            lambda *args, **kwargs: self._forward(position, args, kwargs),
+            lambda model: self.adapter.install(model, self._call, self._on_velocity),
+        )
 
     def uninstall(self) -> None:
         """Give the models back as they were, and the memory. The report stays."""
         for expert in self._experts:
-            for undo in reversed(expert.seams.undo):
-                undo()
+            expert.undo()
             expert.wrapped.restore()
         self._experts = []
         if id(self) in self._compiled:
@@ -161,12 +187,15 @@ class Runner:
         with self._lock:
             if self._thread != threading.get_ident():
                 return expert.wrapped.inner(*args, **kwargs)
-            return self._answer(position, expert, args, kwargs)
+            inputs = dict(expert.signature.bind(expert.model, *args, **kwargs).arguments)
+            inputs.pop("self")
+            device = inputs["hidden_states"].device
+            # Kernels, events, streams and graphs are made on the device that is current.
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                return self._answer(position, expert, inputs)
 
-    def _answer(self, position: int, expert: _Expert, args: tuple, kwargs: dict[str, Any]):
+    def _answer(self, position: int, expert: _Expert, inputs: dict[str, Any]) -> Any:
         pipe = self.pipeline()
-        inputs = dict(expert.signature.bind(expert.model, *args, **kwargs).arguments)
-        inputs.pop("self")
         generation = self._current(expert, pipe, inputs)
         step = self._scheduler_step(pipe) - generation.first
         if step != generation.step:
@@ -206,7 +235,7 @@ class Runner:
             keep = self.config.sync != "fresh" and generation.wants_kv(self.config.sync == "drift")
             if self._stale:
                 branch.free_kv()
-            branch.follow_text(inputs.get("encoder_hidden_states"))
+            branch.follow_text(inputs.get("encoder_hidden_states"), compat.adapter_state(expert.adapters))
             self._branch, self._active = branch, active
             self._keep_scores = generation.sparse_follows
             try:
@@ -440,9 +469,8 @@ class Runner:
             if same and not old.over:
                 return old
             old.release()
-        self.check()
         for each in self._experts:
-            each.check()
+            each.follow()
             self._allow_recompiles(each.model)
         samples = batch // self.adapter.guidance_copies(pipe)
         first = self._scheduler_step(pipe)
@@ -457,6 +485,12 @@ class Runner:
         tokens = Tokens(grid.num_tokens, self.adapter.least_active)
         schedule = Schedule(self.config, Run(tuple(self._sigmas), tokens, restarts))
         schedule.check()
+        foreign = next((each.foreign for each in self._experts if each.foreign), None)
+        if schedule.sparse and foreign is not None:
+            raise HeterostepError(
+                f"the attention processor {foreign} is not diffusers' own, so single tokens cannot run through it: "
+                "evaluate whole steps (policy='auto', between=0), or take it off"
+            )
         self._clock = StepClock(device)
         self.generation = Generation(
             timesteps=scheduler.timesteps,
@@ -490,7 +524,7 @@ class Runner:
         return generation.ignored if generation.ignored.shape == velocity.shape else None
 
     def _allow_recompiles(self, model: torch.nn.Module) -> None:
-        if any(module._compiled_call_impl is not None for module in model.modules()):
+        if compat.blocks_compiled(model):
             dynamo = torch._dynamo.config
             if not self._compiled:
                 Runner._recompile_limit = dynamo.recompile_limit

@@ -34,7 +34,7 @@ class Branch:
     slope: torch.Tensor | None = None  # [b, N, C] float32, how it had changed since the one before, over `drift_time`
     scores: torch.Tensor | None = None  # [b, N], of the last dense step
     text: Any = None  # the states that the static K/V were made from
-    text_version: int | None = None
+    text_version: Any = None
     output: Any = None  # what the transformer returned last
     last_step: int = -1
     batch: int = 0  # b
@@ -56,11 +56,12 @@ class Branch:
         for store in self.stores:
             store.reset()
 
-    def follow_text(self, text: Any) -> None:
-        """Drop the K/V that come from the text where it is another tensor than before, or has been written to."""
+    def follow_text(self, text: Any, adapters: Any) -> None:
+        """Drop the K/V that come from the text where it is another tensor than before, or has been written to; or where
+        adapters (LoRA) are not as they were."""
         version = None if text is None or text.is_inference() else text._version
-        if text is not self.text or version != self.text_version:
-            self.text, self.text_version = text, version
+        if text is not self.text or (version, adapters) != self.text_version:
+            self.text, self.text_version = text, (version, adapters)
             for store in self.stores:
                 if isinstance(store, StaticKV):
                     store.reset()

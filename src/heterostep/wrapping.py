@@ -46,6 +46,10 @@ class WrappedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._instead(*args, **kwargs) if self._active else self.inner(*args, **kwargs)
 
+    def __get__(self, instance: Any, owner: Any = None) -> WrappedForward:
+        # Others take a forward off a model and bind it again.
+        return self
+
     def restore(self) -> None:
         """Put the forward back; where another wrapper hides this one, it passes everything on from now."""
         self._active = False

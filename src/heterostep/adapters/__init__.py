@@ -10,8 +10,9 @@ from heterostep.adapters.hunyuan15 import HunyuanVideo15Adapter
 from heterostep.adapters.ltx import LTXAdapter
 from heterostep.adapters.ltx2 import LTX2Adapter
 from heterostep.adapters.wan import WanAdapter
+from heterostep.errors import HeterostepError
 
-__all__ = ["FAMILIES", "Adapter", "CachedAttention", "Call", "Family", "Seams", "TokenGrid"]
+__all__ = ["FAMILIES", "Adapter", "CachedAttention", "Call", "Family", "Seams", "TokenGrid", "register_family"]
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,19 @@ FAMILIES: dict[str, Family] = {
     "LTXVideoTransformer3DModel": Family(LTXAdapter(), ("LTXPipeline", "LTXImageToVideoPipeline")),
     "WanVACETransformer3DModel": Family(WanAdapter(), ("WanVACEPipeline",)),
 }
+
+
+def register_family(transformer: str, adapter: Adapter, pipelines: tuple[str, ...]) -> None:
+    """Let heterostep run on another model family, or replace a known one.
+
+    Args:
+        transformer: the class name of its transformer.
+        adapter: what is special about it.
+        pipelines: the class names of the diffusers pipelines that it works in.
+
+    Raises:
+        HeterostepError: the adapter is no `Adapter`, or no pipeline is named.
+    """
+    if not isinstance(adapter, Adapter) or not pipelines or isinstance(pipelines, str):
+        raise HeterostepError("register_family wants a class name, an Adapter and the class names of its pipelines")
+    FAMILIES[transformer] = Family(adapter, tuple(pipelines))

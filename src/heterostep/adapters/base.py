@@ -62,6 +62,11 @@ class Seams:
     hooked: list[torch.nn.Module] = field(default_factory=list)
     undo: list[Callable[[], Any]] = field(default_factory=list)
 
+    @property
+    def touched(self) -> set[torch.nn.Module]:
+        """Modules that carry a hook or another processor."""
+        return {*self.hooked, *(attn for attn, _ in self.attentions)}
+
     def replace_processor(self, attn: Any, processor: CachedAttention) -> None:
         """Set an attention module's processor; its own comes back on undo."""
         original = attn.processor
