@@ -204,8 +204,12 @@ def compare(
     ] = 1,
     seeds: Annotated[int, typer.Option(min=1, max=10**6, help="Noises that each prompt is made from.")] = 1,
     videos: Annotated[int, typer.Option(min=0, help="Prompts whose videos are shown.")] = 2,
+    regime: Annotated[
+        str | None,
+        typer.Option(help="Settings of published checkpoints, comma-separated names or all: one comparison each."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Diffusers folder or hub id.  [default: the bundled model]")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the dense run.")] = 40,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of the dense run.  [default: 40]")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
@@ -224,6 +228,8 @@ def compare(
     wanted = _runtimes(runtimes)
     if batch > 1 and repeats > 1:
         raise HeterostepError("--repeats is for timings, and a batch is not timed: leave out --repeats or --batch")
+    if regime is not None and (steps is not None or guidance is not None or vbench):
+        raise HeterostepError("--regime sets steps and guidance: leave out --steps, --guidance and --vbench")
     _check_guidance(guidance)
     _check_folder(out)
     if prompts is not None and not prompts.is_file():
@@ -237,57 +243,99 @@ def compare(
 
         scores.command()
     from heterostep import checkpoints
-    from heterostep.compare import page, peers, table
+    from heterostep.compare import matrix, page, peers, regimes, table
     from heterostep.compare import prompts as source
     from heterostep.compare.catalogue import METHODS
     from heterostep.compare.run import Comparison, Settings
 
+    task = "image" if image_to_video else "text"
+    todo_regimes = [] if regime is None else _regimes(regime, task)
     chosen = _methods(methods, METHODS)
     if prompts is not None:
         # Faults in it are found before the model is loaded, which knows the size that first frames are cropped to.
         source.read_prompts(prompts, seed, (1, 1) if image_to_video else None)
-    with _silence():
+    tell = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
+    command = "heterostep " + " ".join(map(shlex.quote, sys.argv[1:]))
+    with _silence(), _dense_memory_advice():
         place = _device(device)
         pipe, defaults = _load(model, image_to_video, _precision(dtype, place))
         asked = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance}
         options: dict[str, Any] = {name: defaults[name] if value is None else value for name, value in asked.items()}
         checkpoints.check_sizes(pipe, **{name: options[name] for name in ("height", "width", "num_frames")})
-        peers.calibrate_with(pipe, **options)
-        options["num_inference_steps"] = steps
+        options["num_inference_steps"] = steps or 40
         if prompts is None:
             todo = source.held_out(count, seed, image_to_video)
         else:
             todo = source.read_prompts(prompts, seed, (options["width"], options["height"]) if image_to_video else None)
         todo = source.with_seeds(todo, seeds)
-        settings = Settings(
-            model="the bundled model" if model is None else model,
-            mode="image" if image_to_video else "text",
-            options=options,
-            runtimes=wanted,
-            fps=defaults["fps"],
-            repeats=repeats,
-            points=points,
-            shown=max(videos, len(todo)) if vbench else videos,
-            judged=model is None and prompts is None,
-            batch=batch,
-            seeds=seeds,
-        )
-        command = "heterostep " + " ".join(map(shlex.quote, sys.argv[1:]))
-        tell = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
-        known = list(METHODS.values())
-        results = Comparison(pipe.to(place), todo, chosen, settings, out, command, tell, known).run()
-        if vbench:
-            import torch
+        pipe.to(place)
 
-            # VBench has networks of its own to put there.
-            pipe.to("cpu")
-            torch.cuda.empty_cache()
-            results = scores.score(out, videos, tell)
-        with writing(out / "index.html"):
-            written = page.write_page(out)
+        def settings(options: dict[str, Any], regime: str | None = None) -> Settings:
+            return Settings(
+                model="the bundled model" if model is None else model,
+                mode=task,
+                options=options,
+                runtimes=wanted,
+                fps=defaults["fps"],
+                repeats=repeats,
+                points=points,
+                shown=max(videos, len(todo)) if vbench else videos,
+                judged=model is None and prompts is None,
+                batch=batch,
+                seeds=seeds,
+                regime=regime,
+            )
+
+        def compared(options: dict[str, Any], folder: Path, regime: str | None = None) -> dict[str, Any]:
+            peers.calibrate_with(pipe, **{k: v for k, v in options.items() if k != "num_inference_steps"})
+            known = list(METHODS.values())
+            made = settings(options, regime)
+            return Comparison(pipe, todo, chosen, made, folder, command, tell, known).run()
+
+        if todo_regimes:
+            for number, each in enumerate(todo_regimes, 1):
+                tell(f"regime {number} of {len(todo_regimes)}: {each.name} ({each.text})")
+                with regimes.in_regime(pipe, each) as changed:
+                    compared({**options, **changed}, out / each.name, each.name)
+                with writing(out / each.name / "index.html"):
+                    page.write_page(out / each.name)
+            written = matrix.write_matrix(out)
+        else:
+            results = compared(options, out)
+            if vbench:
+                import torch
+
+                # VBench has networks of its own to put there.
+                pipe.to("cpu")
+                torch.cuda.empty_cache()
+                results = scores.score(out, videos, tell)
+            with writing(out / "index.html"):
+                written = page.write_page(out)
     if not quiet:
-        table.show(results)
+        if todo_regimes:
+            typer.echo(matrix.table(matrix.matrix(matrix.read(out), wanted)))
+        else:
+            table.show(results)
         typer.echo(f"{written}")
+
+
+@contextlib.contextmanager
+def _dense_memory_advice() -> Iterator[None]:
+    """Running out of memory as one line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        advice = "lower the size, --batch or --layers, or take a smaller --dtype"
+        raise HeterostepError(f"out of memory: {advice}") from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    # On the CPU, torch reports it as a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _runtimes(text: str) -> tuple[float, ...]:
@@ -298,6 +346,18 @@ def _runtimes(text: str) -> tuple[float, ...]:
     if not values or not all(0 < value <= 1 for value in values):
         raise HeterostepError(f"--runtimes wants numbers above 0 and at most 1, as in 1,0.5,0.25, not {text}")
     return values
+
+
+def _regimes(text: str, task: str) -> list[Any]:
+    from heterostep.compare.regimes import REGIMES, suited
+
+    if text.strip() == "all":
+        return suited(task)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in REGIMES]
+    if unknown or not names:
+        raise HeterostepError(f"no such regime: {', '.join(unknown) or text!r}; the regimes are {', '.join(REGIMES)}")
+    return [REGIMES[name] for name in dict.fromkeys(names)]
 
 
 def _methods(text: str, known: dict[str, Any]) -> list[Any]:
@@ -427,10 +487,7 @@ def _memory_advice(pipe: Any, config: HSAConfig, sizes: dict[str, Any]) -> Itera
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        import torch
-
-        # On the CPU, torch reports it as a plain RuntimeError.
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        if not _is_out_of_memory(error):
             raise
         advice = "lower --height, --width or --frames, or take a smaller --dtype"
         if config.target == 1 or (not config.between and config.policy == "auto"):

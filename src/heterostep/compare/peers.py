@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import inspect
 import logging
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -71,11 +72,12 @@ class _Calls:
 def _around(pipe: Any, instead: Callable[[int, Any, Callable[..., Any], tuple, dict[str, Any]], Any]) -> Iterator[None]:
     """Let instead(position, model, forward, args, kwargs) answer the calls of the pipeline's transformers."""
     wrapped: list[WrappedForward] = []
+    thread = threading.get_ident()
 
     def answer(position: int, model: Any, *args: Any, **kwargs: Any) -> Any:
         forward = wrapped[position].inner
-        # Pipelines tell their loop's timestep. Without one this is another's call, of a pipeline that shares the model.
-        if getattr(pipe, "_current_timestep", None) is None:
+        # In another thread this is another's call, of a pipeline that shares the model.
+        if threading.get_ident() != thread:
             return forward(*args, **kwargs)
         return instead(position, model, forward, args, kwargs)
 
@@ -680,6 +682,44 @@ def _magcache(pipe: Any, value: float, num_steps: int) -> AbstractContextManager
     return _diffusers_cache(pipe, config)
 
 
+# Calls in a row that SeaCache skips at the most: its default, and what reaches a quarter of the evaluations.
+SEACACHE_ROW, SEACACHE_LONG_ROW = 2, 4
+SEACACHE_LONG_FROM = 0.5
+
+
+@contextlib.contextmanager
+def _seacache(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
+    """SeaCache (arXiv 2602.18993) as diffusers has it, told step and sigma, which not all of Wan's pipelines tell."""
+    from diffusers import SeaCacheConfig
+
+    models = transformers(pipe)
+
+    def latents(model: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        return list(kwargs["hidden_states"][:, : model.config.out_channels])
+
+    def config(position: int) -> Any:
+        row = SEACACHE_LONG_ROW if value >= SEACACHE_LONG_FROM else SEACACHE_ROW
+        return SeaCacheConfig(threshold=value, max_consecutive_cached=row, raw_vision_callback=latents)
+
+    def telling(model: Any) -> Callable[..., Any]:
+        def cache_context(name: str, **kwargs: Any) -> Any:
+            step = pipe.scheduler.step_index or 0
+            where = {"step_index": step, "sigma": float(pipe.scheduler.sigmas[step])}
+            steps = len(pipe.scheduler.timesteps)
+            return type(model).cache_context(model, name, **{**where, "num_inference_steps": steps, **kwargs})
+
+        return cache_context
+
+    with _diffusers_cache(pipe, config) as changed:
+        for model in models:
+            model.cache_context = telling(model)
+        try:
+            yield changed
+        finally:
+            for model in models:
+                del model.cache_context
+
+
 def _taylorseer(pipe: Any, value: float, num_steps: int) -> AbstractContextManager[dict[str, Any]]:
     from diffusers import TaylorSeerCacheConfig
 
@@ -822,6 +862,15 @@ PEERS: tuple[Method, ...] = (
         values=(0.03, 0.06, 0.12, 0.24, 0.5),
         apply=_magcache,
         refuses=lambda pipe: _refuses_unregistered(pipe, "MagCache"),
+    ),
+    Method(
+        name="seacache",
+        label="SeaCache (diffusers)",
+        dial="threshold on the summed change of the filtered input",
+        values=(0.1, 0.25, 0.5, 1.0, 2.0),
+        apply=_seacache,
+        refuses=lambda pipe: _refuses_unregistered(pipe, "SeaCache"),
+        whole_batch=True,
     ),
     Method(
         name="taylorseer",

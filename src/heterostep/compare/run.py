@@ -50,6 +50,7 @@ class Settings:
         judged: whether the bundled model's world can judge the videos.
         batch: prompts that are generated in one call. Above 1 nothing is timed.
         seeds: noises that each caption is generated from; the prompts list them all.
+        regime: name of the published settings that these are (`heterostep.compare.regimes`), or None.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Settings:
     judged: bool = False
     batch: int = 1
     seeds: int = 1
+    regime: str | None = None
 
     @property
     def cost(self) -> str:
@@ -381,7 +383,8 @@ class Comparison:
             "settings": {name: options.get(name) for name in sizes}
             | {"model": self.settings.model, "mode": self.settings.mode, "fps": self.settings.fps}
             | {"runtimes": list(self.settings.runtimes), "repeats": self.settings.repeats}
-            | {"cost": cost, "batch": self.settings.batch, "seeds": self.settings.seeds},
+            | {"cost": cost, "batch": self.settings.batch, "seeds": self.settings.seeds}
+            | {"regime": self.settings.regime},
             "prompts": [{"prompt": p.text, "seed": p.seed} for p in self.prompts],
             "methods": [self._account(method, rest) for method in self.shown],
             "dense": dense,
