@@ -279,6 +279,25 @@ def test_curves_are_read_off_between_points_and_never_beyond_the_fast_end():
     assert summary.read_off(identical, 0.7)["psnr"] is None and summary.read_off(identical, 0.4)["psnr"] == 30.0
 
 
+def test_the_worst_tenth_is_told_of_every_point():
+    def low(psnrs):
+        empty = dict.fromkeys(("ssim", "lpips", "caption", "displacement"), None)
+        made = [
+            {"method": "m", "value": 1, "prompt": i, "runtime": 0.5, "evaluations": 0.5, "psnr": psnr, **empty}
+            for i, psnr in enumerate(psnrs)
+        ]
+        dense = [{"prompt": i, "displacement": None} for i in range(len(psnrs))]
+        (line,) = summary.curves(made, dense)
+        return line["points"][0]["psnr"]
+
+    assert low([30.0]) == {"mean": 30.0, "spread": 0.0, "low": 30.0}
+    assert low([40.0, 30.0, 35.0])["low"] == 30.0 and low([float(i) for i in range(19)])["low"] == 0.0
+    assert low([float(i) for i in range(30, 0, -1)])["low"] == 2.0
+    # Identical videos are of the best, and count among all.
+    assert low([None] * 19 + [30.0])["low"] == 30.0 and low([None] * 18 + [30.0, 20.0])["low"] == 25.0
+    assert low([None, None]) == {"mean": summary.IDENTICAL_DB, "spread": 0.0, "low": summary.IDENTICAL_DB}
+
+
 def test_curves_can_be_read_off_by_evaluations():
     points = [
         {**point(0.0, 40.0, evaluations=0.8), "runtime": None},
@@ -522,7 +541,8 @@ def test_every_seed_is_a_prompt_and_whole_seeds_come_first():
 
 
 def test_which_methods_decide_for_a_whole_batch_is_in_the_results(pipe, tmp_path):
-    assert {name for name, method in METHODS.items() if method.whole_batch} == {"first-block-cache", "cache-dit"}
+    whole = {name for name, method in METHODS.items() if method.whole_batch}
+    assert whole == {"first-block-cache", "cache-dit", "seacache", "seacache-hold"}
     methods = [METHODS["steps"], METHODS["first-block-cache"]]
     results = Comparison(pipe, PROMPTS, methods, settings(batch=2, points=1, shown=0), tmp_path, "").run()
     assert [method["whole_batch"] for method in results["methods"]] == [False, True]

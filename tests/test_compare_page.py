@@ -134,7 +134,7 @@ def results():
         if (kept["method"], kept["value"]) == ("heterostep", 0.5):
             kept["heatmap"] = "videos/method.mp4"
     return {
-        "schema": 2,
+        "schema": 3,
         "complete": True,
         "command": "heterostep compare --prompts 'my \"prompts\".txt' --runtimes 0.5,0.25 --out report/",
         "machine": {"processor": "a processor", "threads": 2, "gpu": None, "platform": "Linux"},

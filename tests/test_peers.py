@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import io
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 
 from heterostep.compare import peers
 from heterostep.compare.method import Method
+from heterostep.compare.regimes import REGIMES, in_regime
 from rows import ROWS, equal, transformers
 
 STEPS = 12
@@ -27,11 +30,14 @@ FASTEST = {
     "teacache": 5.0,
     "first-block-cache": 2.0,
     "magcache": 2.0,
+    "seacache": 9.0,
+    "seacache-hold": 9.0,
     "cache-dit": 2.0,
 }
 METHODS = {method.name: method for method in peers.PEERS}
 # What diffusers' and cache-dit's code cannot do, tried; the others run everywhere.
-REFUSED = {(name, "ltx2.0-t2v") for name in ("first-block-cache", "magcache", "cache-dit")}
+SEA = ("seacache", "seacache-hold")
+REFUSED = {(name, "ltx2.0-t2v") for name in ("first-block-cache", "magcache", "cache-dit", *SEA)}
 CASES = [(name, kind) for name in METHODS for kind in PIPELINES if (name, kind) not in REFUSED]
 
 
@@ -135,8 +141,9 @@ def test_what_is_refused_does_not_run(pipelines: dict[str, Any], name: str, kind
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        ("wan2.1-v2v", {"first-block-cache", "magcache", "taylorseer"}),
-        ("wan2.1-vace", {"teacache", "first-block-cache", "magcache"}),
+        ("wan2.1-v2v", {"first-block-cache", "magcache", "taylorseer", *SEA}),
+        ("wan2.1-vace", {"teacache", "first-block-cache", "magcache", *SEA}),
+        ("ltx0.9-t2v", set(SEA)),
     ],
 )
 def test_refusals_are_one_line(kind: str, names: set[str]) -> None:
@@ -181,6 +188,79 @@ def test_calibration_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
     peers.calibrate_with(pipe, height=64, width=64, num_frames=9)
     METHODS["teacache"].apply(pipe, 0.1, 4)
     assert len(runs) == 4
+    # In another regime with the same options it is another one; the first is not forgotten.
+    for name in ("wan2.1-i2v-480p", "wan2.1-i2v-720p"):
+        with in_regime(pipe, REGIMES[name]):
+            METHODS["teacache"].apply(pipe, 0.1, 4)
+            METHODS["teacache"].apply(pipe, 0.2, 4)
+    METHODS["teacache"].apply(pipe, 0.1, 4)
+    assert len(runs) == 5, "shift 3 is the pipeline's own"
+
+
+@pytest.mark.parametrize(
+    "name", ["easycache", "teacache", "first-block-cache", "magcache", "seacache", "seacache-hold", "taylorseer", "pab"]
+)
+def test_calls_of_another_thread_are_not_its_own(pipelines: dict[str, Any], name: str) -> None:
+    """A second pipeline with the same transformer generates meanwhile, and is given what it would be given alone."""
+    method, pipe, plain = _case(pipelines, name, "wan2.1-t2v")
+    value = FASTEST.get(name, method.values[-1])
+    parts = {**pipe.components, "scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)}
+    other = type(pipe)(**parts)
+    other.set_progress_bar_config(disable=True)
+    diffusers_own = name not in ("easycache", "teacache")
+
+    def between(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == STEPS // 2:
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                others.append(pool.submit(run, "wan2.1-t2v", other).result())
+        return {}
+
+    others: list[Any] = []
+    with method.apply(pipe, value, STEPS) as options:
+        alone = run("wan2.1-t2v", pipe, **options)
+        if diffusers_own:
+            # Their hooks answer every call, and know of no threads; ours that tell of a call's place must not count it.
+            calls = []
+            with mock.patch.object(peers._Calls, "enter", lambda self: calls.append(threading.get_ident()) or False):
+                run("wan2.1-t2v", pipe, callback_on_step_end=between, **options)
+            assert calls and set(calls) == {threading.get_ident()}
+            return
+        # Some pipelines leave their last timestep behind.
+        other._current_timestep = pipe._current_timestep = torch.tensor(7)
+        assert equal(run("wan2.1-t2v", pipe, callback_on_step_end=between, **options), alone)
+    assert equal(others[0], plain) and not equal(alone, plain)
+
+
+def test_published_settings_are_in_the_sweeps() -> None:
+    published = {
+        "easycache": {0.05},
+        "teacache": {0.05, 0.08, 0.14, 0.2},
+        "magcache": {0.12},
+        "first-block-cache": {0.08, 0.1},
+        "cache-dit": {0.08, 0.12},
+        "seacache": {0.25},
+        "seacache-hold": {0.2, 0.35, 0.4},
+    }
+    for name, values in published.items():
+        assert values <= set(METHODS[name].values), name
+    assert all(list(method.values) == sorted(method.values) for method in METHODS.values())
+
+
+def test_cache_dit_is_told_that_there_is_no_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_dit = pytest.importorskip("cache_dit")
+    pipe = ROWS["wan2.1-t2v"].build()
+    told, plain = [], cache_dit.DBCacheConfig
+    monkeypatch.setattr(cache_dit, "DBCacheConfig", lambda **options: told.append(options) or plain(**options))
+    for options in ({}, {"guidance_scale": 5.0}, {"guidance_scale": 1}, {"guidance_scale": None}):
+        peers.calibrate_with(pipe, **options)
+        with METHODS["cache-dit"].apply(pipe, 0.1, STEPS):
+            pass
+    assert [options["enable_separate_cfg"] for options in told] == [None, None, False, None]
+    # Calls of a kind are compared with each other: at a threshold that is never reached only the warm-up is evaluated.
+    peers.calibrate_with(pipe, guidance_scale=1)
+    with METHODS["cache-dit"].apply(pipe, 1e9, STEPS), evaluations(pipe) as rows:
+        run("wan2.1-t2v", pipe, guidance_scale=1.0)
+    assert len(rows) == max(1, round(0.2 * STEPS))
 
 
 def test_easycache_expects_what_a_linear_model_does() -> None:

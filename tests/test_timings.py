@@ -25,8 +25,9 @@ def made(device="card", tokens=48, points=POINTS, **config):
     return Timed(device, {**MODEL, **config}, tokens, points)
 
 
-def find(tokens=48, kind="WanTransformer3DModel", **config):
-    return timings.find(kind, {**CONFIG, **config}, tokens)
+def find(tokens=48, kind="WanTransformer3DModel", dtype=None, batch=None, **config):
+    how = {name: value for name, value in (("dtype", dtype), ("batch", batch)) if value is not None}
+    return timings.find(kind, {**CONFIG, **config}, tokens, **how)
 
 
 def test_what_is_kept_is_found(cache):
@@ -34,7 +35,8 @@ def test_what_is_kept_is_found(cache):
     assert timings.keep(made()) == cache
     assert find() == made()
     (line,) = cache.read_text().splitlines()
-    assert json.loads(line) == {"device": "card", "model": MODEL, "tokens": 48, "points": [list(p) for p in POINTS]}
+    kept = {"device": "card", "model": MODEL, "tokens": 48, "points": [list(p) for p in POINTS], "how": {}}
+    assert json.loads(line) == kept
 
 
 def test_the_newest_is_found(cache):
@@ -51,6 +53,15 @@ def test_others_are_not_found():
     assert find(num_layers=4) is None
     assert find(more=True) is None
     assert find(kind="WanVACETransformer3DModel") is None
+
+
+def test_seconds_of_another_dtype_batch_store_or_backend_are_not_taken():
+    how = {"dtype": "bfloat16", "batch": 1, "store": "device", "attention_backend": None, "compiled": False}
+    timings.keep(Timed("card", MODEL, 48, POINTS, how))
+    assert find(dtype="bfloat16", batch=1).points == POINTS
+    others = ({"dtype": "float16"}, {"batch": 2}, {"store": "fp8"}, {"attention_backend": "flash"}, {"compiled": True})
+    for other in others:
+        assert timings.find("WanTransformer3DModel", CONFIG, 48, **{**how, **other}) is None
 
 
 def test_a_files_bookkeeping_does_not_tell_models_apart():

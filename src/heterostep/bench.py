@@ -163,11 +163,16 @@ def bench(
         "rows": rows,
         "breakdown": kinds,
     }
-    points = sorted((row["share"], row["seconds"]) for row in rows if row["store"] == stores[0] and row["share"] < 1)
-    with contextlib.suppress(OSError):
-        # A plan can do without.
-        identity = timings.identity(type(model).__name__, dict(model.config))
-        timings.keep(timings.Timed(result["device"], identity, calls.num_tokens, (*points, (1.0, plain))))
+    identity = timings.identity(type(model).__name__, dict(model.config))
+    how = {name: result[name] for name in ("dtype", "batch", "attention_backend", "compiled", "sync")}
+    for store in stores:
+        points = sorted((row["share"], row["seconds"]) for row in rows if row["store"] == store and row["share"] < 1)
+        points.append((1.0, plain))
+        with contextlib.suppress(OSError):
+            # A plan can do without.
+            timings.keep(
+                timings.Timed(result["device"], identity, calls.num_tokens, tuple(points), {**how, "store": store})
+            )
     return result
 
 

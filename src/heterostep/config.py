@@ -16,6 +16,35 @@ SYNCS = ("drift", "hold", "fresh")
 KV_STORES = ("auto", "device", "fp8", "offload", "fp8-offload")
 
 
+def _is_sequence(value: Any) -> bool:
+    """Whether a value has several values: a list, a tuple, an array or tensor of one dimension."""
+    return not isinstance(value, str | bytes) and hasattr(value, "__len__") and getattr(value, "ndim", 1) == 1
+
+
+def _number(name: str, value: Any) -> float:
+    """A number of any kind (Python's, numpy's, a tensor of no dimension) as a float.
+
+    Raises:
+        HeterostepError: it is none.
+    """
+    plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    if isinstance(plain, bool) or not isinstance(plain, int | float):
+        raise HeterostepError(f"{name} must be a number, not {value!r}")
+    return float(plain)
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    """A whole number of any kind as an int.
+
+    Raises:
+        HeterostepError: it is none, or too small.
+    """
+    number = _number(name, value)
+    if number != int(number) or number < least:
+        raise HeterostepError(f"{name} must be a whole number, at least {least}, not {number:g}")
+    return int(number)
+
+
 @dataclass(frozen=True)
 class HSAConfig:
     """Options of heterogeneous step allocation. Give exactly one of `runtime` and `share`.
@@ -50,7 +79,8 @@ class HSAConfig:
             step for nothing, a bound for experiments: it tells what stale K/V cost, and is no faster than dense.
         kv_store: where K and V are kept. "device": in the model's precision; "fp8": in half of the bytes; "offload" and
             "fp8-offload": in pinned host memory, fetched a layer ahead. "auto" takes the first of device, fp8,
-            fp8-offload that fits beside the run, or two of them by layer.
+            fp8-offload that fits beside the run, or two of them by layer. A sequence names one for each layer and
+            guidance branch, as a report's `replay` does.
         vram: bytes / 1e9 of the device's memory that the process may use, for "auto"; by default what is free.
         cuda_graphs: whether calls with few active tokens may be recorded and replayed, where K and V are all in the
             "device" store. The same kernels run on the same numbers, without the host's time to launch each.
@@ -72,58 +102,66 @@ class HSAConfig:
     solver: str = "pipeline"
     score: str = "velocity"
     sync: str = "hold"
-    kv_store: str = "auto"
+    kv_store: str | tuple[str, ...] = "auto"
     vram: float | None = None
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         if (self.runtime is None) == (self.share is None):
             raise HeterostepError("give exactly one of runtime and share, for example runtime=0.5")
-        if self.share is not None and not isinstance(self.share, int | float):
-            object.__setattr__(self, "share", tuple(float(s) for s in self.share))
-            if not self.share or not all(0 <= s <= 1 for s in self.share):
-                raise HeterostepError("share as a sequence needs one active share in 0..1 for each step")
-        else:
-            name, target = ("runtime", self.runtime) if self.share is None else ("share", self.share)
-            if not isinstance(target, int | float) or not 0 < target <= 1:
-                raise HeterostepError(f"{name} must be above 0 and at most 1, not {target}")
         if self.between is None:
             warnings.warn("between=None is the default now, between=0: leave it out", DeprecationWarning, stacklevel=3)
             object.__setattr__(self, "between", 0.0)
-        for name, value in (("between", self.between), ("extrapolate", self.extrapolate or 0)):
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise HeterostepError(f"{name} must be in 0..1, not {value}")
+        several: Any = self.share if self.share is not None and _is_sequence(self.share) else None
+        if several is not None:
+            shares = tuple(_number("share", share) for share in several)
+            if not shares or not all(0 <= share <= 1 for share in shares):
+                raise HeterostepError("share as a sequence needs one active share in 0..1 for each step")
+            object.__setattr__(self, "share", shares)
+        else:
+            name = "runtime" if self.share is None else "share"
+            target = _number(name, getattr(self, name))
+            if not 0 < target <= 1:
+                raise HeterostepError(f"{name} must be above 0 and at most 1, not {target:g}")
+            object.__setattr__(self, name, target)
+        for name in ("between", "extrapolate"):
+            if getattr(self, name) is not None:
+                value = _number(name, getattr(self, name))
+                if not 0 <= value <= 1:
+                    raise HeterostepError(f"{name} must be in 0..1, not {value:g}")
+                object.__setattr__(self, name, value)
         if self.divisors is not None:
-            divisors = tuple(self.divisors)
+            if not _is_sequence(self.divisors):
+                raise HeterostepError(f"divisors must be whole numbers, as in (1, 2, 4, 8), not {self.divisors!r}")
+            divisors = tuple(_whole("divisors", divisor, 1) for divisor in self.divisors)
             object.__setattr__(self, "divisors", divisors)
-            if not divisors or divisors[0] < 1 or any(b <= a or b % a for a, b in zip(divisors, divisors[1:])):
+            if not divisors or any(b <= a or b % a for a, b in zip(divisors, divisors[1:])):
                 raise HeterostepError(
                     f"divisors must ascend, each a multiple of the one before, as in (1, 2, 4, 8), not {divisors}"
                 )
-        if self.rotation is not None:
-            if not isinstance(self.rotation, int) or self.rotation < 1:
-                raise HeterostepError(f"rotation must be a number of steps, at least 1, not {self.rotation}")
-            if self.divisors is not None or isinstance(self.share, tuple):
-                raise HeterostepError("rotation chooses each step's tokens: leave out divisors and shares by step")
+        for name, least in (("rotation", 1), ("dense_start", 1), ("dense_end", 0), ("regroup_every", 1)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _whole(name, getattr(self, name), least))
+        if self.rotation is not None and (self.divisors is not None or isinstance(self.share, tuple)):
+            raise HeterostepError("rotation chooses each step's tokens: leave out divisors and shares by step")
+        if _is_sequence(self.kv_store):
+            object.__setattr__(self, "kv_store", tuple(self.kv_store))
+            if not self.kv_store or not set(self.kv_store) < set(KV_STORES):
+                raise HeterostepError(f"kv_store as a sequence names one of {', '.join(KV_STORES[1:])} for each layer")
+        choices = {"solver": SOLVERS, "score": SCORES, "sync": SYNCS}
+        if not isinstance(self.kv_store, tuple):
+            choices["kv_store"] = KV_STORES
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise HeterostepError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if not isinstance(self.policy, str):
+            raise HeterostepError(f"policy must be a name, such as auto or hsa, not {self.policy!r}")
+        if self.vram is not None:
+            vram = _number("vram", self.vram)
+            if not 0 < vram < math.inf:
+                raise HeterostepError(f"vram must be gigabytes above 0, not {vram:g}")
+            object.__setattr__(self, "vram", vram)
         self._choose_policy()
-        if self.dense_start is not None and self.dense_start < 1:
-            raise HeterostepError(
-                "dense_start must be at least 1: the first step has no velocity yet that could be held"
-            )
-        if self.dense_end < 0:
-            raise HeterostepError("dense_end must be at least 0")
-        if self.regroup_every < 1:
-            raise HeterostepError("regroup_every must be at least 1")
-        if self.solver not in SOLVERS:
-            raise HeterostepError(f"solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
-        if self.score not in SCORES:
-            raise HeterostepError(f"score must be one of {', '.join(SCORES)}, not {self.score!r}")
-        if self.sync not in SYNCS:
-            raise HeterostepError(f"sync must be one of {', '.join(SYNCS)}, not {self.sync!r}")
-        if self.kv_store not in KV_STORES:
-            raise HeterostepError(f"kv_store must be one of {', '.join(KV_STORES)}, not {self.kv_store!r}")
-        if self.vram is not None and (not isinstance(self.vram, int | float) or not 0 < self.vram < math.inf):
-            raise HeterostepError(f"vram must be gigabytes above 0, not {self.vram}")
 
     def _choose_policy(self) -> None:
         """Options that belong to one policy choose it, and do not go with another."""
@@ -148,6 +186,9 @@ class HSAConfig:
         """
         if config is not None and options:
             raise HeterostepError("give config= or its fields as keywords, not both")
+        if config is not None and not isinstance(config, cls):
+            kind = type(config).__name__
+            raise HeterostepError(f"config must be an HSAConfig, not {kind}: give its fields as keywords")
         if unknown := sorted(set(options) - set(cls.__dataclass_fields__)):
             known = ", ".join(cls.__dataclass_fields__)
             raise HeterostepError(f"no such option: {', '.join(unknown)}; the options are {known}")

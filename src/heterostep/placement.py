@@ -35,6 +35,12 @@ def place(
         DoesNotFit: not even the smallest; the message says what is lacking.
     """
     device, name = inputs["hidden_states"].device, config.kv_store
+    if isinstance(name, tuple):
+        if len(name) != attentions * len(batches):
+            raise HeterostepError(
+                f"kv_store names {len(name)} stores, but the run has {attentions * len(batches)} (layers and guidance)"
+            )
+        return memory.Stores(name, ())
     if name != "auto" or memory.room_on(device, config.vram) is None:
         name = "device" if name == "auto" else name
         return memory.Stores((name,) * attentions * len(batches), ())

@@ -165,7 +165,7 @@ def plan(
         transformers = {name: size for name, size in weights.items() if name.startswith("transformer")}
         name = max(transformers, key=lambda name: transformers[name])
         weights = {name: transformers[name]}
-    return _plan(str(model) if found else type(model).__name__, seen, weights, sizes, config)
+    return _plan(str(model) if found else type(model).__name__, seen, weights, sizes, config, attention_backend)
 
 
 def _precision(name: str, pipeline: str, dtype: torch.dtype) -> torch.dtype:
@@ -173,7 +173,14 @@ def _precision(name: str, pipeline: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name == "vae" and pipeline.startswith("Wan") else dtype
 
 
-def _plan(model: str, seen: Rehearsal, weights: dict[str, int], sizes: dict[str, Any], config: HSAConfig) -> Plan:
+def _plan(
+    model: str,
+    seen: Rehearsal,
+    weights: dict[str, int],
+    sizes: dict[str, Any],
+    config: HSAConfig,
+    backend: str | None,
+) -> Plan:
     transformer: Any = seen.model
     adapter = FAMILIES[type(seen.model).__name__].adapter
     grid = adapter.token_grid(seen.model, seen.calls[0])
@@ -207,12 +214,19 @@ def _plan(model: str, seen: Rehearsal, weights: dict[str, int], sizes: dict[str,
     chosen: StorePlan | None
     if not keeps:
         chosen = StorePlan("none", 0, 0, base + plain, None if limit is None else base + plain <= limit)
+    elif isinstance(config.kv_store, tuple):
+        chosen = account(memory.Stores(config.kv_store, tuple(layers)))
     elif config.kv_store == "auto":
         stores = memory.choose(layers, room - dense, room - sparse, host)
         chosen = None if stores is None else account(stores)
     else:
         chosen = account(memory.uniform(config.kv_store, layers))
-    timed = timings.find(type(seen.model).__name__, dict(transformer.config), total)
+    states = seen.calls[0]["hidden_states"]
+    how: dict[str, Any] = {"dtype": str(states.dtype).removeprefix("torch."), "batch": states.shape[0]}
+    how |= {"attention_backend": backend, "compiled": False}
+    if keeps:
+        how |= {"store": None if chosen is None else chosen.store, "sync": config.sync}
+    timed = timings.find(type(seen.model).__name__, dict(transformer.config), total, **how)
     seconds = dense_seconds = None
     if timed is not None:
         scale = len(seen.calls)

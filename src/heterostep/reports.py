@@ -84,6 +84,9 @@ class Report:
 
     Attributes:
         active_share: tokens evaluated over all tokens, one per step; as `share=` it replays the run.
+        replay: options that repeat the run bit for bit: `enable(pipe, **report.replay)`, then the same call and seed.
+            Beside the shares they name the stores that K and V were in, which free memory would choose anew. Where
+            memory ran out in mid-run (`memory.fell_back`), a replay has the store of its end throughout.
         steps_map: evaluations per token of the first sample, int [frames, height, width] of the token grid.
         steps_maps: the same for every sample, [samples, frames, height, width].
         finished: False where the run was interrupted.
@@ -97,6 +100,8 @@ class Report:
     active_share: list[float]
     memory: MemoryReport
     steps_maps: np.ndarray = field(repr=False)
+    replay: dict[str, Any] = field(default_factory=dict)
+    policy: str = "auto"
     solver: str = "pipeline"
     finished: bool = True
     seed: int | None = None

@@ -355,7 +355,7 @@ class Runner:
         if generation.stores is None:
             self._place(expert, generation, inputs)
         assert generation.stores is not None
-        generation.kv_store = str(generation.stores)
+        generation.kv_store, generation.store_names = str(generation.stores), generation.stores.names
         names, size = generation.stores.names, sum(kinds)
         first = min(generation.branches.index(branch) * size, len(names) - size)
         mine = iter(names[first : first + size])
@@ -392,6 +392,7 @@ class Runner:
         before, after = generation.stores, memory.smaller(generation.stores)
         generation.drop_stores()
         generation.stores, generation.kv_store, generation.fell_back = after, str(after), True
+        generation.store_names = after.names if after is not None else ()
         _log.warning("out of memory with K and V in the store %s: going on with %s", before, after)
         if generation.evaluated_at.is_cuda:
             torch.cuda.empty_cache()
@@ -746,10 +747,26 @@ class Runner:
                 kv_store=generation.kv_store,
                 fell_back=generation.fell_back,
             ),
+            replay=self._replay_options(generation, [count / total for count in done]),
+            policy=config.policy,
             steps_maps=steps[:, : math.prod(grid)].view(-1, *grid).numpy().astype(np.int64),
             solver=config.solver,
             finished=generation.finished,
         )
+
+    def _replay_options(self, generation: Generation, shares: list[float]) -> dict[str, Any]:
+        """What repeats a run beside the seed: its shares, its stores, and options that are not the default."""
+        fields = HSAConfig.__dataclass_fields__
+        changed = {name: getattr(self.config, name) for name in fields}
+        options = {
+            name: value
+            for name, value in changed.items()
+            if value != fields[name].default and name not in ("runtime", "share", "kv_store", "vram", "rotation")
+        }
+        names = generation.store_names
+        if names:
+            options["kv_store"] = names[0] if len(set(names)) == 1 else names
+        return {"share": shares, **options}
 
 
 def _compile_kernels(attentions: Iterable[tuple[Any, Any]], hidden_states: torch.Tensor) -> None:

@@ -98,6 +98,7 @@ class Generation:
     workspace: Workspace = field(default_factory=Workspace)  # what the K/V stores use in turn
     stores: Stores | None = None  # how K and V are kept, chosen when they first are, for each expert
     kv_store: str = "none"  # the same for the report
+    store_names: tuple[str, ...] = ()
     fell_back: bool = False  # a store ran out of memory, and a smaller one took over
     kv_bytes_peak: int = 0
     kv_host_bytes_peak: int = 0
@@ -139,7 +140,10 @@ class Generation:
             # Every step that is not dense reads them, and which are may change after this one.
             return self.step > 0 or ahead[0] < self.total
         whole = list(itertools.takewhile(lambda count: count in (0, self.total), ahead))
-        return len(whole) < len(ahead) and whole.count(self.total) <= drift
+        if len(whole) == len(ahead):
+            return False
+        # A change is wanted of the last two dense steps, and which those are may still change.
+        return drift or self.total not in whole
 
     @property
     def skips_follow(self) -> bool:

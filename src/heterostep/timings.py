@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ class Timed:
         model: the transformer's class and configuration.
         tokens: N.
         points: (active share, seconds of one call), ascending, the last one of share 1.
+        how: all else that the seconds depend on: dtype, batch (samples of the call, guidance included), store,
+            attention_backend, compiled, sync.
     """
 
     device: str
     model: dict[str, Any]
     tokens: int
     points: tuple[tuple[float, float], ...]
+    how: dict[str, Any] = field(default_factory=dict)
 
     def seconds(self, share: float) -> float:
         """Of a call with this active share, between the timed ones; an empty step has no call."""
@@ -67,7 +70,7 @@ def _lines() -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             line = json.loads(line)
-            Timed(line["device"], line["model"], line["tokens"], tuple((a, b) for a, b in line["points"]))
+            Timed(line["device"], line["model"], line["tokens"], tuple((a, b) for a, b in line["points"]), line["how"])
             found.append(line)
         except (ValueError, TypeError, KeyError):
             # A line that was being written when the machine went down.
@@ -83,7 +86,13 @@ def keep(timed: Timed) -> Path:
     """
     path = _path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = {"device": timed.device, "model": timed.model, "tokens": timed.tokens, "points": timed.points}
+    line = {
+        "device": timed.device,
+        "model": timed.model,
+        "tokens": timed.tokens,
+        "points": timed.points,
+        "how": timed.how,
+    }
     with path.open("ab+") as file:
         # On a line of its own, where half a line was left.
         if file.tell():
@@ -93,11 +102,18 @@ def keep(timed: Timed) -> Path:
     return path
 
 
-def find(kind: str, config: dict[str, Any], tokens: int) -> Timed | None:
-    """The newest timings of a transformer at a size: on the present GPU, or where there is none on any device."""
+def find(kind: str, config: dict[str, Any], tokens: int, **how: Any) -> Timed | None:
+    """The newest timings of a transformer at a size: on the present GPU, or where there is none on any device.
+
+    Args:
+        kind, config: the transformer's class and configuration.
+        tokens: N.
+        how: what the seconds depend on besides, as in `Timed`; what is not named may be anything.
+    """
     model = identity(kind, config)
     here = device_name(torch.device("cuda")) if torch.cuda.is_available() else None
     for line in reversed(_lines()):
-        if line.get("model") == model and line.get("tokens") == tokens and here in (None, line.get("device")):
-            return Timed(line["device"], model, tokens, tuple((a, b) for a, b in line["points"]))
+        alike = line["model"] == model and line["tokens"] == tokens and here in (None, line["device"])
+        if alike and all(name in line["how"] and line["how"][name] == value for name, value in how.items()):
+            return Timed(line["device"], model, tokens, tuple((a, b) for a, b in line["points"]), line["how"])
     return None

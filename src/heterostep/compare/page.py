@@ -38,7 +38,7 @@ from heterostep.compare.summary import IDENTICAL_DB
 from heterostep.errors import HeterostepError
 from heterostep.files import replacing
 
-SCHEMA = 2
+SCHEMA = 3
 Record = dict[str, Any]
 _OURS = "heterostep"
 _MEDIA_TYPES = {".mp4": "video/mp4", ".png": "image/png"}

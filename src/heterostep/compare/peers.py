@@ -4,6 +4,9 @@ Those of a package run as the package has them; where no diffusers hook exists t
 work for every token at once. Their skipped blocks may still be *called* (diffusers' hooks and cache-dit stand inside or
 around a block's forward), so evaluations are counted on the layers in a block, not on the block.
 
+A method is applied around calls of one pipeline, in the thread that makes them (`heterostep.compare.measure.generate`):
+meanwhile the transformers' calls of that thread are that pipeline's, and those of other threads are not.
+
 Shapes: B samples, b batch of a call (B times the guidance branches in one call), N tokens, C values a token.
 """
 
@@ -19,7 +22,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,21 +47,25 @@ class _Calls:
         num_steps: steps of the generation under way.
         step: its step, from 0.
         branch: the call's place in its step: a guidance branch is called at the same place in each.
+        index: of the step's timestep and sigma in the scheduler.
     """
 
     pipe: Any
     num_steps: int = 0
     step: int = -1
     branch: int = -1
+    index: int = 0
     _timesteps: Any = None
     _first: int = 0
 
     def enter(self) -> bool:
         """Take note of a call; whether it is a generation's first. Schedulers make new timesteps for each."""
         scheduler = self.pipe.scheduler
-        step = scheduler.step_index
+        step = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index
         if step is None:
-            step = int((scheduler.timesteps - self.pipe._current_timestep).abs().argmin())
+            # Not every pipeline tells where it begins; video-to-video does so later than at the first step.
+            step = int((scheduler.timesteps - self.pipe.current_timestep).abs().argmin())
+        self.index = step
         begins = self._timesteps is not scheduler.timesteps or step - self._first < self.step
         if begins:
             self._timesteps, self._first, self.step = scheduler.timesteps, step, -1
@@ -70,7 +77,7 @@ class _Calls:
 
 @contextlib.contextmanager
 def _around(pipe: Any, instead: Callable[[int, Any, Callable[..., Any], tuple, dict[str, Any]], Any]) -> Iterator[None]:
-    """Let instead(position, model, forward, args, kwargs) answer the calls of the pipeline's transformers."""
+    """Let instead(position, model, forward, args, kwargs) answer this thread's calls of the pipeline's transformers."""
     wrapped: list[WrappedForward] = []
     thread = threading.get_ident()
 
@@ -88,6 +95,28 @@ def _around(pipe: Any, instead: Callable[[int, Any, Callable[..., Any], tuple, d
     finally:
         for each in wrapped:
             each.restore()
+
+
+@contextlib.contextmanager
+def _before(pipe: Any, on_call: Callable[[int, Any, tuple, dict[str, Any]], None]) -> Iterator[None]:
+    """Call on_call(position, model, args, kwargs) before this thread's calls of the pipeline's transformers.
+
+    Before diffusers' hooks on the transformer, too, which stand in its forward.
+    """
+    thread, hooks = threading.get_ident(), []
+
+    def listen(position: int, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:
+            on_call(position, model, args, kwargs)
+
+    try:
+        for position, model in enumerate(transformers(pipe)):
+            listener = functools.partial(listen, position)
+            hooks.append(model.register_forward_pre_hook(listener, with_kwargs=True))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _blocks(model: Any) -> tuple[str, torch.nn.ModuleList]:
@@ -304,9 +333,10 @@ _calibrations: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyD
 
 
 def calibrate_with(pipe: Any, **options: Any) -> None:
-    """Set what calibration runs give the pipeline's call: best the comparison's own size and guidance.
+    """Tell what the pipeline's call will be given: best the comparison's own size and guidance.
 
-    Without it they are 256 x 256 x 33 at the pipeline's own guidance, which is not what a larger video would give.
+    Calibration runs are given the same. Without it they are 256 x 256 x 33 at the pipeline's own guidance, which is not
+    what a larger video would give; and cache-dit is not told of calls without guidance.
     """
     if _calibration_options.get(pipe) != options:
         _calibration_options[pipe] = options
@@ -342,8 +372,10 @@ def _dense_run(pipe: Any, num_steps: int, on_step: Callable[[], None] = lambda: 
 
 
 def _calibrated(pipe: Any, key: tuple, calibrate: Callable[[], Any]) -> Any:
-    """What calibrate() gives, once per pipeline and key."""
+    """What calibrate() gives, once per pipeline, key, scheduler and number of experts."""
     known = _calibrations.setdefault(pipe, {})
+    shown = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    key = (*key, repr(sorted(shown.items())), pipe.config.get("boundary_ratio"))
     if key not in known:
         known[key] = calibrate()
     return known[key]
@@ -581,9 +613,14 @@ def _hooks(model: Any) -> list[Any]:
     return [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
 
 
+def _managers(model: Any) -> list[Any]:
+    """What keeps the states of diffusers' hooks in a model, and knows the call under way (`_context`)."""
+    return [hook.state_manager for hook in _hooks(model) if hasattr(hook, "state_manager")]
+
+
 def _forget(model: Any) -> None:
     """Drop what a cache keeps, as the end of a generation does, but not the guidance branch of the call under way."""
-    managers = [hook.state_manager for hook in _hooks(model) if hasattr(hook, "state_manager")]
+    managers = _managers(model)
     contexts = [manager._context for manager in managers]
     model._reset_stateful_cache()
     for manager, context in zip(managers, contexts):
@@ -592,32 +629,31 @@ def _forget(model: Any) -> None:
 
 @contextlib.contextmanager
 def _diffusers_cache(
-    pipe: Any, config: Callable[[int], Any], on_call: Callable[[int, _Calls, bool], None] = lambda *_: None
+    pipe: Any, config: Callable[[int], Any], prepare: Callable[[int, _Calls, bool], None] = lambda *_: None
 ) -> Iterator[dict[str, Any]]:
     """A cache of diffusers on the transformers.
 
     Args:
         pipe: the pipeline.
         config: position of a transformer -> its cache config, None to leave it alone.
-        on_call: on_call(position, calls, whether a generation begins) before each call of a transformer.
+        prepare: prepare(position, calls, whether a generation begins) before each call of a transformer.
     """
     models, calls = transformers(pipe), _Calls(pipe)
 
-    def instead(position: int, model: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def on_call(position: int, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         begins = calls.enter()
         if begins:
             # An interrupted generation leaves its state behind.
             for each in models:
                 _forget(each)
-        on_call(position, calls, begins)
-        return forward(*args, **kwargs)
+        prepare(position, calls, begins)
 
     with _as_found(models):
         try:
             for position, model in enumerate(models):
                 if (wanted := config(position)) is not None:
                     model.enable_cache(wanted)
-            with _around(pipe, instead):
+            with _before(pipe, on_call):
                 yield {}
         finally:
             for model in models:
@@ -666,6 +702,11 @@ def _magcache_calibration(pipe: Any, num_steps: int) -> list[list[float]]:
     return ratios
 
 
+# The threshold from which on MagCache skips any number of steps in a row, and may begin after a tenth of the steps: with
+# diffusers' three in a row after a fifth it takes two evaluations of five.
+MAGCACHE_FAST = 0.5
+
+
 def _magcache(pipe: Any, value: float, num_steps: int) -> AbstractContextManager[dict[str, Any]]:
     from diffusers import MagCacheConfig
 
@@ -677,47 +718,55 @@ def _magcache(pipe: Any, value: float, num_steps: int) -> AbstractContextManager
         # It skips at errors up to and with the threshold: at 0 a ratio of exactly 1 would do.
         threshold = value if value > 0 else -1.0
         steps = len(ratios[position])
-        return MagCacheConfig(threshold=threshold, num_inference_steps=steps, mag_ratios=ratios[position])
+        limits = {"max_skip_steps": num_steps, "retention_ratio": 0.1} if value >= MAGCACHE_FAST else {}
+        return MagCacheConfig(threshold=threshold, num_inference_steps=steps, mag_ratios=ratios[position], **limits)
 
     return _diffusers_cache(pipe, config)
 
 
-# Calls in a row that SeaCache skips at the most: its default, and what reaches a quarter of the evaluations.
-SEACACHE_ROW, SEACACHE_LONG_ROW = 2, 4
-SEACACHE_LONG_FROM = 0.5
+# The threshold from which on SeaCache may skip more steps in a row than diffusers' two, and how many; 0 is any number.
+# With two no threshold reaches a quarter of the evaluations.
+SEACACHE_ROWS = ((0.0, 2), (0.5, 4), (1.0, 0))
 
 
-@contextlib.contextmanager
-def _seacache(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
-    """SeaCache (arXiv 2602.18993) as diffusers has it, told step and sigma, which not all of Wan's pipelines tell."""
+def _seacache(pipe: Any, value: float, num_steps: int) -> AbstractContextManager[dict[str, Any]]:
+    """SeaCache (arXiv 2602.18993) as diffusers has it: residuals of the blocks follow their last change."""
+    row = max((start, row) for start, row in SEACACHE_ROWS if start <= value)[1]
+    return _seacache_run(pipe, threshold=value, max_consecutive_cached=row)
+
+
+def _seacache_hold(pipe: Any, value: float, num_steps: int) -> AbstractContextManager[dict[str, Any]]:
+    """SeaCache as its authors have it: residuals are held, for any number of steps."""
+    return _seacache_run(pipe, threshold=value, max_consecutive_cached=0, residual_order=0)
+
+
+def _seacache_run(pipe: Any, **options: Any) -> AbstractContextManager[dict[str, Any]]:
     from diffusers import SeaCacheConfig
 
-    models = transformers(pipe)
-
     def latents(model: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-        return list(kwargs["hidden_states"][:, : model.config.out_channels])
+        """Of each sample [C, f, h, w]: image-to-video models get further channels, behind them."""
+        x = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments["hidden_states"]
+        return list(x[:, : model.config.out_channels].unbind())
 
     def config(position: int) -> Any:
-        row = SEACACHE_LONG_ROW if value >= SEACACHE_LONG_FROM else SEACACHE_ROW
-        return SeaCacheConfig(threshold=value, max_consecutive_cached=row, raw_vision_callback=latents)
+        return SeaCacheConfig(raw_vision_callback=latents, **options)
 
-    def telling(model: Any) -> Callable[..., Any]:
-        def cache_context(name: str, **kwargs: Any) -> Any:
-            step = pipe.scheduler.step_index or 0
-            where = {"step_index": step, "sigma": float(pipe.scheduler.sigmas[step])}
-            steps = len(pipe.scheduler.timesteps)
-            return type(model).cache_context(model, name, **{**where, "num_inference_steps": steps, **kwargs})
+    def prepare(position: int, calls: _Calls, begins: bool) -> None:
+        at = {"step_index": calls.step, "num_inference_steps": calls.num_steps}
+        sigma = float(pipe.scheduler.sigmas[calls.index])
+        for manager in _managers(transformers(pipe)[position]):
+            # Only text-to-video with Wan tells its hooks where it is.
+            manager.set_context(replace(manager._context, sigma=sigma, **at))
 
-        return cache_context
+    return _diffusers_cache(pipe, config, prepare)
 
-    with _diffusers_cache(pipe, config) as changed:
-        for model in models:
-            model.cache_context = telling(model)
-        try:
-            yield changed
-        finally:
-            for model in models:
-                del model.cache_context
+
+def _refuses_seacache(pipe: Any) -> str | None:
+    if reason := _refuses_unregistered(pipe, "SeaCache"):
+        return reason
+    if "LTX" in type(pipe).__name__:
+        return "SeaCache filters latents over frames, height and width, and LTX's transformer gets them packed"
+    return None
 
 
 def _taylorseer(pipe: Any, value: float, num_steps: int) -> AbstractContextManager[dict[str, Any]]:
@@ -760,9 +809,9 @@ def _pab(pipe: Any, value: float, num_steps: int) -> AbstractContextManager[dict
             current_timestep_callback=lambda: timestep,
         )
 
-    def on_call(position: int, calls: _Calls, begins: bool) -> None:
+    def prepare(position: int, calls: _Calls, begins: bool) -> None:
         nonlocal timestep
-        timestep = float(pipe._current_timestep)
+        timestep = float(pipe.scheduler.timesteps[calls.index])
         if begins:
             states.clear()
         hooks = [hook for hook in _hooks(transformers(pipe)[position]) if hasattr(hook, "block_skip_range")]
@@ -772,7 +821,7 @@ def _pab(pipe: Any, value: float, num_steps: int) -> AbstractContextManager[dict
         for hook, state in zip(hooks, states[key]):
             hook.state = state
 
-    return _diffusers_cache(pipe, config, on_call)
+    return _diffusers_cache(pipe, config, prepare)
 
 
 # cache-dit, where it is installed.
@@ -805,21 +854,32 @@ def _quiet_cache_dit() -> Iterator[None]:
             handler.setLevel(level)
 
 
+# The threshold from which on DBCache computes one block instead of the first eight, and half of the warm-up: as the
+# package has them these alone take more than a third of the evaluations.
+CACHE_DIT_FAST = 0.4
+
+
 @contextlib.contextmanager
 def _cache_dit(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
-    """DBCache with the package's defaults, scaled down for few steps and few blocks.
+    """DBCache with the package's defaults, scaled down for few steps and few blocks, and its fastest settings beyond.
 
-    It takes every second call of Wan and HunyuanVideo 1.5 for the unconditional one, so it is meant for guidance.
+    It takes every second call of Wan and HunyuanVideo 1.5 for the unconditional one, unless it is told that there is no
+    guidance (`calibrate_with`).
     """
     import cache_dit
 
     models = transformers(pipe)
+    guidance = _calibration_options.get(pipe, {}).get("guidance_scale")
+    # 8 of the published models' 30 and more; and 8 of 40, which experts share.
+    blocks, warmup = min(8, len(_blocks(models[0])[1]) // 3), min(8, round(0.2 * num_steps) // len(models))
+    if value >= CACHE_DIT_FAST:
+        blocks, warmup = 1, warmup // 2
     config = cache_dit.DBCacheConfig(
         residual_diff_threshold=value,
-        # 8 of the published models' 30 and more.
-        Fn_compute_blocks=max(1, min(8, len(_blocks(models[0])[1]) // 3)),
-        # 8 of 40; experts share them.
-        max_warmup_steps=max(1, min(8, round(0.2 * num_steps) // len(models))),
+        Fn_compute_blocks=max(1, blocks),
+        max_warmup_steps=max(1, warmup),
+        # None leaves it to the package.
+        enable_separate_cfg=None if guidance is None or guidance > 1 else False,
     )
     with _quiet_cache_dit(), _as_found(models):
         try:
@@ -834,7 +894,8 @@ PEERS: tuple[Method, ...] = (
         name="easycache",
         label="EasyCache",
         dial="threshold on the summed relative change of the output",
-        values=(0.02, 0.05, 0.1, 0.2, 0.4),
+        # The authors' .05 for Wan 2.1 1.3B. The last skips all that its warm-up leaves.
+        values=(0.02, 0.03, 0.05, 0.1, 0.2, 0.4, 1.6),
         apply=_easycache,
         refuses=_refuses_unknown,
     ),
@@ -842,7 +903,8 @@ PEERS: tuple[Method, ...] = (
         name="teacache",
         label="TeaCache",
         dial="threshold on the summed and rescaled change of the first block's input",
-        values=(0.01, 0.02, 0.05, 0.1, 0.2),
+        # The authors' .05 and .08 for Wan 2.1 1.3B, .14 and .2 for 14B.
+        values=(0.02, 0.03, 0.05, 0.08, 0.14, 0.2),
         apply=_teacache,
         refuses=_refuses_teacache,
     ),
@@ -850,7 +912,8 @@ PEERS: tuple[Method, ...] = (
         name="first-block-cache",
         label="First Block Cache (diffusers)",
         dial="threshold on the relative change of the first block's residual",
-        values=(0.04, 0.06, 0.1, 0.2, 0.4),
+        # .08 and .1 are its authors' and diffusers' examples.
+        values=(0.04, 0.08, 0.1, 0.2, 0.4, 1.2),
         apply=_first_block_cache,
         refuses=lambda pipe: _refuses_unregistered(pipe, "First Block Cache"),
         whole_batch=True,
@@ -859,24 +922,37 @@ PEERS: tuple[Method, ...] = (
         name="magcache",
         label="MagCache (diffusers)",
         dial="threshold on the summed error of the residual's length",
-        values=(0.03, 0.06, 0.12, 0.24, 0.5),
+        # diffusers' default is .06; the authors' .12 for Wan 2.1.
+        values=(0.01, 0.03, 0.06, 0.12, 0.24, 0.5, 1.0),
         apply=_magcache,
         refuses=lambda pipe: _refuses_unregistered(pipe, "MagCache"),
     ),
     Method(
         name="seacache",
         label="SeaCache (diffusers)",
-        dial="threshold on the summed change of the filtered input",
-        values=(0.1, 0.25, 0.5, 1.0, 2.0),
+        dial="threshold on the summed relative change of the filtered latents",
+        # diffusers' default is .25.
+        values=(0.05, 0.1, 0.2, 0.25, 0.35, 0.6, 1.0),
         apply=_seacache,
-        refuses=lambda pipe: _refuses_unregistered(pipe, "SeaCache"),
+        refuses=_refuses_seacache,
+        whole_batch=True,
+    ),
+    Method(
+        name="seacache-hold",
+        label="SeaCache as published (diffusers, residuals held)",
+        dial="threshold on the summed relative change of the filtered latents",
+        # The authors' .2 and .35 for Wan 2.1 1.3B, .4 for 14B.
+        values=(0.05, 0.1, 0.2, 0.35, 0.4, 0.6),
+        apply=_seacache_hold,
+        refuses=_refuses_seacache,
         whole_batch=True,
     ),
     Method(
         name="taylorseer",
         label="TaylorSeer, lite (diffusers)",
         dial="steps from one evaluation to the next",
-        values=(2, 3, 4, 5, 6),
+        # diffusers' default is 5.
+        values=(2, 3, 4, 5, 6, 8),
         apply=_taylorseer,
         refuses=lambda pipe: _refuses_unknown(pipe) or _refuses_unnamed(pipe, "TaylorSeer"),
     ),
@@ -892,7 +968,8 @@ PEERS: tuple[Method, ...] = (
         name="cache-dit",
         label="DBCache (cache-dit)",
         dial="threshold on the relative change of the first blocks' residual",
-        values=(0.04, 0.08, 0.12, 0.2, 0.4),
+        # The package's default is .08; its examples for video go to .12.
+        values=(0.04, 0.08, 0.12, 0.2, 0.4, 0.8),
         apply=_cache_dit,
         refuses=_refuses_cache_dit,
         whole_batch=True,

@@ -147,10 +147,10 @@ def scheduler(regime: Regime, own: Any) -> UniPCMultistepScheduler | FlowEulerSc
     wanted: dict[str, Any] = {**dict.fromkeys(spacings, False), "shift_terminal": regime.shift_terminal}
     kind: type[Any]
     if regime.solver == "euler":
-        kind, wanted = FlowEulerScheduler, {**wanted, "shift": regime.shift, "stochastic_sampling": False}
+        kind, wanted = FlowEulerScheduler, {**wanted, "shift": float(regime.shift), "stochastic_sampling": False}
     else:
         kind = UniPCMultistepScheduler
-        wanted |= {"flow_shift": regime.shift, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        wanted |= {"flow_shift": float(regime.shift), "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     # Options of another scheduler's that this one has no use for would be warned of.
     known = inspect.signature(kind.__init__).parameters
     return kind(**{name: value for name, value in own.config.items() if name in known} | wanted)

@@ -33,7 +33,7 @@ CHANCE = "dense, another seed"
 OTHER_SEED = 7919
 # Visits whose clips may wait to be judged: clips are large.
 MOST_WAITING = 4
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)

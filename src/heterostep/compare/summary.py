@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 METRICS = ("psnr", "ssim", "lpips", "caption", "motion", "vbench")
@@ -11,6 +12,8 @@ METRICS = ("psnr", "ssim", "lpips", "caption", "motion", "vbench")
 RUNTIME, EVALUATIONS = "runtime", "evaluations"
 # Equal to the dense video on every prompt: a figure above every other serves, and JSON has no infinity.
 IDENTICAL_DB = 100.0
+# The worst one in so many prompts are looked at by themselves, and at least one.
+WORST = 10
 
 
 def _value(record: dict[str, Any], dense: dict[str, Any], metric: str) -> float | None:
@@ -33,8 +36,18 @@ def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
     return {"mean": statistics.mean(known), "spread": statistics.stdev(known) if len(known) > 1 else 0.0}
 
 
+def _psnr(values: Sequence[float | None]) -> dict[str, float]:
+    """Mean and spread of dB, with `low`: the mean of the worst tenth of the prompts."""
+    found = _spread(values)
+    if found is None:
+        return {"mean": IDENTICAL_DB, "spread": 0.0, "low": IDENTICAL_DB}
+    # Prompts at which a video equals the dense one have no PSNR; the mean is that of the others, which are the worst.
+    worst = sorted(value for value in values if value is not None)[: max(1, len(values) // WORST)]
+    return {**found, "low": statistics.mean(worst)}
+
+
 def curves(generations: list[dict[str, Any]], dense: list[dict[str, Any]], cost: str = RUNTIME) -> list[dict[str, Any]]:
-    """For each method its points, cheapest last: mean and spread over the prompts of every metric."""
+    """For each method its points, cheapest last: mean and spread over the prompts of every metric, PSNR's `low` too."""
     by_prompt = {record["prompt"]: record for record in dense}
     cells: dict[str, dict[float, list[dict[str, Any]]]] = {}
     for record in generations:
@@ -48,41 +61,76 @@ def curves(generations: list[dict[str, Any]], dense: list[dict[str, Any]], cost:
                 point[name] = _spread([record[name] for record in records])
             for metric in METRICS:
                 point[metric] = _spread([_value(record, by_prompt[record["prompt"]], metric) for record in records])
-            # Prompts at which a video equals the dense one have no PSNR; the mean is that of the others.
-            point["psnr"] = point["psnr"] or {"mean": IDENTICAL_DB, "spread": 0.0}
+            point["psnr"] = _psnr([record["psnr"] for record in records])
             rows.append(point)
         rows.sort(key=lambda point: -point[cost]["mean"])
         out.append({"method": method, "points": rows})
     return out
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a curve is read off: at one of its points, which is both of these, or between two.
+
+    Attributes:
+        cheaper, dearer: its points.
+        weight: of the dearer one, 0..1.
+    """
+
+    cheaper: dict[str, Any]
+    dearer: dict[str, Any]
+    weight: float = 0.0
+
+    @property
+    def interpolated(self) -> bool:
+        return self.cheaper is not self.dearer
+
+
+def place(points: list[dict[str, Any]], asked: float, cost: str = RUNTIME) -> Place | None:
+    """Where a curve, cheapest point last, is at an asked cost: at a point within 1 % of it, or between its neighbours.
+
+    Budgets above the dearest point are spent on that: it is what a user would take.
+
+    Returns:
+        None beyond the curve's cheap end.
+    """
+    if not points or asked < points[-1][cost]["mean"] * 0.99:
+        return None
+    near = min(points, key=lambda point: abs(point[cost]["mean"] - asked))
+    cheaper = next((point for point in points if point[cost]["mean"] <= asked), None)
+    dearer = next((point for point in reversed(points) if point[cost]["mean"] >= asked), None)
+    if dearer is None:
+        return Place(points[0], points[0])
+    if abs(near[cost]["mean"] - asked) <= 0.01 * asked or cheaper is None:
+        return Place(near, near)
+    gap = dearer[cost]["mean"] - cheaper[cost]["mean"]
+    return Place(cheaper, dearer, (asked - cheaper[cost]["mean"]) / gap)
+
+
 def read_off(points: list[dict[str, Any]], asked: float, cost: str = RUNTIME) -> dict[str, Any]:
-    """A curve's metrics at an asked cost: of the point within 1 % of it, or between its two neighbours.
+    """A curve's metrics at an asked cost; see `place`.
 
     Returns:
         reached (False beyond the curve's cheap end), interpolated, and a value or None for each metric.
     """
-    nothing = {"reached": False, "interpolated": False, **dict.fromkeys(METRICS)}
-    if not points or asked < points[-1][cost]["mean"] * 0.99:
-        return nothing
-    near = min(points, key=lambda point: abs(point[cost]["mean"] - asked))
-    cheaper = next((point for point in points if point[cost]["mean"] <= asked), None)
-    dearer = next((point for point in reversed(points) if point[cost]["mean"] >= asked), None)
-    if abs(near[cost]["mean"] - asked) <= 0.01 * asked or dearer is None or cheaper is None:
-        # Budgets above the dearest point are spent on that: it is what a user would take.
-        chosen = near if dearer is not None else points[0]
-        values = {metric: chosen[metric]["mean"] if chosen.get(metric) else None for metric in METRICS}
-        return {"reached": True, "interpolated": False, **values}
-    gap = dearer[cost]["mean"] - cheaper[cost]["mean"]
-    weight = (asked - cheaper[cost]["mean"]) / gap
-    values = {}
-    for metric in METRICS:
-        low, high = cheaper.get(metric), dearer.get(metric)
-        if metric == "psnr" and low and high and IDENTICAL_DB in (low["mean"], high["mean"]):
-            # On the way to a video that equals the dense one the decibels have no end.
-            high = None
-        values[metric] = low["mean"] * (1 - weight) + high["mean"] * weight if low and high else None
-    return {"reached": True, "interpolated": True, **values}
+    found = place(points, asked, cost)
+    if found is None:
+        return {"reached": False, "interpolated": False, **dict.fromkeys(METRICS)}
+    values = {metric: between(found, metric) for metric in METRICS}
+    return {"reached": True, "interpolated": found.interpolated, **values}
+
+
+def between(found: Place, metric: str, figure: str = "mean") -> float | None:
+    """A metric's mean, or another of its figures, at a place of a curve; None where there is no such figure."""
+    low, high = found.cheaper.get(metric), found.dearer.get(metric)
+    if not low or not high:
+        return None
+    if not found.interpolated:
+        return low[figure]
+    if metric == "psnr" and IDENTICAL_DB in (low["mean"], high["mean"]):
+        # On the way to a video that equals the dense one the decibels have no end.
+        return None
+    return low[figure] * (1 - found.weight) + high[figure] * found.weight
 
 
 def frontier(
