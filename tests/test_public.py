@@ -49,12 +49,16 @@ def module_files(name):
 def test_public_names():
     assert sorted(heterostep.__all__) == [
         "HSAConfig",
+        "HeterostepError",
         "Plan",
         "Report",
+        "StepInfo",
         "disable",
         "enable",
         "enabled",
         "plan",
+        "register_family",
+        "register_policy",
         "report",
     ]
     for name in heterostep.__all__:
@@ -77,7 +81,8 @@ def test_modules_import_downwards_only():
         "schedule": {"allocation", "config", "errors", "policy"},
         "kernels": {"kernels"},
         "kv_cache": {"kernels"},
-        "replay": {"errors"},
+        "compat": set(),
+        "replay": {"compat", "errors"},
         "state": {"adapters", "kv_cache", "memory", "policy", "replay", "schedule", "trajectory"},
         "direct": {"adapters", "errors", "kv_cache", "replay"},
         "memory": {"direct", "errors", "kv_cache"},
@@ -100,11 +105,22 @@ def test_modules_import_downwards_only():
         "bench": {"configs", "direct", "errors", "kv_cache", "rehearsal", "replay", "timings"},
         "timing": set(),
         "reports": set(),
-        "adapters": {"adapters", "kernels", "kv_cache"},
-        "runner": {"adapters", "allocation", "config", "errors", "kernels", "memory", "reports", "schedule", "scoring"}
+        "adapters": {"adapters", "errors", "kernels", "kv_cache"},
+        "runner": {
+            "adapters",
+            "allocation",
+            "compat",
+            "config",
+            "errors",
+            "kernels",
+            "memory",
+            "reports",
+            "schedule",
+            "scoring",
+        }
         | {"kv_cache", "placement", "policy", "replay", "state", "timing", "trajectory", "wrapping"},
         "wrapping": {"errors"},
-        "pipeline": {"adapters", "config", "errors", "reports", "runner", "wrapping"},
+        "pipeline": {"adapters", "compat", "config", "errors", "reports", "runner", "wrapping"},
         "checkpoints": {"adapters", "errors"},
         "compare": {"adapters", "allocation", "compare", "config", "errors", "files", "metrics", "pipeline", "schedule"}
         | {"tiny", "video", "viz", "wrapping"},

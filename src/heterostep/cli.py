@@ -270,38 +270,27 @@ def compare(
         todo = source.with_seeds(todo, seeds)
         pipe.to(place)
 
-        def settings(options: dict[str, Any], regime: str | None = None) -> Settings:
-            return Settings(
-                model="the bundled model" if model is None else model,
-                mode=task,
-                options=options,
-                runtimes=wanted,
-                fps=defaults["fps"],
-                repeats=repeats,
-                points=points,
-                shown=max(videos, len(todo)) if vbench else videos,
-                judged=model is None and prompts is None,
-                batch=batch,
-                seeds=seeds,
-                regime=regime,
-            )
-
-        def compared(options: dict[str, Any], folder: Path, regime: str | None = None) -> dict[str, Any]:
-            peers.calibrate_with(pipe, **{k: v for k, v in options.items() if k != "num_inference_steps"})
-            known = list(METHODS.values())
-            made = settings(options, regime)
-            return Comparison(pipe, todo, chosen, made, folder, command, tell, known).run()
-
-        if todo_regimes:
-            for number, each in enumerate(todo_regimes, 1):
-                tell(f"regime {number} of {len(todo_regimes)}: {each.name} ({each.text})")
-                with regimes.in_regime(pipe, each) as changed:
-                    compared({**options, **changed}, out / each.name, each.name)
-                with writing(out / each.name / "index.html"):
-                    page.write_page(out / each.name)
-            written = matrix.write_matrix(out)
+        settings = Settings(
+            model="the bundled model" if model is None else model,
+            mode=task,
+            options=options,
+            runtimes=wanted,
+            fps=defaults["fps"],
+            repeats=repeats,
+            points=points,
+            shown=max(videos, len(todo)) if vbench else videos,
+            judged=model is None and prompts is None,
+            batch=batch,
+            seeds=seeds,
+        )
+        known = list(METHODS.values())
+        if regime is not None:
+            if regime.strip() == "all":
+                todo_regimes = [each for each in todo_regimes if regimes.refuses(pipe, each) is None]
+            written = matrix.compare_regimes(pipe, todo, chosen, todo_regimes, settings, out, command, tell, known)
         else:
-            results = compared(options, out)
+            peers.calibrate_with(pipe, **{name: options[name] for name in asked})
+            results = Comparison(pipe, todo, chosen, settings, out, command, tell, known).run()
             if vbench:
                 import torch
 
@@ -327,7 +316,7 @@ def _dense_memory_advice() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        advice = "lower the size, --batch or --layers, or take a smaller --dtype"
+        advice = "lower the size or --batch, or take a smaller --dtype"
         raise HeterostepError(f"out of memory: {advice}") from error
 
 

@@ -702,7 +702,7 @@ def _magcache_calibration(pipe: Any, num_steps: int) -> list[list[float]]:
     return ratios
 
 
-# The threshold from which on MagCache skips any number of steps in a row, and may begin after a tenth of the steps: with
+# The threshold from which on MagCache skips any number of steps in a row, and may begin after a tenth of them: with
 # diffusers' three in a row after a fifth it takes two evaluations of five.
 MAGCACHE_FAST = 0.5
 
@@ -904,7 +904,7 @@ PEERS: tuple[Method, ...] = (
         label="TeaCache",
         dial="threshold on the summed and rescaled change of the first block's input",
         # The authors' .05 and .08 for Wan 2.1 1.3B, .14 and .2 for 14B.
-        values=(0.02, 0.03, 0.05, 0.08, 0.14, 0.2),
+        values=(0.02, 0.03, 0.04, 0.05, 0.08, 0.14, 0.2),
         apply=_teacache,
         refuses=_refuses_teacache,
     ),
@@ -932,7 +932,7 @@ PEERS: tuple[Method, ...] = (
         label="SeaCache (diffusers)",
         dial="threshold on the summed relative change of the filtered latents",
         # diffusers' default is .25.
-        values=(0.05, 0.1, 0.2, 0.25, 0.35, 0.6, 1.0),
+        values=(0.05, 0.1, 0.2, 0.25, 0.35, 0.6, 1.0, 2.0),
         apply=_seacache,
         refuses=_refuses_seacache,
         whole_batch=True,
@@ -942,7 +942,7 @@ PEERS: tuple[Method, ...] = (
         label="SeaCache as published (diffusers, residuals held)",
         dial="threshold on the summed relative change of the filtered latents",
         # The authors' .2 and .35 for Wan 2.1 1.3B, .4 for 14B.
-        values=(0.05, 0.1, 0.2, 0.35, 0.4, 0.6),
+        values=(0.05, 0.1, 0.2, 0.35, 0.4, 0.6, 2.0),
         apply=_seacache_hold,
         refuses=_refuses_seacache,
         whole_batch=True,

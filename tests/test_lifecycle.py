@@ -1,0 +1,438 @@
+"""Life with a pipeline: whatever was done with heterostep, the plain result is there again, bit for bit."""
+
+import copy
+import gc
+import pickle
+import threading
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+from diffusers.hooks import MagCacheConfig, PyramidAttentionBroadcastConfig, apply_mag_cache
+from peft import LoraConfig
+
+import heterostep
+from heterostep import compat
+from heterostep.errors import HeterostepError
+from heterostep.runner import Runner
+from rows import ROWS, equal, transformers
+from small import run, small_pipeline
+
+STEPS = 8
+WHOLE, SINGLE = {"share": 0.5}, {"share": 0.6, "between": 0.4}
+
+
+class Cancelled(Exception):
+    pass
+
+
+def cancel_after(step):
+    """A callback that ends the run."""
+
+    def callback(pipe, at, timestep, tensors):
+        if at == step:
+            raise Cancelled
+        return {}
+
+    return callback
+
+
+def cancelled(row, pipe):
+    """Cancel a run in its middle, from within the transformer: not every pipeline has a callback."""
+    calls = []
+
+    def fail(model, args):
+        calls.append(model)
+        if len(calls) == 8:
+            raise Cancelled
+
+    hooks = [model.register_forward_pre_hook(fail) for model in transformers(pipe)]
+    with pytest.raises(Cancelled):
+        row.run(pipe, steps=STEPS)
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.fixture(params=ROWS)
+def row(request):
+    return ROWS[request.param]
+
+
+def sister(pipe):
+    """Another pipeline on the same transformer, with a scheduler of its own."""
+    other = type(pipe).from_pipe(pipe)
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+@pytest.mark.parametrize("options", [WHOLE, SINGLE], ids=["whole", "single"])
+def test_a_cancelled_run_is_nobody_elses(row, options):
+    """Another pipeline on the transformer and a direct call of it are plain, then and while this one stays enabled."""
+    pipe = row.build()
+    other = sister(pipe)
+    plain, calls = row.run(pipe, steps=STEPS), []
+    hook = transformers(pipe)[-1].register_forward_pre_hook(lambda m, a, k: calls.append(k), with_kwargs=True)
+    others = row.run(other, steps=STEPS)
+    hook.remove()
+    model, inputs = transformers(pipe)[-1], calls[-1]
+    direct = model(**inputs)
+    heterostep.enable(pipe, **options)
+    sparse = row.run(pipe, steps=STEPS)
+    cancelled(row, pipe)
+    assert not heterostep.report(pipe).finished
+    assert equal(row.run(other, steps=STEPS), others)
+    assert equal([model(**inputs)[0]], [direct[0]])
+    assert equal(row.run(pipe, steps=STEPS), sparse)
+    assert equal(row.run(other, steps=STEPS), others)
+    heterostep.disable(pipe)
+    assert equal(row.run(pipe, steps=STEPS), plain)
+
+
+def test_a_refused_target_is_not_told_to_another_pipeline(row):
+    pipe = row.build()
+    other = sister(pipe)
+    plain = row.run(other, steps=STEPS)
+    heterostep.enable(pipe, share=0.05)
+    with pytest.raises(HeterostepError, match="lowest possible"):
+        row.run(pipe, steps=STEPS)
+    assert equal(row.run(other, steps=STEPS), plain)
+    heterostep.disable(pipe)
+
+
+@pytest.mark.parametrize("options", [WHOLE, SINGLE], ids=["whole", "single"])
+def test_nested_and_failing_blocks_restore_what_was(row, options):
+    pipe = row.build()
+    plain = row.run(pipe, steps=STEPS)
+    with heterostep.enabled(pipe, **options):
+        first = row.run(pipe, steps=STEPS)
+        with pytest.raises(ZeroDivisionError), heterostep.enabled(pipe, share=0.9):
+            row.run(pipe, steps=STEPS)
+            raise ZeroDivisionError
+        assert heterostep.report(pipe).share.target == 0.9
+        assert equal(row.run(pipe, steps=STEPS), first)
+        with pytest.raises(HeterostepError):
+            heterostep.enable(pipe, share=7)
+        with heterostep.enabled(pipe, share=1.0):
+            assert equal(row.run(pipe, steps=STEPS), plain)
+        assert equal(row.run(pipe, steps=STEPS), first)
+    assert equal(row.run(pipe, steps=STEPS), plain)
+
+
+LORA_ON = {"Wan": "proj_out|patch_embedding|to_q|to_k|to_v", "LTX": "proj_out|to_q|to_k", "Hun": "proj_out|to_q|to_k"}
+
+
+@pytest.mark.parametrize("options", [WHOLE, SINGLE], ids=["whole", "single"])
+def test_a_lora_put_on_and_taken_off_while_enabled(row, options):
+    """Also one that replaces the modules that carry hooks."""
+    pipe = row.build()
+    model = transformers(pipe)[0]
+    plain = row.run(pipe, steps=STEPS)
+    targets = rf"(.*\.)?({LORA_ON[type(pipe).__name__[:3]]})"
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+
+    def put_on():
+        torch.manual_seed(5)
+        model.add_adapter(config, "style")
+
+    with heterostep.enabled(pipe, **options):
+        bare = row.run(pipe, steps=STEPS)
+        put_on()
+        styled = row.run(pipe, steps=STEPS)
+        assert not equal(styled, bare)
+        model.delete_adapters("style")
+        assert all(torch.allclose(x, y) for x, y in zip(row.run(pipe, steps=STEPS), bare))
+    put_on()
+    with heterostep.enabled(pipe, **options):
+        assert equal(row.run(pipe, steps=STEPS), styled)
+    with heterostep.enabled(pipe, share=1.0):
+        dense = row.run(pipe, steps=STEPS)
+    assert equal(row.run(pipe, steps=STEPS), dense) and not equal(dense, plain)
+
+
+def test_a_lora_turned_down_in_mid_run_is_noticed_by_what_is_kept_of_the_text():
+    row = ROWS["wan2.1-t2v"]
+    pipe = row.build()
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, lora_alpha=24, target_modules=r".*attn2\.(to_k|to_v)", init_lora_weights=False)
+    pipe.transformer.add_adapter(config)
+
+    def switch(pipe, step, timestep, tensors):
+        pipe.transformer.set_adapters("default", float(step < 4))
+        return {}
+
+    def go(**options):
+        pipe.transformer.set_adapters("default", 1.0)
+        (video,) = row.run(pipe, steps=12, **options)
+        return video
+
+    def off(a, b):
+        return ((a - b).pow(2).mean().sqrt() / b.std()).item()
+
+    right = off(go(callback_on_step_end=switch), go())
+    heterostep.enable(pipe, share=[1] * 5 + [0.98] * 7)
+    assert off(go(callback_on_step_end=switch), go()) == pytest.approx(right, rel=0.1)
+
+
+def test_two_threads_share_a_transformer():
+    pipe = small_pipeline()
+    other = sister(pipe)
+    plain = run(other, seed=3)
+    heterostep.enable(pipe, **SINGLE)
+    expected, results = run(pipe, seed=2), {}
+
+    def work(name, which, seed):
+        results[name] = [run(which, seed=seed) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=args) for args in (("ours", pipe, 2), ("plain", other, 3))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(x, expected) for x in results["ours"])
+    assert all(torch.equal(x, plain) for x in results["plain"])
+
+
+def test_a_pipeline_is_called_once_at_a_time():
+    pipe = small_pipeline()
+    heterostep.enable(pipe, **WHOLE)
+
+    def again(pipe, step, timestep, tensors):
+        run(pipe)
+        return {}
+
+    with pytest.raises(HeterostepError, match="running already"):
+        run(pipe, callback_on_step_end=again)
+    run(pipe)
+
+
+def test_nothing_is_left_of_what_was_disabled():
+    pipe = small_pipeline()
+
+    def alive():
+        gc.collect()
+        runners = sum(type(each) is Runner for each in gc.get_objects())
+        return runners, sum(each.nbytes for each in gc.get_objects() if type(each) is torch.Tensor)
+
+    counts = []
+    for _ in range(4):
+        with heterostep.enabled(pipe, **SINGLE):
+            run(pipe, guidance_scale=1.0)
+            with pytest.raises(Cancelled):
+                run(pipe, guidance_scale=1.0, callback_on_step_end=cancel_after(5))
+        counts.append(alive())
+    assert counts[1] == counts[3]
+
+
+@pytest.mark.parametrize("cause", ["on_step", "callback"])
+def test_a_run_that_was_cancelled_keeps_no_memory(cause):
+    pipe, runner = small_pipeline(), None
+
+    def fail(info):
+        if info.step == 5:
+            raise Cancelled
+
+    heterostep.enable(pipe, **SINGLE, on_step=fail if cause == "on_step" else None)
+    runner = heterostep.pipeline._open[pipe].runner
+    with pytest.raises(Cancelled):
+        run(pipe, callback_on_step_end=cancel_after(5))
+    assert not runner.generation.branches and runner.generation.workspace.nbytes == 0
+
+
+class Scaled:
+    """Stands for a processor of somebody else's, such as NAG's."""
+
+    _attention_backend = _parallel_config = None
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, *args, **kwargs):
+        return 3 * self.inner(*args, **kwargs)
+
+
+def test_foreign_attention_processors_go_with_whole_steps_alone():
+    pipe = small_pipeline()
+    for block in pipe.transformer.blocks:
+        block.attn2.set_processor(Scaled(block.attn2.processor))
+    plain = run(pipe)
+    for options in (SINGLE, {"share": 0.6, "policy": "hsa"}):
+        heterostep.enable(pipe, **options)
+        with pytest.raises(HeterostepError, match="Scaled is not diffusers' own.*whole steps"):
+            run(pipe)
+    with heterostep.enabled(pipe, share=1.0):
+        assert torch.equal(run(pipe), plain)
+    with heterostep.enabled(pipe, **WHOLE):
+        run(pipe)
+    heterostep.disable(pipe)
+    assert torch.equal(run(pipe), plain)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("cache", ["mag", "pab"])
+def test_other_caches_are_refused_also_when_set_behind_the_models_back(cache, when):
+    pipe = small_pipeline()
+
+    def set_cache():
+        if cache == "mag":
+            apply_mag_cache(pipe.transformer, MagCacheConfig(mag_ratios=[1.0] * 12, num_inference_steps=12))
+        else:
+            pipe.transformer.enable_cache(
+                PyramidAttentionBroadcastConfig(
+                    spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+                )
+            )
+
+    if when == "before":
+        set_cache()
+        with pytest.raises(HeterostepError, match="another cache"):
+            heterostep.enable(pipe, **WHOLE)
+    else:
+        heterostep.enable(pipe, **WHOLE)
+        set_cache()
+        with pytest.raises(HeterostepError, match="another cache"):
+            run(pipe)
+
+
+def test_offloading_and_casting_hooks_are_no_cache():
+    pipe = small_pipeline()
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert compat.other_cache(pipe.transformer) is None
+    with heterostep.enabled(pipe, **WHOLE):
+        run(pipe)
+
+
+def test_a_scheduler_of_rising_sigmas_is_refused():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe = small_pipeline()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    with heterostep.enabled(pipe, **WHOLE), pytest.raises(HeterostepError, match="sigmas must fall"):
+        run(pipe)
+
+
+@pytest.mark.parametrize("compile_", ["module", "forward"])
+def test_a_model_compiled_as_a_whole_after_enable_is_one_line(compile_):
+    pipe = small_pipeline()
+    heterostep.enable(pipe, **WHOLE)
+    if compile_ == "module":
+        pipe.transformer.compile()
+    else:
+        pipe.transformer.forward = torch.compile(pipe.transformer.forward)
+    with pytest.raises(HeterostepError, match="compile_repeated_blocks") as error:
+        run(pipe)
+    assert "\n" not in str(error.value)
+
+
+def test_the_euler_solver_is_there_in_the_pipelines_calls_alone(tmp_path):
+    pipe = small_pipeline()
+    scheduler = pipe.scheduler
+    heterostep.enable(pipe, share=0.5, solver="euler")
+    run(pipe)
+    assert pipe.scheduler is scheduler and scheduler.config.solver_order == 2
+    pipe.save_pretrained(tmp_path)
+    assert type(pipe).from_pipe(pipe).scheduler.config.solver_order == 2
+    assert UniPCMultistepScheduler.from_pretrained(tmp_path, subfolder="scheduler").config.solver_order == 2
+
+
+def test_copies_of_an_enabled_pipeline_say_what_to_do():
+    pipe = small_pipeline()
+    heterostep.enable(pipe, **WHOLE)
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(HeterostepError, match="disable first"):
+            attempt(pipe)
+    assert type(pipe).__name__ == "WanPipeline" and isinstance(pipe, type(small_pipeline()))
+    heterostep.disable(pipe)
+    assert type(pipe) is type(small_pipeline())
+
+
+def test_one_module_as_both_experts_is_one_expert():
+    pipe = small_pipeline()
+    pipe.transformer_2 = pipe.transformer
+    pipe.register_to_config(boundary_ratio=0.9)
+    plain = run(pipe)
+    for _ in range(2):
+        with heterostep.enabled(pipe, share=1.0):
+            assert torch.equal(run(pipe), plain)
+    with heterostep.enabled(pipe, **WHOLE):
+        run(pipe)
+
+
+def test_guidance_that_ends_early_is_told_step_by_step():
+    """The last step has fewer calls than those before it."""
+    pipe, seen = small_pipeline(), []
+
+    def stop_guidance(pipe, step, timestep, tensors):
+        if step == 10:
+            pipe._guidance_scale = 1.0
+        return {}
+
+    heterostep.enable(pipe, **WHOLE, on_step=seen.append)
+    run(pipe, callback_on_step_end=stop_guidance)
+    assert [info.step for info in seen] == list(range(12)) and heterostep.report(pipe).finished
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "pipe"])
+def test_what_is_no_pipeline_is_one_line(wrong):
+    with pytest.raises(HeterostepError, match="wants a diffusers pipeline"):
+        heterostep.disable(wrong)
+    with pytest.raises(HeterostepError):
+        heterostep.enable(wrong, share=0.5)
+    with pytest.raises(HeterostepError):
+        heterostep.report(wrong)
+    with pytest.raises(HeterostepError, match="on_step must be a function"):
+        heterostep.enable(small_pipeline(), share=0.5, on_step=3)
+
+
+@pytest.mark.parametrize("store", ["device", "fp8", "fp8-offload"])
+def test_a_replay_names_its_store(store):
+    pipe = small_pipeline()
+    with heterostep.enabled(pipe, runtime=0.6, between=0.3, kv_store=store):
+        first = run(pipe)
+    options = heterostep.report(pipe).replay
+    assert options["kv_store"] == store and "runtime" not in options
+    with heterostep.enabled(pipe, **options):
+        assert torch.equal(run(pipe), first)
+    stores = ("device", "fp8") * 2
+    with heterostep.enabled(pipe, **{**options, "kv_store": stores}):
+        mixed = run(pipe)
+    again = heterostep.report(pipe).replay
+    assert again["kv_store"] == stores
+    with heterostep.enabled(pipe, **again):
+        assert torch.equal(run(pipe), mixed)
+    with heterostep.enabled(pipe, **{**options, "kv_store": ("fp8",)}), pytest.raises(HeterostepError, match="names 1"):
+        run(pipe)
+
+
+def test_a_forecast_that_fails_does_not_end_the_run(monkeypatch, caplog):
+    def fail(*args):
+        raise TypeError("meta tensors have no data")
+
+    monkeypatch.setattr("heterostep.memory.room_on", lambda *args: 10**9)
+    monkeypatch.setattr("heterostep.memory.call_memory", fail)
+    pipe = small_pipeline()
+    with heterostep.enabled(pipe, **SINGLE), caplog.at_level("WARNING", "heterostep"):
+        run(pipe)
+    assert "memory cannot be forecast (meta tensors have no data)" in caplog.text
+    assert heterostep.report(pipe).memory.kv_store == "device"
+
+
+def test_a_slow_first_step_is_warm_up(monkeypatch):
+    """As compilation would have it: the steady seconds are what a runtime is kept in."""
+    from heterostep import timing
+
+    pipe, now, calls = small_pipeline(), [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def take(model, args):
+        calls.append(0)
+        now[0] += 30.0 if len(calls) == 1 else 0.5
+
+    hook = pipe.transformer.blocks[0].register_forward_pre_hook(take)
+    with heterostep.enabled(pipe, runtime=0.5):
+        run(pipe, steps=20, guidance_scale=1.0)
+    hook.remove()
+    report = heterostep.report(pipe).runtime
+    assert report.warmup_seconds == pytest.approx(29.5, abs=0.6)
+    assert report.dense_seconds == pytest.approx(10.0) and report.achieved == pytest.approx(0.5)
+    assert heterostep.report(pipe).share.achieved == 0.5
