@@ -120,7 +120,7 @@ def test_modules_import_downwards_only():
         }
         | {"kv_cache", "placement", "policy", "replay", "state", "timing", "trajectory", "wrapping"},
         "wrapping": {"errors"},
-        "pipeline": {"adapters", "compat", "config", "errors", "reports", "runner", "wrapping"},
+        "pipeline": {"adapters", "compat", "config", "errors", "policy", "reports", "runner", "wrapping"},
         "checkpoints": {"adapters", "errors"},
         "compare": {"adapters", "allocation", "compare", "config", "errors", "files", "metrics", "pipeline", "schedule"}
         | {"tiny", "video", "viz", "wrapping"},

@@ -15,7 +15,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from heterostep import compat
+from heterostep import compat, policy
 from heterostep.adapters import FAMILIES
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
@@ -188,6 +188,7 @@ def enable(
     config = HSAConfig.of(config, options)
     if on_step is not None and not callable(on_step):
         raise HeterostepError(f"on_step must be a function that takes a StepInfo, not {on_step!r}")
+    policy.find(config.policy)
     check_pipeline(pipe)
     before = _open.get(pipe)
     disable(pipe)

@@ -590,6 +590,7 @@ class Runner:
         if generation.steps_done == generation.schedule.run.num_steps:
             generation.finished = True
             generation.release()
+            self._log_end(generation)
         else:
             self._plan_anew(generation)
         self._notify(generation)
@@ -679,6 +680,24 @@ class Runner:
         generation.counts = schedule.within_seconds(
             generation.counts, begin, generation.changes, left, lambda count: cost.seconds(count / generation.total)
         )
+
+    def _log_end(self, generation: Generation) -> None:
+        """One line for a service's log."""
+        if not _log.isEnabledFor(logging.INFO):
+            return
+        fitted = self._cost(generation)
+        config, total = self.config, generation.total
+        dense = [step for step, count in enumerate(generation.counts) if count == total]
+        asked = f"runtime {config.runtime:g}" if config.runtime is not None else f"share {config.target:.3g}"
+        spent = sum(generation.counts) / total / len(generation.counts)
+        seconds = ""
+        if fitted is not None:
+            cost, durations = fitted
+            seconds = f", {sum(durations):.2f} s (dense about {cost.dense_run(len(generation.counts)):.2f})"
+        _log.info(
+            "%s: %s asked, share %.3f spent%s; dense steps %s of %d; K/V: %s",
+            config.policy, asked, spent, seconds, dense, len(generation.counts), generation.kv_store,
+        )  # fmt: skip
 
     def _notify(self, generation: Generation) -> None:
         if self.on_step is None:

@@ -13,7 +13,7 @@ from heterostep.policy.rotation import Rotation
 if TYPE_CHECKING:
     from heterostep.config import HSAConfig
 
-__all__ = ["POLICIES", "Change", "Policy", "Run", "Tokens", "make", "register_policy"]
+__all__ = ["POLICIES", "Change", "Policy", "Run", "Tokens", "find", "make", "register_policy"]
 
 POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Auto, HSA, Rotation)}
 
@@ -30,12 +30,21 @@ def register_policy(policy: type[Policy]) -> type[Policy]:
     return policy
 
 
+def find(name: str) -> type[Policy]:
+    """The policy of a name.
+
+    Raises:
+        HeterostepError: there is none.
+    """
+    if name not in POLICIES:
+        raise HeterostepError(f"policy must be one of {', '.join(POLICIES)}, not {name!r}")
+    return POLICIES[name]
+
+
 def make(config: HSAConfig, run: Run) -> Policy:
     """The policy that a config asks for, for one run.
 
     Raises:
         HeterostepError: there is no policy of that name.
     """
-    if config.policy not in POLICIES:
-        raise HeterostepError(f"policy must be one of {', '.join(POLICIES)}, not {config.policy!r}")
-    return POLICIES[config.policy](config, run)
+    return find(config.policy)(config, run)

@@ -1,0 +1,88 @@
+"""Policies and families from outside of the package."""
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+
+import heterostep
+from heterostep.adapters import FAMILIES
+from heterostep.adapters.wan import WanAdapter
+from heterostep.compare.measure import Prompt, generate
+from heterostep.compare.own import heterostep_method
+from heterostep.errors import HeterostepError
+from heterostep.policy import POLICIES, Policy
+from small import run, small_pipeline
+
+
+class EveryThird(Policy):
+    """All tokens at every third step, velocities held; the page on the method shows it."""
+
+    name, sparse = "every-third", False
+
+    def replan(self, evaluations, step, changes=(), exact=True):
+        total = self.run.tokens.total
+        return [total if at % 3 == 0 else self.run.tokens.least for at in range(step, self.run.num_steps)]
+
+
+@pytest.fixture
+def every_third():
+    heterostep.register_policy(EveryThird)
+    yield
+    del POLICIES["every-third"]
+
+
+def test_a_policy_of_ones_own(every_third):
+    pipe = small_pipeline()
+    with heterostep.enabled(pipe, share=0.34, policy="every-third"):
+        run(pipe)
+    report = heterostep.report(pipe)
+    assert report.active_share == [1, 0, 0] * 4 and report.policy == "every-third"
+    heterostep.enable(pipe, share=0.2, policy="every-third")
+    with pytest.raises(HeterostepError, match="dense steps: 4"):
+        run(pipe)
+
+
+def test_it_is_compared_like_any_other(every_third):
+    method = heterostep_method("mine", "every third step", policy="every-third")
+    options = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 12, "guidance_scale": 3.0}
+    pipe, prompts = small_pipeline(), [Prompt("a red circle", 0)]
+    dense = generate(pipe, prompts, None, 1.0, options)
+    assert generate(pipe, prompts, method, 0.34, options).rows == pytest.approx(dense.rows / 3)
+
+
+def test_an_unknown_policy_names_those_there_are():
+    with pytest.raises(HeterostepError, match="policy must be one of auto, hsa"):
+        heterostep.enable(small_pipeline(), share=0.5, policy="best")
+    for wrong in (object, Policy, 3):
+        with pytest.raises(HeterostepError, match="class derived from"):
+            heterostep.register_policy(wrong)
+
+
+class MyTransformer(WanTransformer3DModel):
+    pass
+
+
+class MyPipeline(WanPipeline):
+    pass
+
+
+def test_a_family_of_ones_own(monkeypatch):
+    pipe = small_pipeline()
+    pipe.transformer.__class__ = MyTransformer
+    pipe.__class__ = MyPipeline
+    with pytest.raises(HeterostepError, match="MyPipeline with MyTransformer is not supported"):
+        heterostep.enable(pipe, share=0.5)
+    monkeypatch.setattr("heterostep.adapters.FAMILIES", FAMILIES)
+    heterostep.register_family("MyTransformer", WanAdapter(), ("MyPipeline",))
+    try:
+        plain = run(pipe)
+        with heterostep.enabled(pipe, share=1.0):
+            assert torch.equal(run(pipe), plain)
+        with heterostep.enabled(pipe, share=0.6, between=0.4):
+            run(pipe)
+        assert heterostep.report(pipe).share.achieved == pytest.approx(0.6, abs=0.01)
+    finally:
+        del FAMILIES["MyTransformer"]
+    for wrong in (("X", WanAdapter(), ()), ("X", WanAdapter, ("P",)), ("X", WanAdapter(), "P")):
+        with pytest.raises(HeterostepError, match="register_family wants"):
+            heterostep.register_family(*wrong)
