@@ -3,7 +3,7 @@ PROMPT ?= a red circle moving right over blue stripes
 
 COMPARE ?= --count 2 --points 2 --runtimes 1,0.5,0.25 --methods heterostep,steps,easycache,first-block-cache
 
-.PHONY: compare demo test lint format clean
+.PHONY: compare demo test test-all test-diffusers lint format clean
 
 demo: .venv/.installed
 	mkdir -p demo
@@ -14,9 +14,20 @@ compare: .venv/.installed
 	.venv/bin/heterostep compare $(COMPARE) --out report
 	@echo "The page is report/index.html, every number report/results.json"
 
+# Two processes of one thread each: threads of several processes would wait for each other.
 test: lint
-	# Two processes of one thread each: threads of several processes would wait for each other.
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 -m "not slow"
+
+test-all: lint
 	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2
+
+# The suite on another version of diffusers: make test-diffusers DIFFUSERS=0.42.0
+DIFFUSERS ?= 0.42.0
+test-diffusers:
+	$(PYTHON) -m venv .venv-diffusers
+	grep -v '^diffusers==' constraints.txt > .venv-diffusers/constraints.txt
+	.venv-diffusers/bin/pip install -c .venv-diffusers/constraints.txt -e ".[dev]" diffusers==$(DIFFUSERS)
+	OMP_NUM_THREADS=1 .venv-diffusers/bin/pytest -n 2 -m "not slow"
 
 lint: .venv/.installed
 	.venv/bin/ruff check
@@ -28,7 +39,7 @@ format: .venv/.installed
 	.venv/bin/ruff format
 
 clean:
-	rm -rf .venv demo report .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-diffusers demo report .mypy_cache .pytest_cache .ruff_cache
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -172,7 +172,7 @@ def test_bench_quietly(capsys):
 
 def test_a_plan_shows_the_seconds_of_a_bench(capsys):
     result = json.loads(works(capsys, *BENCH, "--quiet")[0])
-    out, _ = works(capsys, "plan", "--model", "model", *SIZE, "--steps", "10", "--share", "0.5")
+    out, _ = works(capsys, "plan", "--model", "model", *SIZE, "--steps", "10", "--share", "0.5", "--dtype", "float32")
     assert f"dense {20 * result['plain_seconds']:.1f} (cpu)" in out
 
 

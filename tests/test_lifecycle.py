@@ -53,7 +53,21 @@ def cancelled(row, pipe):
         hook.remove()
 
 
-@pytest.fixture(params=ROWS)
+# One of each family, and those with two experts, two kinds of blocks, given tokens; the others are slow.
+REPRESENTATIVE = {
+    "wan2.1-t2v",
+    "wan2.2-i2v",
+    "wan2.1-vace",
+    "wan2.2-ti2v-i2v",
+    "ltx2.3-i2v",
+    "ltx0.9-t2v",
+    "hunyuan1.5-t2v",
+}
+
+
+@pytest.fixture(
+    params=[name if name in REPRESENTATIVE else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
+)
 def row(request):
     return ROWS[request.param]
 

@@ -395,7 +395,15 @@ def test_a_damaged_folder(tmp_path):
 
 def timed(pipe, tokens=48, kind="WanTransformer3DModel", device="some card"):
     points = ((0.25, 0.3), (0.5, 0.6), (1.0, 1.0))
-    return timings.Timed(device, timings.identity(kind, dict(pipe.transformer.config)), tokens, points)
+    how = {
+        "dtype": "float32",
+        "batch": 1,
+        "store": "device",
+        "sync": "hold",
+        "attention_backend": None,
+        "compiled": False,
+    }
+    return timings.Timed(device, timings.identity(kind, dict(pipe.transformer.config)), tokens, points, how)
 
 
 def test_seconds_come_from_timings(folder):

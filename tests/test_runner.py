@@ -56,17 +56,17 @@ def test_dense_steps_that_keep_kv_are_bit_identical_too(pipe):
 
 def test_a_held_velocity_is_one_euler_step_over_the_gap(pipe):
     """With no token active, k steps move the latents by velocity times the sigmas' difference."""
-    latents, outputs = [], []
+    latents, outputs, sigmas = [], [], []
 
     def keep(pipe, step, timestep, tensors):
         latents.append(tensors["latents"].clone())
+        sigmas[:] = pipe.scheduler.sigmas.tolist()
         return {}
 
     heterostep.enable(pipe, share=[1, 1, 1, 0, 0, 0, 1, 1], solver="euler", extrapolate=0)
     hook = pipe.transformer.register_forward_hook(lambda m, a, out: outputs.append(out[0].clone()))
     run(pipe, steps=8, guidance_scale=1.0, callback_on_step_end=keep)
     hook.remove()
-    sigmas = pipe.scheduler.sigmas
     expected = latents[1] + (sigmas[6] - sigmas[2]) * outputs[2]
     torch.testing.assert_close(latents[5], expected, atol=1e-5, rtol=1e-5)
 
@@ -342,7 +342,7 @@ def test_refusals_say_what_is_supported(pipe):
         heterostep.enable(pipe, speed=2)
     with pytest.raises(HeterostepError, match="not both"):
         heterostep.enable(pipe, config=heterostep.HSAConfig(share=0.5), share=0.5)
-    with pytest.raises(HeterostepError, match="no report"):
+    with pytest.raises(HeterostepError, match="nothing to report yet: call heterostep.enable"):
         heterostep.report(pipe)
     heterostep.enable(pipe, share=0.5, between=0.3)
     with pytest.raises(HeterostepError, match="nothing to report"):

@@ -161,11 +161,15 @@ def test_what_is_replaced_while_enabled_is_noticed(pipe):
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
     with pytest.raises(HeterostepError, match="stochastic"):
         TEXT.run(pipe)
+    # One that is supported is followed.
     pipe.scheduler = original
     heterostep.enable(pipe, share=0.5, between=0.3, solver="euler")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    TEXT.run(pipe)
+    assert pipe.scheduler.config.shift == 5.0
     pipe.scheduler = original
-    with pytest.raises(HeterostepError, match="enable again"):
-        TEXT.run(pipe)
+    TEXT.run(pipe)
+    assert pipe.scheduler is original
     heterostep.disable(pipe)
     pipe.scheduler = DPMSolverMultistepScheduler(
         algorithm_type="sde-dpmsolver++", use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
@@ -176,7 +180,7 @@ def test_what_is_replaced_while_enabled_is_noticed(pipe):
     heterostep.enable(small, share=0.5, between=0.3)
     small.transformer = pipe.transformer
     run_wan("wan2.1-t2v", small, steps=2)
-    with pytest.raises(HeterostepError, match="enable again"):
+    with pytest.raises(HeterostepError, match="after replacing its transformer, enable again"):
         heterostep.report(small)
 
 

@@ -41,6 +41,7 @@ def plan(
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
     attention_backend: Annotated[str | None, typer.Option(help="Such as _native_cudnn.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, float16 or bfloat16.")] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="JSON in place of the table.")] = False,
 ) -> None:
     """Tokens, memory by K/V store and evaluations of a run, from the configuration alone."""
@@ -55,10 +56,14 @@ def plan(
         raise HeterostepError("give --runtime or --share, not both of them")
     if no_kv and between:
         raise HeterostepError("give --between or --no-kv, not both of them")
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise HeterostepError(f"--dtype must be float32, float16 or bfloat16, not {dtype}")
     runtime = 0.5 if runtime is None and share is None else runtime
     config = HSAConfig(
         runtime=runtime, share=share, policy=policy, between=between, kv_store=kv_store, vram=vram
     )  # fmt: skip
+    import torch
+
     from heterostep.cli import _silence
     from heterostep.planning import plan as make_plan
 
@@ -73,6 +78,7 @@ def plan(
             image_to_video=image_to_video,
             offload=offload,
             attention_backend=attention_backend,
+            dtype=getattr(torch, dtype),
             config=config,
         )
     if as_json:

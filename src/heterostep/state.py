@@ -143,7 +143,7 @@ class Generation:
         if len(whole) == len(ahead):
             return False
         # A change is wanted of the last two dense steps, and which those are may still change.
-        return drift or self.total not in whole
+        return (drift and self.step > 0) or self.total not in whole
 
     @property
     def skips_follow(self) -> bool:
