@@ -75,7 +75,7 @@ def test_generate_writes_a_video(pipes, capsys, dial):
     assert frames.shape == (9, 64, 64, 3) and fps == 8
     assert files() == ["video.mp4"]
     out, err = capsys.readouterr()
-    for word in ("promised", "achieved", "mean", "K/V cache", "peak", "video.mp4"):
+    for word in ("asked", "achieved", "mean", "K/V cache", "peak", "video.mp4"):
         assert word in out
     assert "12/12, active" in err
 
@@ -98,7 +98,7 @@ def test_both_compares_with_dense_from_the_same_noise(pipes, capsys):
         picture.load()
     out, err = capsys.readouterr()
     assert f"{report['psnr']:.1f} dB" in out and "ratio" in out
-    assert "dense 12/12" in err and "sparse 12/12" in err and "promised 0.75" in err
+    assert "dense 12/12" in err and "sparse 12/12" in err and "asked 0.75" in err
 
 
 def test_both_at_full_share_is_the_dense_video_twice(pipes):
@@ -233,6 +233,7 @@ def test_scene_without_a_shape_fails_in_one_line(no_model, capsys):
         (["--report", "report.txt"], ".json"),
         (["--heatmap", "heat.jpg"], ".png or .mp4"),
         (["--heatmap", "video.mp4"], "same path"),
+        (["--out", "v" * 250 + ".mp4"], "vvv... is too long"),
         (["--device", "abacus"], "unknown device"),
         (["--device", "cuda:99"], "no device cuda:99"),
         (["--dtype", "int3"], "--dtype"),
@@ -404,7 +405,7 @@ def test_a_terminal_gets_a_bar(pipes, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert cli.main(["generate", PROMPT, *SMALL, "--share", "0.75"]) == 0
     err = capsys.readouterr().err
-    assert "━" in err and "promised 0.75" in err
+    assert "━" in err and "asked 0.75" in err
 
 
 def test_version_and_missing_arguments(capsys):
@@ -443,7 +444,7 @@ def test_the_module_runs_as_a_command(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = result.stderr.splitlines()
     assert all(line.startswith("sparse ") for line in lines), result.stderr
-    assert "ends at" in lines[-1] and "(promised 0.50)" in lines[-1]
+    assert "ends at" in lines[-1] and "(asked 0.50)" in lines[-1]
     assert video.is_file()
     assert _python("-m", "heterostep", "generate", PROMPT, "--runtime", "7").returncode == 2
 

@@ -176,6 +176,14 @@ def test_a_plan_shows_the_seconds_of_a_bench(capsys):
     assert f"dense {20 * result['plain_seconds']:.1f} (cpu)" in out
 
 
+def test_out_of_memory_in_a_bench_is_one_line(capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("heterostep.bench.bench", fail)
+    assert "out of memory: lower the size, or take fewer --layers" in fails(capsys, *BENCH)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

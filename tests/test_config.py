@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+import torch
 
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
@@ -26,6 +28,20 @@ from heterostep.errors import HeterostepError
         {"share": 0.5, "solver": "heun"},
         {"share": 0.5, "score": "psychic"},
         {"share": 0.5, "sync": "never"},
+        {"share": True},
+        {"runtime": True},
+        {"share": "0.5"},
+        {"share": [1, 1, None]},
+        {"share": 0.5, "divisors": 4},
+        {"share": 0.5, "divisors": (1, 2.5)},
+        {"share": 0.5, "dense_start": "3"},
+        {"share": 0.5, "dense_end": 1.5},
+        {"share": 0.5, "dense_end": float("inf")},
+        {"share": 0.5, "regroup_every": 1.5},
+        {"share": 0.5, "policy": 3},
+        {"share": 0.5, "vram": "16"},
+        {"share": 0.5, "kv_store": ["disk"]},
+        {"share": 0.5, "kv_store": []},
     ],
 )
 def test_wrong_options_are_refused_in_one_line(options):
@@ -52,3 +68,16 @@ def test_options_of_one_policy_do_not_go_with_another(options, message):
 def test_the_former_name_of_the_default_still_works():
     with pytest.warns(DeprecationWarning, match="between=None is the default now"):
         assert HSAConfig(share=0.5, between=None).between == 0
+
+
+def test_numbers_of_any_kind_are_taken():
+    config = HSAConfig(share=np.float32(0.5), between=torch.tensor(0.25), dense_start=np.int64(2), vram=16)
+    assert (config.share, config.between, config.dense_start, config.vram) == (0.5, 0.25, 2, 16.0)
+    assert all(type(value) in (int, float) for value in (config.share, config.between, config.dense_start))
+    for shares in (np.ones(4), torch.ones(4), [1, True + 0, 1.0, np.float16(1)]):
+        assert HSAConfig(share=shares).share == (1.0,) * 4
+
+
+def test_a_config_of_another_kind_is_one_line():
+    with pytest.raises(HeterostepError, match="must be an HSAConfig, not dict"):
+        HSAConfig.of({"share": 0.5}, {})

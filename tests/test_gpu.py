@@ -157,3 +157,34 @@ def test_compiled_blocks_are_replayed_too():
         expected = row.run(pipe, steps=STEPS)
     with heterostep.enabled(pipe, **options):
         assert equal(row.run(pipe, steps=STEPS), expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("options", [{"share": 0.5}, {"share": 0.5, "between": 0.3}], ids=["whole", "single"])
+def test_a_device_that_is_not_the_current_one(options):
+    """Its kernels, graphs and seconds are its own: as on the first GPU, and while that stays current."""
+    from heterostep import tiny
+
+    videos = []
+    for device in ("cuda:0", "cuda:1"):
+        pipe = tiny.load().to(device)
+
+        def run(pipe=pipe):
+            return pipe(
+                prompt="a red circle moving right", height=96, width=96, num_frames=17, num_inference_steps=20,
+                guidance_scale=4.0, output_type="latent", generator=torch.Generator().manual_seed(3),
+            ).frames  # fmt: skip
+
+        plain = run()
+        with heterostep.enabled(pipe, share=1.0):
+            assert torch.equal(run(), plain)
+        with heterostep.enabled(pipe, cuda_graphs=False, **options):
+            called = run()
+        with heterostep.enabled(pipe, **options):
+            assert torch.equal(run(), called)
+        videos.append(called.cpu())
+        with heterostep.enabled(pipe, runtime=0.5):
+            run()
+        assert heterostep.report(pipe).runtime.dense_seconds > 0.01
+        assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(*videos, atol=1e-3, rtol=1e-3)

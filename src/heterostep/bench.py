@@ -72,7 +72,7 @@ def bench(
         size: of the video.
         shares: of active tokens, each above 0 and below 1.
         stores: of K and V, each timed dense and at every share.
-        sync: "hold", or "drift": K and V of the sleeping tokens go on, and dense calls see how they change.
+        sync: "hold", or "drift": K and V of the skipped tokens follow their last change.
         layers: transformer blocks, in place of all.
         compiled: with `compile_repeated_blocks`, the plain call too.
         cuda_graphs: replay calls of few tokens, as a run does.

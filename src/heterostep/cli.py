@@ -24,7 +24,7 @@ import heterostep
 from heterostep import cli_sizes
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError, first_line
-from heterostep.files import replacing, writing
+from heterostep.files import name_is_too_long, replacing, writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,7 +112,7 @@ def generate(
         Path | None, typer.Option(help="First frame: image-to-video. Cropped to the video's shape.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Diffusers folder or hub id.  [default: the bundled model]")] = None,
-    runtime: Annotated[float | None, typer.Option(help="Promised seconds over dense seconds.  [default: 0.5]")] = None,
+    runtime: Annotated[float | None, typer.Option(help="Seconds over dense seconds.  [default: 0.5]")] = None,
     share: Annotated[float | None, typer.Option(help="Token evaluations over dense ones; repeatable.")] = None,
     between: Annotated[
         float, typer.Option(min=0, max=1, help="Share of it for single tokens between dense steps.")
@@ -140,7 +140,7 @@ def generate(
     solver: Annotated[Solver, typer.Option(help="The update of skipped tokens.")] = Solver.pipeline,
     negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
     out: Annotated[Path, typer.Option(help="MP4 file.")] = Path("video.mp4"),
-    report: Annotated[Path | None, typer.Option(help="JSON file: what was promised, what was done.")] = None,
+    report: Annotated[Path | None, typer.Option(help="JSON file: what was asked, what was done.")] = None,
     heatmap: Annotated[Path | None, typer.Option(help="PNG or MP4 file: evaluations per token.")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Skip nothing.")] = False,
     both: Annotated[bool, typer.Option("--both", help="Dense, then sparse from the same noise, side by side.")] = False,
@@ -256,7 +256,7 @@ def compare(
         source.read_prompts(prompts, seed, (1, 1) if image_to_video else None)
     tell = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
     command = "heterostep " + " ".join(map(shlex.quote, sys.argv[1:]))
-    with _silence(), _dense_memory_advice():
+    with _silence(), _out_of_memory("lower the size or --batch, or take a smaller --dtype"):
         place = _device(device)
         pipe, defaults = _load(model, image_to_video, _precision(dtype, place))
         asked = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance}
@@ -309,14 +309,13 @@ def compare(
 
 
 @contextlib.contextmanager
-def _dense_memory_advice() -> Iterator[None]:
+def _out_of_memory(advice: str) -> Iterator[None]:
     """Running out of memory as one line."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        advice = "lower the size or --batch, or take a smaller --dtype"
         raise HeterostepError(f"out of memory: {advice}") from error
 
 
@@ -398,6 +397,8 @@ def _check_outputs(*outputs: tuple[Path | None, tuple[str, ...]]) -> None:
             raise HeterostepError(f"there is no folder {path.parent} to write {path.name} to")
         if not os.access(path.parent, os.W_OK):
             raise HeterostepError(f"cannot write to the folder {path.parent}")
+        if name_is_too_long(path):
+            raise HeterostepError(f"the file name {path.name[:20]}... is too long")
     if len({path.resolve() for path, _ in given}) < len(given):
         raise HeterostepError("two outputs have the same path")
 
@@ -538,11 +539,13 @@ def _summary(result: Result, reference: Result | None, files: Sequence[Path]) ->
     runtime, share, steps, memory = report.runtime, report.share, report.steps, report.memory
     lines = {}
     if runtime.target is not None and runtime.achieved is not None:
-        lines["runtime"] = f"promised {runtime.target:.2f} of dense, achieved {runtime.achieved:.2f}"
+        lines["runtime"] = f"asked {runtime.target:.2f} of dense, achieved {runtime.achieved:.2f}"
         if runtime.warmup_seconds > 0.05 * runtime.seconds:
             lines["runtime"] += f", besides {runtime.warmup_seconds:.1f} s of warm-up"
     if share.target is not None:
-        lines["share"] = f"promised {share.target:.2f} of the dense evaluations, achieved {share.achieved:.2f}"
+        lines["share"] = f"asked {share.target:.2f} of the dense evaluations, spent {share.achieved:.2f}"
+        if share.unspent:
+            lines["share"] += f" ({share.unspent:.3f} are less than a whole step)"
     lines["seconds"] = f"{result.seconds:.1f} for the denoising loop"
     if reference is not None:
         lines["seconds"] += f", dense {reference.seconds:.1f}, ratio {result.seconds / reference.seconds:.2f}"

@@ -22,7 +22,7 @@ DEVICE_HELP = "cpu, cuda or cuda:N; auto takes CUDA where there is one."
 def plan(
     model: Annotated[str, typer.Option(help="Short name, hub id or diffusers folder; --list names those known.")] = "",
     list_models: Annotated[bool, typer.Option("--list", help="The short names, and exit.")] = False,
-    runtime: Annotated[float | None, typer.Option(help="Promised seconds over dense seconds.  [default: 0.5]")] = None,
+    runtime: Annotated[float | None, typer.Option(help="Seconds over dense seconds.  [default: 0.5]")] = None,
     share: Annotated[float | None, typer.Option(help="Token evaluations over dense ones.")] = None,
     between: Annotated[
         float, typer.Option(min=0, max=1, help="Share of it for single tokens between dense steps.")
@@ -137,7 +137,7 @@ def bench(
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
     shares: Annotated[str, typer.Option(help="Of active tokens, comma-separated.")] = "0.5,0.25,0.125,0.0625",
     stores: Annotated[str, typer.Option(help="Of K/V, comma-separated: device, fp8, offload, fp8-offload.")] = "device",
-    sync: Annotated[str, typer.Option(help="K/V of sleeping tokens: hold or drift.")] = "hold",
+    sync: Annotated[str, typer.Option(help="K/V of skipped tokens: hold or drift.")] = "hold",
     layers: Annotated[int | None, typer.Option(min=1, help="Transformer blocks.  [default: all]")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="With compile_repeated_blocks.")] = False,
     no_graphs: Annotated[bool, typer.Option("--no-graphs", help="Replay no call as a CUDA graph.")] = False,
@@ -149,7 +149,7 @@ def bench(
     quiet: Annotated[bool, typer.Option("--quiet", help="The JSON line alone.")] = False,
 ) -> None:
     """Seconds of a transformer call, dense and with a share of the tokens; a table, and one line of JSON."""
-    from heterostep.cli import _check_outputs, _device, _silence
+    from heterostep.cli import _check_outputs, _device, _out_of_memory, _silence
 
     _check_outputs((out, (".json",)))
     try:
@@ -165,7 +165,7 @@ def bench(
 
     place = _device(device)
     precision = getattr(torch, {"auto": "bfloat16" if place.type == "cuda" else "float32"}.get(dtype, dtype))
-    with _silence():
+    with _silence(), _out_of_memory("lower the size, or take fewer --layers, --stores or a smaller --dtype"):
         result = run_bench(
             config,
             Size(height, width, frames),

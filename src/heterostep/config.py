@@ -40,7 +40,7 @@ def _whole(name: str, value: Any, least: int) -> int:
         HeterostepError: it is none, or too small.
     """
     number = _number(name, value)
-    if number != int(number) or number < least:
+    if not math.isfinite(number) or number != int(number) or number < least:
         raise HeterostepError(f"{name} must be a whole number, at least {least}, not {number:g}")
     return int(number)
 
@@ -74,7 +74,7 @@ class HSAConfig:
             a first-order step on the same sigma grid.
         score: "velocity" ranks tokens by how fast their velocity changes. For experiments: "random" is a control;
             "oracle" evaluates all tokens for nothing and ranks them by how wrong their held velocity is.
-        sync: "hold" keeps the K/V of sleeping tokens as they were, as the paper does; "drift" lets them go on along
+        sync: "hold" keeps the K/V of skipped tokens as they were, as the paper does; "drift" lets them go on along
             each token's last change, at the price of a byte for each of their values. "fresh" recomputes them at every
             step for nothing, a bound for experiments: it tells what stale K/V cost, and is no faster than dense.
         kv_store: where K and V are kept. "device": in the model's precision; "fp8": in half of the bytes; "offload" and

@@ -10,12 +10,24 @@ from pathlib import Path
 
 from heterostep.errors import HeterostepError, first_line
 
+# Bytes in a file's name, on the file systems that people have.
+LONGEST_NAME = 255
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def name_is_too_long(path: Path) -> bool:
+    """Whether the file, or what is written beside it at first, has a longer name than file systems take."""
+    return len(os.fsencode(_part(path).name)) > LONGEST_NAME
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A path beside `path` to write to; it becomes `path` when the block ends, and vanishes if the block raises."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _part(path)
     try:
         yield part
         os.replace(part, path)

@@ -238,7 +238,7 @@ def enabled(
 
 
 def report(pipe: DiffusionPipeline) -> Report:
-    """What the last generation promised and did; also after `disable`.
+    """What the last generation was asked for and did; also after `disable`.
 
     Raises:
         HeterostepError: the pipeline was never enabled, or has generated nothing since.

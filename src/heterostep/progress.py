@@ -16,7 +16,7 @@ def describe(info: StepInfo, config: HSAConfig) -> str:
     if config.target == 1 or ends is None:
         return text
     what = "share " if config.runtime is None else ""
-    return f"{text}, ends at {what}{ends:.2f} of dense (promised {config.target:.2f})"
+    return f"{text}, ends at {what}{ends:.2f} of dense (asked {config.target:.2f})"
 
 
 class RunProgress:

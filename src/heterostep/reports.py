@@ -1,4 +1,4 @@
-"""What a run promised and what it did."""
+"""What a run was asked for and what it did."""
 
 from __future__ import annotations
 
