@@ -85,7 +85,7 @@ def test_group_offload(row, level, enable_first):
     assert equal(shown_to_work(row, pipe, plain), half)
 
 
-@pytest.mark.parametrize("enable_first", [True, False])
+@pytest.mark.parametrize("enable_first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_sequential_offload(row, enable_first):
     from accelerate import cpu_offload
 
@@ -163,7 +163,12 @@ GRAPHS = {"wan2.1-t2v": 6, "wan2.1-vace": 14, "ltx2.0-t2v": 10, "ltx0.9-t2v": 6,
 ONE_CALL = dict(stg_scale=0.0, audio_stg_scale=0.0, modality_scale=1.0, audio_modality_scale=1.0)
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+COMPILED_QUICKLY = ("wan2.1-t2v", "ltx0.9-t2v")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in COMPILED_QUICKLY else pytest.param(name, marks=pytest.mark.slow) for name in GRAPHS]
+)
 def test_compiled_blocks(name):
     from torch._dynamo.utils import counters
 

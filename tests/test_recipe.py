@@ -82,6 +82,7 @@ def test_short_text_with_weighted_padding_is_the_pipelines_long_text(recipe):
 
 # Autocast on the CPU leaves the norms' weights in single precision, and torch says that this is not fused.
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.slow
 def test_every_stage_runs_and_the_pipeline_loads(recipe, tmp_path, monkeypatch):
     import encode_clips
     import export
