@@ -16,7 +16,11 @@ STEPS = 12
 HALF = {"share": 0.5, "between": 0.5, "dense_start": 1}
 
 
-@pytest.fixture(params=ROWS)
+# LTX-2.3's rows ask the same of a larger model.
+SLOW = ("ltx2.0-i2v", "ltx2.0-condition")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ROWS])
 def row(request):
     return ROWS[request.param]
 

@@ -64,7 +64,7 @@ def test_layerwise_casting(row):
 
 
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
-@pytest.mark.parametrize("enable_first", [True, False])
+@pytest.mark.parametrize("enable_first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_group_offload(row, level, enable_first):
     pipe = row.build()
     plain = row.run(pipe, steps=4)
