@@ -9,48 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from heterostep.policy.base import Change, Policy, Tokens, spread
+from heterostep.policy.base import Tokens, spread
+from heterostep.policy.window import Windowed
 
 DIVISORS = (1, 2, 4, 8)
 
 
-def dense_start(target: float, num_steps: int, asked: int | None, timed: bool) -> int:
-    """Steps before the window: as asked, or the more the larger the budget is, which measured best for equal gaps.
-
-    Args:
-        target: asked share or runtime, 0..1.
-        num_steps: of the run.
-        asked: the user's choice, or None.
-        timed: whether steps are to be timed, which takes three.
-    """
-    if asked is None:
-        # One less, for the window's first step is dense too.
-        asked = max(3 if timed else 1, round(min(0.65, 1.45 * target) * target * num_steps) - 1)
-    return min(asked, num_steps)
-
-
-class HSA(Policy):
+class HSA(Windowed):
     """See the module's description. `extrapolate` and `divisors` of the config change it."""
 
     name = "hsa"
 
-    @property
-    def window(self) -> tuple[int, int]:
-        """The caching window [start, stop): the steps at which tokens may be skipped."""
-        config, num_steps = self.config, self.run.num_steps
-        start = dense_start(config.target, num_steps, config.dense_start, config.runtime is not None)
-        return start, max(start, num_steps - config.dense_end)
-
-    def replan(self, evaluations: int, step: int, changes: Sequence[Change] = (), exact: bool = True) -> list[int]:
-        (start, stop), total = self.window, self.run.tokens.total
-        before, after = max(start - step, 0), self.run.num_steps - max(stop, step)
-        begin = step + before
-        inside = max(stop - begin, 0)
-        budget = evaluations - (before + after) * total
-        restarts = [at - begin for at in self.run.restarts]
+    def inside(self, evaluations: int, steps: range, exact: bool) -> list[int]:
+        restarts = [at - steps.start for at in self.run.restarts]
         divisors = self.config.divisors or DIVISORS
-        middle = by_divisors(budget, self.run.tokens, inside, divisors, restarts, exact)
-        return [total] * before + middle + [total] * after
+        return by_divisors(evaluations, self.run.tokens, len(steps), divisors, restarts, exact)
 
     def smallest(self) -> str:
         (start, stop), divisors = self.window, self.config.divisors or DIVISORS

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
-from heterostep.policy.base import Change, Policy, Tokens, spread
-from heterostep.policy.hsa import dense_start
+from heterostep.policy.base import Tokens, spread
+from heterostep.policy.window import Windowed
 
 
-class Rotation(Policy):
+class Rotation(Windowed):
     """See the module's description; `config.rotation` is its length."""
 
     name = "rotation"
@@ -25,21 +25,9 @@ class Rotation(Policy):
         """Steps in which every token has its turn."""
         return self.config.rotation or 1
 
-    @property
-    def window(self) -> tuple[int, int]:
-        """The steps [start, stop) that are not dense, but for the first."""
-        config, num_steps = self.config, self.run.num_steps
-        start = dense_start(config.target, num_steps, config.dense_start, config.runtime is not None)
-        return start, max(start, num_steps - config.dense_end)
-
-    def replan(self, evaluations: int, step: int, changes: Sequence[Change] = (), exact: bool = True) -> list[int]:
-        (start, stop), total = self.window, self.run.tokens.total
-        before, after = max(start - step, 0), self.run.num_steps - max(stop, step)
-        steps = range(step + before, max(stop, step + before))
-        budget = evaluations - (before + after) * total
-        dense = (start, *self.run.restarts)
-        middle = by_rotation(budget, self.run.tokens, steps, self.length, dense, exact)
-        return [total] * before + middle + [total] * after
+    def inside(self, evaluations: int, steps: range, exact: bool) -> list[int]:
+        dense = (self.window[0], *self.run.restarts)
+        return by_rotation(evaluations, self.run.tokens, steps, self.length, dense, exact)
 
     def plans_anew_from(self, step: int, dense: bool) -> int | None:
         (start, stop), begins = self.window, step + 1
