@@ -21,7 +21,7 @@ import typer
 from rich import filesize
 
 import heterostep
-from heterostep import cli_sizes
+from heterostep import cli_sizes, interrupts
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError, first_line
 from heterostep.files import name_is_too_long, replacing, writing
@@ -428,6 +428,7 @@ def _silence() -> Iterator[None]:
         logging.disable_progress_bar()
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
+    interrupts.check()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -463,13 +464,16 @@ def _precision(dtype: Dtype, device: Any) -> Any:
 def _load(model: str | None, with_image: bool, precision: Any) -> tuple[Any, dict[str, Any]]:
     """The pipeline, on the CPU, and its default sizes and guidance."""
     if model is None:
-        pipe = heterostep.tiny.load(image_to_video=with_image)
+        pipe, defaults = heterostep.tiny.load(image_to_video=with_image), heterostep.tiny.DEFAULTS
         pipe.transformer.to(precision)
         pipe.text_encoder.to(precision)
-        return pipe, heterostep.tiny.DEFAULTS
-    from heterostep import checkpoints
+    else:
+        from heterostep import checkpoints
 
-    return checkpoints.load(model, with_image, precision)
+        pipe, defaults = checkpoints.load(model, with_image, precision)
+    # Most imports are behind us.
+    interrupts.check()
+    return pipe, defaults
 
 
 @contextlib.contextmanager
@@ -573,7 +577,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, 2 for a fault, or 130 after Ctrl-C.
     """
     try:
-        code = app(arguments, prog_name="heterostep", standalone_mode=False)
+        with interrupts.watched():
+            code = app(arguments, prog_name="heterostep", standalone_mode=False)
     except (HeterostepError, OSError) as error:
         return _fail(first_line(error), 2)
     except typer.TyperException as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from heterostep import interrupts
 from heterostep.config import HSAConfig
 from heterostep.reports import StepInfo
 
@@ -49,6 +50,7 @@ class RunProgress:
         self.bar.stop()
 
     def __call__(self, info: StepInfo) -> None:
+        interrupts.check()
         done, total = info.step + 1, info.num_inference_steps
         text = describe(info, self.config)
         self.bar.update(self.task, completed=done, total=total, text=text)

@@ -1,0 +1,47 @@
+"""Ctrl-C is kept in mind: what is raised while a library is imported, or in a finaliser, may be swallowed there."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+_seen = threading.Event()
+
+
+def check() -> None:
+    """Raise what was swallowed.
+
+    Raises:
+        KeyboardInterrupt: there was a Ctrl-C inside of `watched`.
+    """
+    if _seen.is_set():
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Note each Ctrl-C, which is raised as ever; raise it at the end once more where it was swallowed.
+
+    Other handlers than Python's own stay as they are.
+    """
+    usual = signal.default_int_handler
+    main = threading.current_thread() is threading.main_thread()
+    ours = main and signal.getsignal(signal.SIGINT) is usual
+
+    def interrupt(number: int, frame: Any) -> None:
+        _seen.set()
+        usual(number, frame)
+
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+        check()
+    finally:
+        # Whoever catches it has been told.
+        _seen.clear()
+        if ours:
+            signal.signal(signal.SIGINT, usual)
