@@ -6,12 +6,13 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    ModularPipeline,
     UniPCMultistepScheduler,
 )
 
@@ -32,7 +33,7 @@ def supported() -> list[str]:
 class _Session:
     """What `enable` changed on one pipeline. Refers to the pipeline weakly, so that neither keeps the other alive."""
 
-    def __init__(self, pipe: DiffusionPipeline, config: HSAConfig, on_step: Callable[[StepInfo], None] | None) -> None:
+    def __init__(self, pipe: Pipeline, config: HSAConfig, on_step: Callable[[StepInfo], None] | None) -> None:
         models = transformers(pipe)
         self.config, self.on_step = config, on_step
         self.name = type(pipe).__name__
@@ -63,7 +64,7 @@ class _Session:
                 pipe.scheduler = original
             self.runner.end()
 
-    def close(self, pipe: DiffusionPipeline) -> None:
+    def close(self, pipe: Pipeline) -> None:
         self._abandoned.detach()
         self.runner.uninstall()
         pipe.__class__ = self._class
@@ -96,8 +97,11 @@ def _enabled_class(cls: Any) -> Any:
     return type(cls.__name__, (_Enabled, cls), own | {"__doc__": cls.__doc__})
 
 
-_open: weakref.WeakKeyDictionary[DiffusionPipeline, _Session] = weakref.WeakKeyDictionary()
-_last: weakref.WeakKeyDictionary[DiffusionPipeline, _Session] = weakref.WeakKeyDictionary()
+_PIPELINES = (DiffusionPipeline, ModularPipeline)
+Pipeline: TypeAlias = DiffusionPipeline | ModularPipeline
+
+_open: weakref.WeakKeyDictionary[Pipeline, _Session] = weakref.WeakKeyDictionary()
+_last: weakref.WeakKeyDictionary[Pipeline, _Session] = weakref.WeakKeyDictionary()
 
 
 def _check_scheduler(scheduler: Any) -> None:
@@ -165,7 +169,7 @@ def _check_model(model: Any) -> None:
 
 
 def enable(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     *,
     config: HSAConfig | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
@@ -204,13 +208,13 @@ def enable(
         raise
 
 
-def disable(pipe: DiffusionPipeline) -> None:
+def disable(pipe: Pipeline) -> None:
     """Give the pipeline back as it was. On a pipeline that is not enabled this does nothing.
 
     Raises:
         HeterostepError: it is no pipeline.
     """
-    if not isinstance(pipe, DiffusionPipeline):
+    if not isinstance(pipe, _PIPELINES):
         raise HeterostepError(f"disable wants a diffusers pipeline, not {type(pipe).__name__}")
     session = _open.pop(pipe, None)
     if session is not None:
@@ -219,15 +223,15 @@ def disable(pipe: DiffusionPipeline) -> None:
 
 @contextlib.contextmanager
 def enabled(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     *,
     config: HSAConfig | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
     **options: Any,
-) -> Iterator[DiffusionPipeline]:
+) -> Iterator[Pipeline]:
     """`enable` for the length of a with block. Afterwards, also after an exception, it is as before: off, or on with
     the options that it had."""
-    before = _open.get(pipe) if isinstance(pipe, DiffusionPipeline) else None
+    before = _open.get(pipe) if isinstance(pipe, _PIPELINES) else None
     enable(pipe, config=config, on_step=on_step, **options)
     try:
         yield pipe
@@ -237,15 +241,15 @@ def enabled(
             _open[pipe] = _Session(pipe, before.config, before.on_step)
 
 
-def report(pipe: DiffusionPipeline) -> Report:
+def report(pipe: Pipeline) -> Report:
     """What the last generation was asked for and did; also after `disable`.
 
     Raises:
         HeterostepError: the pipeline was never enabled, or has generated nothing since.
     """
-    session = _last.get(pipe) if isinstance(pipe, DiffusionPipeline) else None
+    session = _last.get(pipe) if isinstance(pipe, _PIPELINES) else None
     if session is None:
-        known = isinstance(pipe, DiffusionPipeline) and pipe in _open
+        known = isinstance(pipe, _PIPELINES) and pipe in _open
         first = "" if known else "heterostep.enable(pipe, ...) first, then "
         raise HeterostepError(f"nothing to report yet: call {first}the pipeline")
     return session.runner.report(session.name)

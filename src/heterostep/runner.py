@@ -207,7 +207,9 @@ class Runner:
             generation.drop_stores()
             generation.expert = position
             generation.trajectory.restart()
-        if branch.expert != position:
+        guided = getattr(pipe, "guider", None) is not None
+        if branch.expert != position or (guided and branch.is_of_another(inputs.get("encoder_hidden_states"))):
+            # Guiders that come and go change the order of their calls.
             branch.expert, branch.last_step = position, -1
         try:
             return self._run(expert, generation, branch, inputs)
@@ -535,9 +537,13 @@ class Runner:
     @staticmethod
     def _scheduler_step(pipe: Any) -> int:
         """The scheduler's step of this call. Schedulers count it themselves, but only from their first step on."""
-        if pipe.scheduler.step_index is not None:
-            return pipe.scheduler.step_index
-        return int((pipe.scheduler.timesteps - pipe._current_timestep).abs().argmin())
+        scheduler, now = pipe.scheduler, getattr(pipe, "_current_timestep", None)
+        if scheduler.step_index is not None:
+            return scheduler.step_index
+        if now is None:
+            # A modular pipeline, whose runs begin where they tell the scheduler to.
+            return scheduler.begin_index or 0
+        return int((scheduler.timesteps - now).abs().argmin())
 
     def _start_step(self, generation: Generation, step: int) -> None:
         generation.step, generation.calls = step, 0

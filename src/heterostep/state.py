@@ -50,6 +50,12 @@ class Branch:
         """Bytes of K/V in host memory."""
         return sum(store.host_nbytes for store in self.stores)
 
+    def is_of_another(self, text: torch.Tensor | None) -> bool:
+        """Whether these states are others than the branch was made with. Those may have been written to meanwhile."""
+        if self.text is None or text is None or text is self.text:
+            return False
+        return text.shape != self.text.shape or not torch.equal(text, self.text)
+
     def free_kv(self) -> None:
         """Give the K/V memory back; velocities stay."""
         self.replays = None

@@ -26,16 +26,28 @@ class Family:
 # By the class name of the transformer: nothing of diffusers is imported for a family that is not used.
 FAMILIES: dict[str, Family] = {
     "WanTransformer3DModel": Family(
-        WanAdapter(), ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
+        WanAdapter(),
+        (
+            "WanPipeline",
+            "WanImageToVideoPipeline",
+            "WanVideoToVideoPipeline",
+            "WanModularPipeline",
+            "WanImage2VideoModularPipeline",
+            "Wan22ModularPipeline",
+            "Wan22Image2VideoModularPipeline",
+        ),
     ),
     "HunyuanVideo15Transformer3DModel": Family(
-        HunyuanVideo15Adapter(), ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")
+        HunyuanVideo15Adapter(),
+        ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline", "HunyuanVideo15ModularPipeline"),
     ),
     "LTX2VideoTransformer3DModel": Family(
-        LTX2Adapter(), ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline")
+        LTX2Adapter(), ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline", "LTX2ModularPipeline")
     ),
-    "LTXVideoTransformer3DModel": Family(LTXAdapter(), ("LTXPipeline", "LTXImageToVideoPipeline")),
-    "WanVACETransformer3DModel": Family(WanAdapter(), ("WanVACEPipeline",)),
+    "LTXVideoTransformer3DModel": Family(
+        LTXAdapter(), ("LTXPipeline", "LTXImageToVideoPipeline", "LTXModularPipeline")
+    ),
+    "WanVACETransformer3DModel": Family(WanAdapter(), ("WanVACEPipeline", "Wan22VaceModularPipeline")),
 }
 
 

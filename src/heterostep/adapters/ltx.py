@@ -65,7 +65,8 @@ class LTXAdapter(Adapter):
 
     def guidance_copies(self, pipe: Any) -> int:
         # A call has [without prompt, with prompt] in its batch.
-        return 2 if pipe.do_classifier_free_guidance else 1
+        # Modular pipelines make a call of each.
+        return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
 
     def select(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
         rows = gather_rows(inputs["hidden_states"], index)

@@ -138,7 +138,8 @@ class LTX2Adapter(Adapter):
 
     def guidance_copies(self, pipe: Any) -> int:
         # The first call has [without prompt, with prompt] in its batch; those for STG and modality guidance have one.
-        return 2 if pipe.do_classifier_free_guidance else 1
+        # Modular pipelines make a call of each.
+        return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
 
     def select(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
         hidden_states, coords = inputs["hidden_states"], inputs.get("video_coords")
