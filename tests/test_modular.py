@@ -98,3 +98,7 @@ def test_what_is_no_supported_modular_pipeline_is_one_line():
     with pytest.raises(HeterostepError, match="FluxModularPipeline with no transformer is not supported") as error:
         heterostep.enable(FluxModularPipeline(), share=0.5)
     assert "\n" not in str(error.value)
+    pipe = small_modular("WanModularPipeline")
+    with pytest.raises(HeterostepError, match="wants the usual pipeline in place of WanModularPipeline") as error:
+        heterostep.plan(pipe, height=64, width=64, num_frames=9, num_inference_steps=8, share=0.5)
+    assert "\n" not in str(error.value)

@@ -134,6 +134,11 @@ def plan(
     config = HSAConfig.of(config, options)
     loaded = hasattr(model, "components")
     found = None if loaded else configs.load(model)
+    if not found and "Modular" in type(model).__name__:
+        raise HeterostepError(
+            f"a forecast wants the usual pipeline in place of {type(model).__name__}, or its checkpoint's name: the "
+            "transformer's calls are the same"
+        )
     defaults = found.defaults if found else configs.call_defaults(type(model).__name__)
     asked: dict[str, Any] = {
         "height": height,
