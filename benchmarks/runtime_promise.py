@@ -1,7 +1,10 @@
-"""Is the promised runtime kept at real sizes? Wan 2.1 1.3B's configuration with random weights, on a GPU.
+"""Is the target runtime met at real sizes? A checkpoint's configuration with random weights, on a GPU.
 
-The pipeline's own loop, 480 x 832 x 81 frames unless told otherwise, bf16, cuDNN attention. A dense loop before the
-first sparse one and after each (--dense 1: after the first alone); ratios are to the median of all. Prints JSON.
+The pipeline's own loop with guidance, 81 frames of 480 x 832 (Wan) or 121 of 512 x 768 (LTX-2) unless told otherwise,
+bf16, cuDNN attention. A dense loop before the first sparse one and after each (--dense 1: after the first alone);
+ratios are to the median of all. Prints JSON.
+
+python benchmarks/runtime_promise.py --model ltx-2 --frames 61
 """
 
 from __future__ import annotations
@@ -11,34 +14,64 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, LTX2Pipeline
 
 import heterostep
 from capped import build
+from heterostep import configs
+
+
+def wan(name: str) -> tuple[Any, dict[str, Any]]:
+    """A pipeline, and its call's options but for sizes and steps."""
+    text = torch.randn(1, 512, 4096, device="cuda", dtype=torch.bfloat16)
+    return build(name), {"prompt_embeds": text, "negative_prompt_embeds": torch.zeros_like(text), "guidance_scale": 5.0}
+
+
+def ltx2(name: str) -> tuple[Any, dict[str, Any]]:
+    """As `wan`; guidance by the prompt alone, so a call has two samples."""
+    torch.manual_seed(0)
+    found = configs.load(name)
+    scheduler = FlowMatchEulerDiscreteScheduler(**{k: v for k, v in found.scheduler.items() if k != "class"})
+    parts = {"transformer": found.transformer, "vae": found.vae, **found.others}
+    models = {part: configs.build(component, torch.bfloat16, "cuda") for part, component in parts.items()}
+    pipe = LTX2Pipeline(tokenizer=None, text_encoder=None, scheduler=scheduler, **models)
+    pipe.transformer.set_attention_backend("_native_cudnn")
+    pipe.set_progress_bar_config(disable=True)
+    connectors = found.others["connectors"]
+    width = connectors["caption_channels"] * connectors["text_proj_in_factor"]
+    text = torch.randn(1, 1024, width, device="cuda", dtype=torch.bfloat16)
+    read = torch.ones(1, 1024, device="cuda")
+    options = {"prompt_embeds": text, "negative_prompt_embeds": torch.zeros_like(text), "guidance_scale": 4.0}
+    options |= {"prompt_attention_mask": read, "negative_prompt_attention_mask": read}
+    return pipe, options | {"stg_scale": 0, "modality_scale": 1, "audio_stg_scale": 0, "audio_modality_scale": 1}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--width", type=int, default=832)
-    parser.add_argument("--frames", type=int, default=81)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="wan2.1-t2v-1.3b", help="a Wan or LTX-2 text-to-video configuration")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--frames", type=int)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.25])
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.75, 0.5, 0.25])
     parser.add_argument("--dense", type=int, help="dense loops; by default one more than there are targets")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    pipe = build("wan2.1-t2v-1.3b")
-    text = torch.randn(1, 512, 4096, device="cuda", dtype=torch.bfloat16)
+    defaults = configs.load(args.model).defaults
+    height, width = args.height or defaults["height"], args.width or defaults["width"]
+    frames = args.frames or defaults["num_frames"]
+    pipe, options = (ltx2 if args.model.startswith("ltx") else wan)(args.model)
 
     def seconds(steps: int) -> float:
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         start = time.perf_counter()
         pipe(
-            prompt_embeds=text, negative_prompt_embeds=torch.zeros_like(text), height=args.height, width=args.width,
-            num_frames=args.frames, num_inference_steps=steps, guidance_scale=5.0, output_type="latent",
-            generator=torch.Generator().manual_seed(0),
+            height=height, width=width, num_frames=frames, num_inference_steps=steps, output_type="latent",
+            generator=torch.Generator().manual_seed(0), **options,
         )  # fmt: skip
         torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -69,7 +102,7 @@ def main() -> None:
         row["runtime"] = row["seconds"] / statistics.median(dense)
         print(f"promised {row['target']:g}, took {row['runtime']:.4f} of the dense loop")
     line = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "dense_seconds": dense, "rows": rows}
-    line |= {"height": args.height, "width": args.width, "frames": args.frames, "steps": args.steps}
+    line |= {"model": args.model, "height": height, "width": width, "frames": frames, "steps": args.steps}
     print(json.dumps(line))
     if args.json:
         args.json.write_text(json.dumps(line, indent=1) + "\n")

@@ -218,4 +218,4 @@ def test_what_does_not_fit_drifts_in_host_memory_rather_than_is_held():
 
 def test_drift_time_rises_as_sigma_falls():
     times = drift_time(torch.tensor([1.0, 0.9, 0.5, 0.0]))
-    assert (times.diff() > 0).all() and times[-1] == 0 and times[0].isfinite()
+    assert (times.diff() > 0).all() and times.isfinite().all()

@@ -135,7 +135,10 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA where there is one.")] = "auto",
     dtype: Annotated[
-        Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32 whose products are TF32.")
+        Dtype,
+        typer.Option(
+            help="auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32 whose products have TF32's ten bits."
+        ),
     ] = Dtype.auto,
     solver: Annotated[Solver, typer.Option(help="The update of skipped tokens.")] = Solver.pipeline,
     negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
@@ -217,7 +220,10 @@ def compare(
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first prompt's noise.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA where there is one.")] = "auto",
     dtype: Annotated[
-        Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32 whose products are TF32.")
+        Dtype,
+        typer.Option(
+            help="auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32 whose products have TF32's ten bits."
+        ),
     ] = Dtype.auto,
     vbench: Annotated[
         bool, typer.Option("--vbench", help="Scores by the vbench command; keeps the videos of all prompts.")
@@ -456,7 +462,9 @@ def _precision(dtype: Dtype, device: Any) -> Any:
     if dtype is Dtype.auto:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype is Dtype.tf32:
-        torch.set_float32_matmul_precision("high")
+        from heterostep.precision import use_tf32
+
+        use_tf32()
         return torch.float32
     return getattr(torch, dtype.value)
 

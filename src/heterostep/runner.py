@@ -138,6 +138,7 @@ class Runner:
         self._lock = threading.RLock()
         self._thread: int | None = None  # whose pipeline call is under way
         self._memoryless = False
+        self._compiling: threading.Thread | None = None
         self._experts = [self._wrap(position, model) for position, model in enumerate(models)]
 
     def begin(self, memoryless: bool) -> None:
@@ -270,7 +271,7 @@ class Runner:
                 (type(processor), getattr(attn, "inner_dim", 0)): (attn, processor)
                 for attn, processor in expert.seams.attentions
             }
-            _in_background(lambda: _compile_kernels(kinds.values(), inputs["hidden_states"]))
+            self._compiling = _in_background(lambda: _compile_kernels(kinds.values(), inputs["hidden_states"]))
         elif generation.stores is None:
             # By now all guidance branches are known.
             self._place(expert, generation, inputs)
@@ -326,11 +327,16 @@ class Runner:
                 self._taken = None
             return rows[0], output
 
-        if branch.replays is None:
-            branch.replays = ReplayedCalls(
+        if self._compiling is not None:
+            # What another thread launches meanwhile would end a recording.
+            self._compiling.join()
+            self._compiling = None
+        few = index.shape[1]
+        if few not in branch.replays:
+            branch.replays[few] = ReplayedCalls(
                 expert.model, expert.seams.hooked, index.device, lambda: generation.graph_pool
             )
-        rows, output = branch.replays(
+        rows, output = branch.replays[few](
             call,
             {"inputs": inputs, "index": index, "ahead": workspace.ahead},
             [t for kept in (*branch.stores, workspace) for t in kept.tensors or ()],
@@ -667,7 +673,10 @@ class Runner:
         """After a step: the rest of the run within what is left of the share, or of the seconds."""
         schedule, step = generation.schedule, generation.step
         begin = schedule.anew_from(generation.counts, step)
-        if begin is None:
+        late = begin is None and schedule.has_no_dense_ahead(generation.counts, step)
+        if late:
+            begin = step + 1
+        elif begin is None:
             return
         if self.config.runtime is None:
             generation.counts = schedule.within_share(generation.counts, begin, generation.changes)
@@ -683,9 +692,12 @@ class Runner:
         left = promised - sum(cost.steady[:made]) - sum(planned[made:])
         if not schedule.sparse:
             left += min(cost.dense / 2, TOLERANCE * promised)
-        generation.counts = schedule.within_seconds(
-            generation.counts, begin, generation.changes, left, lambda count: cost.seconds(count / generation.total)
-        )
+
+        def seconds(count: int) -> float:
+            return cost.seconds(count / generation.total)
+
+        replan = schedule.with_seconds_left if late else schedule.within_seconds
+        generation.counts = replan(generation.counts, begin, generation.changes, left, seconds)
 
     def _log_end(self, generation: Generation) -> None:
         """One line for a service's log."""
@@ -799,7 +811,7 @@ def _compile_kernels(attentions: Iterable[tuple[Any, Any]], hidden_states: torch
         processor.prepare(attn, hidden_states)
 
 
-def _in_background(work: Callable[[], Any]) -> None:
+def _in_background(work: Callable[[], Any]) -> threading.Thread:
     """Run `work` beside the caller; where it fails, whoever needs it tries again and gets the error."""
 
     def run() -> None:
@@ -807,7 +819,9 @@ def _in_background(work: Callable[[], Any]) -> None:
         with contextlib.suppress(Exception), torch.no_grad():
             work()
 
-    threading.Thread(target=run, daemon=True).start()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
 
 
 def _peak_bytes(generation: Generation) -> int:

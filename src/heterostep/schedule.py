@@ -96,6 +96,14 @@ class Schedule:
             begin = next((at for at in range(step + 1, len(counts)) if counts[at] == total), None)
         return None if begin is None or begin >= self.run.num_steps else begin
 
+    def has_no_dense_ahead(self, counts: Sequence[int], step: int) -> bool:
+        """Whether a timed run planned no dense step after `step`: should seconds be left, the next one can be.
+
+        First calls may be so slow that the plan gives up dense steps which later calls show to be affordable.
+        """
+        total, online = self.run.tokens.total, self.policy.online and self.config.runtime is not None
+        return online and not self.policy.sparse and step + 1 < len(counts) and total not in counts[step + 1 :]
+
     def within_share(self, counts: Sequence[int], begin: int, changes: Sequence[Change]) -> list[int]:
         """The counts of the whole run, those from `begin` on planned anew for what is left of the share."""
         done = list(counts[:begin])
@@ -124,6 +132,30 @@ class Schedule:
 
         most = self.run.tokens.total * (self.run.num_steps - begin)
         return [*counts[:begin], *plan(evaluations_within(seconds, cost, most, plan))]
+
+    def with_seconds_left(
+        self,
+        counts: Sequence[int],
+        begin: int,
+        changes: Sequence[Change],
+        seconds: float,
+        cost: Callable[[int], float],
+    ) -> list[int]:
+        """As `within_seconds`, where no dense step is ahead: `begin` is one if there is the time for it.
+
+        If there is less, and K and V are kept anyway, it goes to one sparse step, of so many tokens that the GPU needs
+        longer for them than the host to launch it.
+        """
+        planned = self.within_seconds(counts, begin, changes, seconds, cost)
+        if sum(map(cost, planned[begin:])) <= seconds:
+            return planned
+        tokens, planned = self.run.tokens, list(counts)
+        if self.sparse and all(count == tokens.least for count in counts[begin:]):
+            spare = seconds - cost(tokens.least) * (len(counts) - begin)
+            sizes = range(tokens.total // 2, tokens.total, tokens.unit)
+            fitting = [size for size in sizes if cost(size) - cost(tokens.least) <= spare]
+            planned[(begin + len(counts)) // 2] = max(fitting, default=tokens.least)
+        return planned
 
 
 def nominal_sigmas(num_steps: int, shift: float = 5.0) -> tuple[float, ...]:

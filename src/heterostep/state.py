@@ -38,7 +38,7 @@ class Branch:
     output: Any = None  # what the transformer returned last
     last_step: int = -1
     batch: int = 0  # b
-    replays: ReplayedCalls | None = None  # of its calls of few tokens, once there is one
+    replays: dict[int, ReplayedCalls] = field(default_factory=dict)  # of its calls of few tokens, by their number
 
     @property
     def kv_bytes(self) -> int:
@@ -58,7 +58,7 @@ class Branch:
 
     def free_kv(self) -> None:
         """Give the K/V memory back; velocities stay."""
-        self.replays = None
+        self.replays.clear()
         for store in self.stores:
             store.reset()
 

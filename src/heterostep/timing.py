@@ -36,15 +36,19 @@ class StepClock:
 
 # A call that is made for the first time and takes so many times what it should was compiled, or woke something up.
 SLOW = 1.5
+# Sparse calls that may be first ones: their kernels are compiled in one, they are recorded as CUDA graphs in the next.
+FIRST_SPARSE = 3
 
 
 class StepCost:
-    """seconds = a + b * active share, fitted to the steps timed so far.
+    """seconds = fixed + (dense - fixed) * active share, fitted to the steps timed so far.
 
     Attributes:
         dense: seconds of a dense step, the median of those but the first.
+        fixed: the part of a sparse step that does not shrink with its tokens.
+        empty: seconds of a step without any.
         steady: the timed seconds, less the warm-up in them.
-        warmup: seconds that compilation and other first calls took, of the first two steps and the first sparse one.
+        warmup: seconds that compilation and other first calls took, of the first two steps and the first sparse ones.
     """
 
     def __init__(self, durations: list[float], shares: list[float]) -> None:
@@ -54,20 +58,22 @@ class StepCost:
             seconds for share, seconds in timed if share == 1
         ]
         self.dense = statistics.median(dense)
-        first_calls = {0, 1, next((at for at, share in enumerate(shares) if 0 < share < 1), 0)}
+        empty = [seconds for share, seconds in timed if share == 0]
+        self.empty = statistics.median(empty) if empty else 0.0
+        # The line goes through the dense median: it is the best known point, and the target is measured in it.
+        fixed = [(seconds - share * self.dense) / (1 - share) for share, seconds in timed if 0 < share < 0.95]
+        # A first call says nothing unless it was quick.
+        known = fixed[FIRST_SPARSE:] or [min(fixed, default=0.0)]
+        least = max(statistics.median(known), 0.0)
+        self.fixed = 0.0 if len(fixed) <= FIRST_SPARSE and least > self.dense else min(least, self.dense)
+        sparse = [at for at, share in enumerate(shares) if 0 < share < 1]
+        first_calls = {0, 1, *sparse[:FIRST_SPARSE]}
+        expected = [self.seconds(share) for share in shares]
         self.steady = [
-            self.dense if at in first_calls and seconds > SLOW * self.dense else seconds
+            expected[at] if at in first_calls and seconds > SLOW * expected[at] else seconds
             for at, seconds in enumerate(durations)
         ]
         self.warmup = sum(durations) - sum(self.steady)
-        timed = list(zip(shares, self.steady))
-        empty = [seconds for share, seconds in timed if share == 0]
-        self.empty = statistics.median(empty) if empty else 0.0
-        sparse = [(share, seconds) for share, seconds in timed if 0 < share < 1]
-        # The line goes through the dense median: it is the best known point, and the promise is measured in it. From
-        # the sparse steps follows the share of a dense step that does not shrink with the tokens.
-        fixed = [(seconds - share * self.dense) / (1 - share) for share, seconds in sparse if share < 0.95]
-        self.fixed = min(max(statistics.median(fixed), 0.0), self.dense) if fixed else 0.0
 
     def seconds(self, share: float) -> float:
         """Predicted seconds of a step with this active share, 0..1."""

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 import torch
 
-PURE_NOISE = 0.999
-
 
 def relative_change(new: torch.Tensor, old: torch.Tensor, ignored: torch.Tensor | None = None) -> torch.Tensor:
     """|new - old|_1 / |new|_1 of each sample, float32 [B].
@@ -32,7 +30,7 @@ class Trajectory:
     At a dense step k the velocity is known at both ends of the gap that began at dense step j. Over it the sample was
     moved by extrapolated velocities; a line between the two known ones would have moved it by `missed` more:
 
-        missed = sum over i in j..k-1 of (sigma_i+1 - sigma_i) (line_i - given_i),  line over log(1 - sigma)
+        missed = sum over i in j..k-1 of (sigma_i+1 - sigma_i) (line_i - given_i),  line over `drift_time`
 
     A scheduler without memory (Euler) is then given, at step k alone, v_k + (1 - change) (1/dsigma + 1/sigma) missed:
     the first part moves the sample by what it lacks, the second keeps the prediction of the clean sample, made from the
@@ -40,7 +38,7 @@ class Trajectory:
 
     Args:
         sigmas: noise levels 1..0 of the run's steps, one more than steps.
-        times: log(1 - sigma) of each.
+        times: `heterostep.scoring.drift_time` of each.
         corrects: whether velocities at a gap's end are corrected.
     """
 
@@ -73,9 +71,7 @@ class Trajectory:
         change, given = None, velocity
         if self._known is not None and self._known.shape == velocity.shape:
             change = relative_change(velocity, self._known, ignored)
-            # From pure noise on, nearly all of log(1 - sigma) lies in the first step: no line goes over that.
-            noise = self._sigmas[self.step] > PURE_NOISE
-            if self._corrects and self._open and self._moved is not None and step - self.step > 1 and not noise:
+            if self._corrects and self._open and self._moved is not None and step - self.step > 1:
                 given = self._corrected(step, velocity, change)
         self._known, self.step, self._open = velocity, step, True
         if self._corrects:

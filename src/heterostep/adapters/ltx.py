@@ -40,14 +40,14 @@ class SelfAttention(CachedAttention):
 
 
 class TextAttention(CachedAttention):
-    """Text K/V are the same at every step: computed in a dense step, or when the text has changed, and kept."""
+    """Text K/V are the same at every step: computed once, or when the text has changed, and kept."""
 
     store = StaticKV
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
         if self.kv is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        if self.call.index is None or self.kv.tensors is None:
+        if self.kv.tensors is None:
             pair = attn.norm_k(attn.to_k(encoder_hidden_states)), attn.to_v(encoder_hidden_states)
             self.kv.tensors = tuple(x.unflatten(2, (attn.heads, -1)) for x in pair)
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))

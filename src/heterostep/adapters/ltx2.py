@@ -105,7 +105,7 @@ class AudioAttention(VideoAttention):
 
 
 class TextAttention(VideoAttention):
-    """Attention to text that no step modulates: K and V are computed in a dense step and kept."""
+    """Attention to text that no step modulates: K and V are computed once and kept, in one place for recorded calls."""
 
     store = StaticKV
 
@@ -114,7 +114,7 @@ class TextAttention(VideoAttention):
 
     def key_value(self, attn: Any, states: torch.Tensor, rotary_emb: Any) -> tuple[torch.Tensor, ...]:
         """As in `VideoAttention`; text states have no rotary embedding."""
-        if self.call.index is None or self.kv.tensors is None:
+        if self.kv.tensors is None:
             key, value = attn.norm_k(attn.to_k(states)), attn.to_v(states)
             self.kv.tensors = tuple(x.unflatten(2, (attn.heads, -1)) for x in (key, value))
         key, value = self.kv.tensors

@@ -25,12 +25,11 @@ import numpy as np
 import torch
 
 from heterostep.policy.base import Change, Policy, Run, spread
+from heterostep.scoring import MARGIN
 
 if TYPE_CHECKING:
     from heterostep.config import HSAConfig
 
-# Keep 1 - sigma and sigma away from 0, where both parts of the rate have no end.
-MARGIN = 0.02
 # The end's part in the rate.
 END = 0.2
 # What is expected of a run before it is seen, and its standard deviation; of log(level) for the level.
@@ -84,6 +83,7 @@ class Auto(Policy):
 
     def rates(self, exponent: float) -> np.ndarray:
         """Predicted change of the velocity from each step to the next, up to the level; float64 [num_steps]."""
+        # The margin keeps both away from 0, where the rate has no end.
         signal, noise = 1 - self._middles + MARGIN, self._middles + MARGIN
         return (signal**-exponent + END / noise) * self._widths
 

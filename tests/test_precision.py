@@ -1,0 +1,34 @@
+import torch
+import torch.nn.functional as functional
+
+from heterostep.precision import use_tf32
+
+
+def test_tf32_halves_attention_on_a_gpu_alone(monkeypatch):
+    seen = []
+
+    def attend(query, key, value, attn_mask=None, **options):
+        seen.append((query.dtype, None if attn_mask is None else attn_mask.dtype))
+        return query
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attend)
+    before = torch.get_float32_matmul_precision()
+    try:
+        use_tf32()
+        wrapped = functional.scaled_dot_product_attention
+        use_tf32()
+        assert functional.scaled_dot_product_attention is wrapped
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    x, mask = torch.randn(1, 2, 3, 4), torch.zeros(3, 3)
+    assert wrapped(x, key=x, value=x, attn_mask=mask) is x
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    y = x.as_subclass(OnGPU)
+    assert wrapped(query=y, key=y, value=y, attn_mask=mask).dtype == torch.float32
+    assert wrapped(y.half(), y.half(), y.half(), torch.ones(3, 3, dtype=torch.bool)).dtype == torch.float16
+    half, whole = torch.float16, torch.float32
+    assert seen == [(whole, whole), (half, half), (half, torch.bool)]
