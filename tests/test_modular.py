@@ -19,7 +19,7 @@ from small_modular import MODULAR, run_modular, small_modular
 
 STEPS = 12
 SINGLE = {"share": 0.5, "between": 0.3}
-QUICK = ("WanModularPipeline", "Wan22ModularPipeline", "LTXModularPipeline")
+QUICK = ("WanModularPipeline", "LTXModularPipeline")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,10 @@ GUIDERS = {
 }
 
 
-@pytest.mark.parametrize("guider", GUIDERS)
+@pytest.mark.parametrize(
+    "guider",
+    [name if name in ("late", "skip-layer") else pytest.param(name, marks=pytest.mark.slow) for name in GUIDERS],
+)
 def test_guiders(guider):
     """Whose branches come and go, are combined in other ways than a sum, or leave layers out."""
     pipe = small_modular("WanModularPipeline", guider=GUIDERS[guider]())

@@ -11,10 +11,14 @@ def main() -> int:
         with interrupts.watched():
             from heterostep import cli
 
-            return cli.main()
+            code = cli.main()
     except KeyboardInterrupt:
         print("heterostep: interrupted", file=sys.stderr)
-        return 130
+        code = 130
+    # Python ends itself by the signal, whatever the code, where what it last ran from a string was interrupted, such as
+    # a dataclass in the making. Now that is this.
+    eval("None")
+    return code
 
 
 if __name__ == "__main__":
