@@ -70,6 +70,9 @@ def _gguf(model: Any) -> None:
     _replace(model, 32, make)
 
 
+# What each wants to be installed.
+LIBRARIES = {"torchao": "torchao", "quanto": "optimum.quanto", "bitsandbytes": "bitsandbytes", "gguf": "gguf"}
+
 KINDS: dict[str, Callable[[Any], None]] = {
     "torchao-int8": _torchao("Int8WeightOnlyConfig"),
     "torchao-fp8": _torchao("Float8WeightOnlyConfig"),

@@ -12,7 +12,11 @@ FAMILIES = ("wan2.1-t2v", "wan2.2-i2v", "wan2.1-vace", "ltx2.3-i2v", "ltx0.9-t2v
 STEPS = 12
 
 
-@pytest.fixture(params=FAMILIES)
+# Two models, and two kinds of blocks: what is done to a model is done to those alike.
+SLOW = ("wan2.2-i2v", "wan2.1-vace")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FAMILIES])
 def row(request):
     return ROWS[request.param]
 

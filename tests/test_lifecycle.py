@@ -72,6 +72,21 @@ def row(request):
     return ROWS[request.param]
 
 
+# Single tokens touch more than whole steps do, so most kinds show those alone when there is little time.
+BOTH = ("wan2.1-t2v", "ltx0.9-t2v")
+TABLE = [
+    pytest.param(
+        name,
+        options,
+        id=f"{name}-{kind}",
+        marks=[] if name in BOTH or (name in REPRESENTATIVE and options is SINGLE) else pytest.mark.slow,
+    )
+    for name in ROWS
+    for kind, options in (("whole", WHOLE), ("single", SINGLE))
+]
+both_ways = pytest.mark.parametrize(("row", "options"), TABLE, indirect=["row"])
+
+
 def sister(pipe):
     """Another pipeline on the same transformer, with a scheduler of its own."""
     other = type(pipe).from_pipe(pipe)
@@ -80,7 +95,7 @@ def sister(pipe):
     return other
 
 
-@pytest.mark.parametrize("options", [WHOLE, SINGLE], ids=["whole", "single"])
+@both_ways
 def test_a_cancelled_run_is_nobody_elses(row, options):
     """Another pipeline on the transformer and a direct call of it are plain, then and while this one stays enabled."""
     pipe = row.build()
@@ -114,7 +129,7 @@ def test_a_refused_target_is_not_told_to_another_pipeline(row):
     heterostep.disable(pipe)
 
 
-@pytest.mark.parametrize("options", [WHOLE, SINGLE], ids=["whole", "single"])
+@both_ways
 def test_nested_and_failing_blocks_restore_what_was(row, options):
     pipe = row.build()
     plain = row.run(pipe, steps=STEPS)
@@ -136,7 +151,7 @@ def test_nested_and_failing_blocks_restore_what_was(row, options):
 LORA_ON = {"Wan": "proj_out|patch_embedding|to_q|to_k|to_v", "LTX": "proj_out|to_q|to_k", "Hun": "proj_out|to_q|to_k"}
 
 
-@pytest.mark.parametrize("options", [WHOLE, SINGLE], ids=["whole", "single"])
+@both_ways
 def test_a_lora_put_on_and_taken_off_while_enabled(row, options):
     """Also one that replaces the modules that carry hooks."""
     pipe = row.build()

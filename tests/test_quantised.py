@@ -8,7 +8,7 @@ import torch
 
 import heterostep
 from heterostep.direct import DirectCalls
-from quantised import KINDS
+from quantised import KINDS, LIBRARIES
 from rows import ROWS, equal, transformers
 
 STEPS = 12
@@ -26,6 +26,7 @@ def row(request):
 
 @pytest.fixture(params=KINDS)
 def kind(request):
+    pytest.importorskip(LIBRARIES[request.param.split("-")[0]])
     return request.param
 
 
@@ -37,7 +38,7 @@ def inputs_of_a_call(row, pipe):
     return plain, seen[0]
 
 
-def test_quantised_before_and_after_enable(row, kind, monkeypatch):
+def test_quantised_before_and_after_enable(kind, row, monkeypatch):
     pipe = row.build().to(torch.bfloat16)
     bare = row.run(pipe, steps=4)
     heterostep.enable(pipe, **SINGLE)

@@ -145,7 +145,8 @@ def is_model(part):
 
 
 def test_every_supported_pipeline_is_covered():
-    supported = {name for family in FAMILIES.values() for name in family.pipelines}
+    # Modular pipelines are refused (`test_modular.py`).
+    supported = {name for family in FAMILIES.values() for name in family.pipelines if "Modular" not in name}
     assert {type(row.build()).__name__ for row in ROWS.values()} == supported
 
 
