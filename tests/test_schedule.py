@@ -89,3 +89,34 @@ def test_seconds_buy_whole_steps():
         counts = made.within_seconds(made.plan(), 0, [Change(0, 1, 0.3)], budget, cost)
         assert sum(map(cost, counts)) <= budget
         assert sum(count == total for count in counts) == int(budget)
+
+
+def test_seconds_that_turn_out_to_be_left_are_spent():
+    """A timed run whose plan gave up its dense steps gets them when skipped ones prove cheap; else one sparse step."""
+    tokens = Tokens(640, least=1)
+
+    def cost(count):
+        return 0.1 + 0.9 * count / 640
+
+    made = schedule(20, runtime=0.5, tokens=tokens)
+    counts = [640] * 5 + [1] * 15
+    assert made.has_no_dense_ahead(counts, 9) and not made.has_no_dense_ahead(counts, 3)
+    assert not schedule(20, share=0.5, tokens=tokens).has_no_dense_ahead(counts, 9)
+    for seconds, dense, largest in ((3.0, 2, None), (1.7, 0, 480), (1.2, 0, 1)):
+        new = made.with_seconds_left(counts, 10, [], seconds, cost)
+        ahead = new[10:]
+        assert new[:10] == counts[:10] and ahead.count(640) == dense
+        assert sum(map(cost, ahead)) <= seconds + 1e-9
+        if dense:
+            assert ahead[0] == 640 and sum(map(cost, ahead)) > seconds - 0.9
+        else:
+            assert max(ahead) == largest
+    # Whole steps alone: what is less than one is left.
+    whole = schedule(20, runtime=0.5)
+    counts = [640] * 5 + [0] * 15
+    assert whole.with_seconds_left(counts, 10, [], 0.8, lambda count: count / 640) == counts
+
+
+def test_few_steps_come_with_advice():
+    assert "num_inference_steps=4" in schedule(8, share=0.5).advice
+    assert schedule(13, share=0.5).advice is None and schedule(8, share=1).advice is None

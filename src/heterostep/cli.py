@@ -574,6 +574,8 @@ def _summary(result: Result, reference: Result | None, files: Sequence[Path]) ->
     lines["memory"] = (
         f"K/V cache {filesize.decimal(memory.kv_cache_bytes)}{where}, peak {filesize.decimal(memory.peak_bytes)}"
     )
+    if report.advice:
+        lines["advice"] = report.advice
     lines["files"] = ", ".join(map(str, files))
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
 

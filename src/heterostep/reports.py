@@ -90,6 +90,7 @@ class Report:
         steps_map: evaluations per token of the first sample, int [frames, height, width] of the token grid.
         steps_maps: the same for every sample, [samples, frames, height, width].
         finished: False where the run was interrupted.
+        advice: what would probably serve better than this run's settings, one sentence; None where nothing is known.
     """
 
     pipeline: str
@@ -104,6 +105,7 @@ class Report:
     policy: str = "auto"
     solver: str = "pipeline"
     finished: bool = True
+    advice: str | None = None
     seed: int | None = None
     schema: int = SCHEMA
 

@@ -789,6 +789,7 @@ class Runner:
             steps_maps=steps[:, : math.prod(grid)].view(-1, *grid).numpy().astype(np.int64),
             solver=config.solver,
             finished=generation.finished,
+            advice=generation.schedule.advice,
         )
 
     def _replay_options(self, generation: Generation, shares: list[float]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from heterostep.policy import Change, Run, make
 
 # A plan of dense steps alone meets a runtime to the nearest of them, but exceeds it by this part at the most.
 TOLERANCE = 0.035
+# Up to so many steps plain sampling with fewer of them measured better or level (benchmarks/tiny-ti2v).
+FEW_STEPS = 12
 
 
 class Schedule:
@@ -38,6 +40,15 @@ class Schedule:
     def budget(self) -> int:
         """Token evaluations of the whole run by the asked share."""
         return int(self.config.target * self.run.num_steps * self.run.tokens.total + 1e-6)
+
+    @property
+    def advice(self) -> str | None:
+        """For runs of so few steps that there is little to leave out; None for others."""
+        steps, target = self.run.num_steps, self.config.target
+        if steps > FEW_STEPS or target == 1:
+            return None
+        fewer = max(1, round(target * steps))
+        return f"with {steps} steps there is little to leave out: num_inference_steps={fewer} may give a better video"
 
     @property
     def lowest_share(self) -> float:
