@@ -24,11 +24,11 @@ from PIL import Image
 from heterostep import tiny
 from heterostep.compare.prompts import held_out
 from heterostep.config import HSAConfig
-from heterostep.direct import DirectCalls
+from heterostep.engine.calls import DirectCalls
+from heterostep.engine.schedule import nominal_sigmas
+from heterostep.engine.velocity import drift_time, velocity_change
 from heterostep.policy import Run, Tokens, make
 from heterostep.policy.auto import EXPONENT, Auto
-from heterostep.schedule import nominal_sigmas
-from heterostep.scoring import drift_time, velocity_change
 
 FIRST_CAPTION = 1000
 STEPS = 40

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from heterostep.direct import DirectCalls
+from heterostep.engine.calls import DirectCalls
 
 
 class Seamed(DirectCalls):

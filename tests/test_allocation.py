@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from heterostep.allocation import active_tokens, evaluations_within, rank
 from heterostep.policy import Tokens
+from heterostep.policy.allocation import active_tokens, evaluations_within, rank
 from heterostep.policy.hsa import by_divisors
 
 

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-from heterostep import configs, timings
+from heterostep import configs
 from heterostep.bench import KINDS, Size, bench
+from heterostep.engine.forecast import call_memory
 from heterostep.errors import HeterostepError
-from heterostep.kv_cache import STORES, KVShape
-from heterostep.memory import call_memory
-from heterostep.rehearsal import rehearse
+from heterostep.kv.cache import STORES, KVShape
+from heterostep.planning import timings
+from heterostep.planning.dry_run import rehearse
 from small_ltx2 import small_ltx2
 from small_wan import small_wan
 
@@ -125,7 +126,7 @@ def test_without_a_breakdown_and_in_bfloat16(folder):
 
 
 def test_a_plan_knows_the_seconds(folder):
-    from heterostep.planning import plan
+    from heterostep.planning.plan import plan
 
     size = dict(height=64, width=64, num_frames=9)
     assert plan(folder, share=0.5, **size).seconds is None

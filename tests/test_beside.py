@@ -146,7 +146,7 @@ def test_attention_backends_of_a_gpu_by_name(backend, monkeypatch, caplog):
     monkeypatch.setitem(registry._supported_arg_names, name, {"query", "key", "value", "attn_mask"})
     monkeypatch.setattr("diffusers.models.attention_dispatch._check_attention_backend_requirements", lambda name: None)
     # As where memory decides between stores.
-    monkeypatch.setattr("heterostep.memory.room_on", lambda *args: 10**9)
+    monkeypatch.setattr("heterostep.engine.forecast.room_on", lambda *args: 10**9)
     pipe.transformer.set_attention_backend(backend)
     with caplog.at_level("WARNING", "heterostep"):
         shown_to_work(row, pipe)

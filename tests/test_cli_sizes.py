@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from heterostep import cli, configs
-from heterostep.kv_cache import STORES
-from heterostep.planning import plan
+from heterostep.kv.cache import STORES
+from heterostep.planning.plan import plan
 from small_wan import small_wan
 
 SIZE = ["--height", "64", "--width", "64", "--frames", "9"]

@@ -10,13 +10,13 @@ from PIL import Image
 import heterostep
 from heterostep.compare.own import BUDGETS, in_rotation
 from heterostep.config import HSAConfig
+from heterostep.engine.forecast import choose
+from heterostep.engine.runner import Runner
+from heterostep.engine.schedule import Schedule, nominal_sigmas
+from heterostep.engine.velocity import drift_time
 from heterostep.errors import HeterostepError
-from heterostep.memory import choose
 from heterostep.policy import Run, Tokens
 from heterostep.policy.rotation import by_rotation, probes, with_probes
-from heterostep.runner import Runner
-from heterostep.schedule import Schedule, nominal_sigmas
-from heterostep.scoring import drift_time
 from rows import ROWS, equal
 from small import run, small_pipeline
 from test_stores import LAYERS

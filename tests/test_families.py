@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import heterostep
-from heterostep.kv_cache import KVCache
+from heterostep.kv.cache import KVCache
 from rows import ROWS, equal, transformers
 from seams import Seamed
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import heterostep
-from heterostep import replay
+from heterostep.engine import cuda_graphs
 from rows import ROWS, equal, transformers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -131,13 +131,13 @@ def test_stores(row, store):
 def test_replayed_calls_are_bit_identical(row, options, monkeypatch):
     pipe = row.build().to("cuda", torch.bfloat16)
     replays = []
-    capture = replay.capture
+    capture = cuda_graphs.capture
 
     def counting(*args):
         replay_once = capture(*args)
         return lambda: (replays.append(1), replay_once())[1]
 
-    monkeypatch.setattr(replay, "capture", counting)
+    monkeypatch.setattr(cuda_graphs, "capture", counting)
     with heterostep.enabled(pipe, share=0.5, dense_start=2, **options, cuda_graphs=False):
         expected = row.run(pipe, steps=STEPS)
     assert not replays

@@ -3,7 +3,7 @@ import torch
 
 from heterostep.kernels import gather_rows
 from heterostep.kernels.reference import write_rows
-from heterostep.kv_cache import STORES, KVCache, KVShape, Workspace
+from heterostep.kv.cache import STORES, KVCache, KVShape, Workspace
 
 
 def rows(n, seed=0):

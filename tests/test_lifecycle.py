@@ -13,8 +13,8 @@ from peft import LoraConfig
 
 import heterostep
 from heterostep import compat
+from heterostep.engine.runner import Runner
 from heterostep.errors import HeterostepError
-from heterostep.runner import Runner
 from rows import ROWS, equal, transformers
 from small import run, small_pipeline
 
@@ -437,8 +437,8 @@ def test_a_forecast_that_fails_does_not_end_the_run(monkeypatch, caplog):
     def fail(*args):
         raise TypeError("meta tensors have no data")
 
-    monkeypatch.setattr("heterostep.memory.room_on", lambda *args: 10**9)
-    monkeypatch.setattr("heterostep.memory.call_memory", fail)
+    monkeypatch.setattr("heterostep.engine.forecast.room_on", lambda *args: 10**9)
+    monkeypatch.setattr("heterostep.engine.forecast.call_memory", fail)
     pipe = small_pipeline()
     with heterostep.enabled(pipe, **SINGLE), caplog.at_level("WARNING", "heterostep"):
         run(pipe)
@@ -448,7 +448,7 @@ def test_a_forecast_that_fails_does_not_end_the_run(monkeypatch, caplog):
 
 def test_a_slow_first_step_is_warm_up(monkeypatch):
     """As compilation would have it: the steady seconds are what a runtime is kept in."""
-    from heterostep import timing
+    from heterostep.engine import clock as timing
 
     pipe, now, calls = small_pipeline(), [0.0], []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])

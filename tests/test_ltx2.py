@@ -6,8 +6,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.transformers import transformer_ltx2
 
 import heterostep
-from heterostep.kv_cache import KVCache
-from heterostep.timing import StepClock
+from heterostep.engine.clock import StepClock
+from heterostep.kv.cache import KVCache
 from rows import ROWS
 from seams import Seamed
 from small_ltx2 import run_ltx2, small_ltx2

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from heterostep import configs, memory
-from heterostep.direct import DirectCalls
-from heterostep.kv_cache import STORES, KVCache
-from heterostep.memory import GRAIN, LiveBytes, call_memory
-from heterostep.rehearsal import rehearse, rehearse_pipeline
+from heterostep import configs
+from heterostep.engine import forecast
+from heterostep.engine.calls import DirectCalls
+from heterostep.engine.forecast import GRAIN, LiveBytes, call_memory
+from heterostep.kv.cache import STORES, KVCache
+from heterostep.planning.dry_run import rehearse, rehearse_pipeline
 from small_ltx2 import small_ltx2
 from small_wan import small_wan
 
@@ -118,7 +119,7 @@ def test_the_peak_counts_from_a_restart_on():
 def test_a_few_layers_tell_what_all_hold(monkeypatch, name):
     model, inputs = first_call(name)
     few = call_memory(model, inputs)
-    monkeypatch.setattr(memory, "SHALLOW", 1000)
+    monkeypatch.setattr(forecast, "SHALLOW", 1000)
     assert few == call_memory(model, inputs)
     attentions = 2 if name == "ltx-2" else 1
     assert len(few.layers) == 5 * attentions
@@ -136,7 +137,7 @@ def test_vaces_layers_are_not_cut(monkeypatch):
     model, inputs = first_call("wan2.1-vace-1.3b", layers=5, height=256, width=256, num_frames=17)
     few = call_memory(model, inputs)
     assert len(few.layers) == 5 + len(model.config.vace_layers)
-    monkeypatch.setattr(memory, "SHALLOW", 1000)
+    monkeypatch.setattr(forecast, "SHALLOW", 1000)
     assert few == call_memory(model, inputs)
 
 
@@ -161,7 +162,7 @@ def check_kept(calls, store, forecast):
     assert sum(cache.nbytes + cache.host_nbytes for cache in caches) == sum(x.nbytes(store) for x in forecast.layers)
     assert len(caches) == len(forecast.layers)
     assert sum(kept.nbytes for kept in calls.stores if not isinstance(kept, KVCache)) == forecast.static
-    stores = memory.uniform(store, forecast.layers)
+    stores = forecast.uniform(store, forecast.layers)
     on_device = sum(cache.nbytes for cache in caches) + calls.workspace.nbytes
     if "offload" not in store:
         assert on_device == stores.device_bytes
@@ -232,10 +233,10 @@ def test_nothing_is_allocated():
             super()._note(storage)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "LiveBytes", Watched)
-        forecast = call_memory(seen.model, seen.calls[0])
+        patch.setattr(forecast, "LiveBytes", Watched)
+        needed = call_memory(seen.model, seen.calls[0])
     assert made and made.count("meta") > 50
-    assert forecast.layers[0].nbytes("device") == 2 * 75600 * 5120 * 2
+    assert needed.layers[0].nbytes("device") == 2 * 75600 * 5120 * 2
 
 
 def test_a_model_in_float32_holds_more():
@@ -249,7 +250,7 @@ def test_a_model_in_float32_holds_more():
 
 
 def test_room_is_known_on_cuda_alone():
-    assert memory.room_on(torch.device("cpu")) is None and memory.room_on(torch.device("meta"), 80) is None
+    assert forecast.room_on(torch.device("cpu")) is None and forecast.room_on(torch.device("meta"), 80) is None
 
 
 @pytest.fixture
@@ -279,14 +280,14 @@ def card(monkeypatch):
 )
 def test_room_on_a_card(card, state, vram, most):
     card(**state)
-    room = memory.room_on(torch.device("cuda"), vram)
-    assert room == most - int(most * memory.MARGIN) - state.get("allocated", 0)
+    room = forecast.room_on(torch.device("cuda"), vram)
+    assert room == most - int(most * forecast.MARGIN) - state.get("allocated", 0)
     # Beside a call that holds much, more of it may lie in fragments.
     held = most // 4
-    less = memory.room_on(torch.device("cuda"), vram, held)
-    assert less == most - int(held * memory.FRAGMENTS) - state.get("allocated", 0) < room
+    less = forecast.room_on(torch.device("cuda"), vram, held)
+    assert less == most - int(held * forecast.FRAGMENTS) - state.get("allocated", 0) < room
 
 
 def test_host_room_is_less_than_half_of_what_is_available(monkeypatch):
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    assert memory.host_room() == 450
+    monkeypatch.setattr(forecast.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert forecast.host_room() == 450

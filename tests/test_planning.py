@@ -10,10 +10,13 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Backends
 
 import heterostep
-from heterostep import HSAConfig, configs, memory, planning, timings
+from heterostep import HSAConfig, configs
+from heterostep.engine import forecast
 from heterostep.errors import HeterostepError
-from heterostep.kv_cache import STORES
-from heterostep.planning import plan
+from heterostep.kv.cache import STORES
+from heterostep.planning import plan as planning
+from heterostep.planning import timings
+from heterostep.planning.plan import plan
 from small_wan import small_wan
 
 SMALL = dict(height=64, width=64, num_frames=9, num_inference_steps=12)
@@ -164,7 +167,7 @@ def test_measured_peak_of_1_3b_at_480p():
 
 def test_measured_peak_of_14b_at_720p_with_two_stores(monkeypatch):
     # Measured on an H200, where these stores were chosen.
-    monkeypatch.setattr(memory, "choose", lambda layers, *rooms: memory._mixed(layers, "fp8", "fp8-offload", 36))
+    monkeypatch.setattr(forecast, "choose", lambda layers, *rooms: forecast._mixed(layers, "fp8", "fp8-offload", 36))
     made = plan("wan2.1-t2v-14b", runtime=0.5, between=0.2, offload="model", attention_backend="_native_cudnn")
     assert made.chosen.store == "fp8 for 44 of 80 layers, fp8-offload for 36 of 80 layers"
     assert made.peak_bytes == pytest.approx(72_872_485_376, rel=0.05)
@@ -182,7 +185,7 @@ def test_measured_peak_of_14b_at_720p_with_two_stores(monkeypatch):
 )
 def test_the_store_that_fits(name, vram, store):
     made = plan(name, runtime=0.5, between=0.2, offload="model", vram=vram)
-    assert made.limit_bytes == memory.less_margin(int(vram * 1e9), made.activation_bytes)
+    assert made.limit_bytes == forecast.less_margin(int(vram * 1e9), made.activation_bytes)
     assert made.chosen.store == store if not store.endswith(" ") else made.chosen.store.startswith(store)
     assert made.peak_bytes == made.chosen.peak_bytes <= made.limit_bytes and made.chosen.fits is True
     for each in made.stores:
@@ -199,7 +202,7 @@ def test_nothing_fits(name, vram):
     made = plan(name, runtime=0.5, between=0.2, offload="model", vram=vram)
     assert made.chosen is None and made.peak_bytes is None
     assert [store.fits for store in made.stores] == [False] * 4
-    assert made.limit_bytes == memory.less_margin(int(vram * 1e9), made.activation_bytes) < made.dense_peak_bytes
+    assert made.limit_bytes == forecast.less_margin(int(vram * 1e9), made.activation_bytes) < made.dense_peak_bytes
 
 
 @pytest.mark.parametrize(
@@ -223,8 +226,8 @@ def test_memory_that_is_present_is_the_limit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 10**9)
     monkeypatch.setattr(timings, "device_name", lambda device: "card")
-    monkeypatch.setattr(memory, "room_on", room_on)
-    monkeypatch.setattr(memory, "host_room", lambda: 10**6)
+    monkeypatch.setattr(forecast, "room_on", room_on)
+    monkeypatch.setattr(forecast, "host_room", lambda: 10**6)
     made = plan("wan2.1-t2v-1.3b", runtime=0.5, between=0.2, vram=12, offload="model")
     assert asked == [("cuda", 12)] and made.limit_bytes == 10**10
     # Neither does K and V's size fit into the host.
@@ -232,7 +235,7 @@ def test_memory_that_is_present_is_the_limit(monkeypatch):
         "device": False, "fp8": False, "offload": False, "fp8-offload": False,
     }  # fmt: skip
     assert made.chosen is None
-    monkeypatch.setattr(memory, "host_room", lambda: 10**11)
+    monkeypatch.setattr(forecast, "host_room", lambda: 10**11)
     made = plan("wan2.1-t2v-1.3b", runtime=0.5, between=0.2, vram=12, offload="model")
     assert by_name(made)["offload"].fits is True and made.chosen.fits is True and made.peak_bytes <= 10**10
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import heterostep
-from heterostep.direct import DirectCalls
+from heterostep.engine.calls import DirectCalls
 from quantised import KINDS, LIBRARIES
 from rows import ROWS, equal, transformers
 
@@ -60,7 +60,7 @@ def test_quantised_before_and_after_enable(kind, row, monkeypatch):
     assert equal(row.run(pipe, steps=4), plain)
     rows_are_the_dense_ones(transformers(pipe)[0], inputs)
     # As where memory decides between stores: layers that cannot be forecast do not end the run.
-    monkeypatch.setattr("heterostep.memory.room_on", lambda *args: 10**9)
+    monkeypatch.setattr("heterostep.engine.forecast.room_on", lambda *args: 10**9)
     with heterostep.enabled(pipe, **SINGLE):
         assert equal(row.run(pipe, steps=STEPS), after)
 

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from heterostep import configs
-from heterostep.adapters import FAMILIES
 from heterostep.errors import HeterostepError
-from heterostep.rehearsal import rehearse, rehearse_pipeline
+from heterostep.models import FAMILIES
+from heterostep.planning.dry_run import rehearse, rehearse_pipeline
 from rows import ROWS, transformers
 from small_ltx2 import small_ltx2
 from small_wan import FRAMES, SIZE, run_wan, small_wan

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig
 
 import heterostep
-from heterostep import replay
-from heterostep.replay import ReplayedCalls
+from heterostep.engine import cuda_graphs
+from heterostep.engine.cuda_graphs import ReplayedCalls
 from rows import ROWS, equal
 
 CPU = torch.device("cpu")
@@ -23,8 +23,8 @@ def replays(monkeypatch):
     def capture(call, pool):
         return lambda: (made.append(1), call())[1]
 
-    monkeypatch.setattr(replay, "capture", capture)
-    monkeypatch.setattr(replay, "why_not", lambda *_: "")
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    monkeypatch.setattr(cuda_graphs, "why_not", lambda *_: "")
     return made
 
 
@@ -96,9 +96,9 @@ def test_where_recording_fails_calls_go_on_as_they_are(monkeypatch, caplog):
     def capture(call, pool):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(replay, "capture", capture)
-    monkeypatch.setattr(replay, "why_not", lambda *_: "")
-    replay._log.cache_clear()
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    monkeypatch.setattr(cuda_graphs, "why_not", lambda *_: "")
+    cuda_graphs._log.cache_clear()
     ask = calls()
     with caplog.at_level("INFO", logger="heterostep"):
         for number in range(4):
@@ -111,16 +111,16 @@ def test_where_recording_fails_calls_go_on_as_they_are(monkeypatch, caplog):
 def test_what_cannot_be_recorded_says_why():
     cuda = torch.device("cuda")
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
-    assert "gradients" in replay.why_not(model, [], cuda)
+    assert "gradients" in cuda_graphs.why_not(model, [], cuda)
     with torch.no_grad():
-        assert replay.why_not(model, [], CPU) == "the device is cpu"
-        assert replay.why_not(model, [], cuda) == ""
+        assert cuda_graphs.why_not(model, [], CPU) == "the device is cpu"
+        assert cuda_graphs.why_not(model, [], cuda) == ""
         handle = model[0].register_forward_hook(lambda *_: None)
-        assert replay.why_not(model, [model[0]], cuda) == ""
-        assert replay.why_not(model, [], cuda) == "Linear has a hook"
+        assert cuda_graphs.why_not(model, [model[0]], cuda) == ""
+        assert cuda_graphs.why_not(model, [], cuda) == "Linear has a hook"
         handle.remove()
         model[1]._hf_hook = object()
-        assert "accelerate" in replay.why_not(model, [], cuda)
+        assert "accelerate" in cuda_graphs.why_not(model, [], cuda)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_recordings_outlive_dense_steps(name, replays):
 def test_only_calls_of_few_tokens_are_replayed(replays, monkeypatch):
     row = ROWS["wan2.1-t2v"]
     pipe = row.build()
-    monkeypatch.setattr("heterostep.runner.MOST_ROWS", 8)
+    monkeypatch.setattr("heterostep.engine.runner.MOST_ROWS", 8)
     with heterostep.enabled(pipe, share=0.5, dense_start=2, rotation=4):
         row.run(pipe, steps=12)
     assert not replays

@@ -10,10 +10,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
 import heterostep
-from heterostep.adapters.wan import SelfAttention
+from heterostep.engine.velocity import drift_time
 from heterostep.errors import HeterostepError
 from heterostep.kernels import reference
-from heterostep.scoring import drift_time
+from heterostep.models.wan import SelfAttention
 from rows import ROWS
 from small import run, small_pipeline
 
@@ -408,8 +408,8 @@ def test_kernels_are_prepared_as_they_will_be_called(name, monkeypatch):
         called.add((x.shape[2], x.dtype, heads, cos.shape[2:], cos.dtype, split, by_head))
         return reference.norm_rotate(x, weight, eps, cos, sin, heads, split, by_head)
 
-    monkeypatch.setattr("heterostep.adapters.attention.norm_rotate", norm_rotate)
-    monkeypatch.setattr("heterostep.runner._in_background", lambda work: None)
+    monkeypatch.setattr("heterostep.models.attention.norm_rotate", norm_rotate)
+    monkeypatch.setattr("heterostep.engine.runner._in_background", lambda work: None)
     pipe = row.build()
     with heterostep.enabled(pipe, share=0.5, between=0.5):
         row.run(pipe, steps=12)

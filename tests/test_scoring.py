@@ -1,6 +1,6 @@
 import torch
 
-from heterostep.scoring import velocity_change
+from heterostep.engine.velocity import velocity_change
 
 
 def test_score_is_the_relative_change_in_l1_per_sigma():

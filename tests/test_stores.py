@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import heterostep
-from heterostep import memory
+from heterostep.engine import forecast
+from heterostep.engine.generation import Generation
 from heterostep.errors import HeterostepError
-from heterostep.kv_cache import STORES, KVCache, KVShape, Workspace
-from heterostep.state import Generation
+from heterostep.kv.cache import STORES, KVCache, KVShape, Workspace
 from rows import ROWS, equal
 from small import run, small_pipeline
 
@@ -27,12 +27,12 @@ def room(monkeypatch):
     """Let "auto" find so many bytes for K and V, as on a GPU; what the call itself holds comes on top."""
 
     def set_to(size, host=10**12):
-        monkeypatch.setattr(memory, "room_on", lambda device, vram, activations=0: size)
-        monkeypatch.setattr(memory, "host_room", lambda: host)
+        monkeypatch.setattr(forecast, "room_on", lambda device, vram, activations=0: size)
+        monkeypatch.setattr(forecast, "host_room", lambda: host)
         nothing = {"plain": 0, "dense": 0, "sparse": 0, "static": 0, "held": 0}
-        measured = memory.call_memory
+        measured = forecast.call_memory
         monkeypatch.setattr(
-            memory, "call_memory", lambda *args: memory.CallMemory(**nothing, layers=measured(*args).layers)
+            forecast, "call_memory", lambda *args: forecast.CallMemory(**nothing, layers=measured(*args).layers)
         )
 
     return set_to
@@ -90,30 +90,31 @@ def test_pipelines_in_every_store(name):
 def test_stores_are_chosen_by_room():
     whole, coded = LAYERS[0].nbytes("device"), LAYERS[0].nbytes("fp8")
     assert coded == 2 * 1000 * 66
-    all_device = memory.choose(LAYERS, 10 * whole, 10 * whole, 0)
+    all_device = forecast.choose(LAYERS, 10 * whole, 10 * whole, 0)
     assert set(all_device.names) == {"device"} and all_device.device_bytes == 10 * whole
-    mixed = memory.choose(LAYERS, 10 * whole - 1, 10 * whole - 1, 0)
+    mixed = forecast.choose(LAYERS, 10 * whole - 1, 10 * whole - 1, 0)
     assert set(mixed.names) == {"device", "fp8"} and mixed.device_bytes < 10 * whole
     # One layer more in the model's precision would not fit.
     assert mixed.device_bytes + whole - coded > 10 * whole - 1
-    offloaded = memory.choose(LAYERS, 6 * coded, 6 * coded, 10**9)
+    offloaded = forecast.choose(LAYERS, 6 * coded, 6 * coded, 10**9)
     assert set(offloaded.names) == {"fp8", "fp8-offload"} and offloaded.host_bytes > 0
     assert offloaded.device_bytes <= 6 * coded
-    assert memory.choose(LAYERS, 6 * coded, 6 * coded, 1) is None
-    assert memory.choose(LAYERS, 10 * whole, whole, 10**9) is None and memory.choose(LAYERS, -1, 9**9, 10**9) is None
+    assert forecast.choose(LAYERS, 6 * coded, 6 * coded, 1) is None
+    assert forecast.choose(LAYERS, 10 * whole, whole, 10**9) is None
+    assert forecast.choose(LAYERS, -1, 9**9, 10**9) is None
     # Decoding is beside a sparse call alone: a dense one leaves the room to what is kept.
-    assert set(memory.choose(LAYERS, 10 * coded, 10 * coded + whole, 0).names) == {"fp8"}
+    assert set(forecast.choose(LAYERS, 10 * coded, 10 * coded + whole, 0).names) == {"fp8"}
     assert "of 10 layers" in str(offloaded)
 
 
 def test_smaller_stores_end_somewhere():
-    stores, seen = memory.uniform("device", LAYERS), []
+    stores, seen = forecast.uniform("device", LAYERS), []
     while stores is not None:
         seen.append(str(stores))
-        stores = memory.smaller(stores)
+        stores = forecast.smaller(stores)
     assert seen == ["device", "fp8", "fp8-offload"]
-    assert str(memory.smaller(memory.uniform("offload", LAYERS))) == "fp8-offload"
-    assert str(memory.smaller(memory.choose(LAYERS, *[10 * LAYERS[0].nbytes("device") - 1] * 2, 0))) == "fp8"
+    assert str(forecast.smaller(forecast.uniform("offload", LAYERS))) == "fp8-offload"
+    assert str(forecast.smaller(forecast.choose(LAYERS, *[10 * LAYERS[0].nbytes("device") - 1] * 2, 0))) == "fp8"
 
 
 def test_auto_mixes_stores_and_reports_it(room):
@@ -183,13 +184,13 @@ def test_memory_is_forecast_before_the_step_that_needs_it(room, monkeypatch):
     """In the second step, when all guidance branches are known, and once a run."""
     pipe, asked = small_pipeline(), []
     room(10**12)
-    measured = memory.call_memory
+    measured = forecast.call_memory
 
-    def forecast(*args):
+    def counted(*args):
         asked.append(heterostep.pipeline._open[pipe].runner.generation.step)
         return measured(*args)
 
-    monkeypatch.setattr(memory, "call_memory", forecast)
+    monkeypatch.setattr(forecast, "call_memory", counted)
     with heterostep.enabled(pipe, share=[1, 1, 1, 1, 1, 0.5]):
         run(pipe, steps=6)
     assert asked == [1]

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from heterostep.timing import StepClock, StepCost
+from heterostep.engine.clock import StepClock, StepCost
 
 
 def test_fit_recovers_a_line_through_the_dense_steps():

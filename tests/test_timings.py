@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from heterostep import timings
-from heterostep.timings import Timed
+from heterostep.planning import timings
+from heterostep.planning.timings import Timed
 
 MODEL = {"class": "WanTransformer3DModel", "num_layers": 3, "patch_size": [1, 2, 2]}
 CONFIG = {"num_layers": 3, "patch_size": (1, 2, 2), "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.1"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from heterostep.adapters import FAMILIES
+from heterostep.models import FAMILIES
 from seams import Seamed
 from small import small_pipeline
 from small_wan import small_wan

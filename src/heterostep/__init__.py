@@ -7,13 +7,13 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from heterostep.adapters import register_family
     from heterostep.config import HSAConfig
+    from heterostep.engine.report import Report, StepInfo
     from heterostep.errors import HeterostepError
+    from heterostep.models import register_family
     from heterostep.pipeline import disable, enable, enabled, report
-    from heterostep.planning import Plan, plan
+    from heterostep.planning.plan import Plan, plan
     from heterostep.policy import register_policy
-    from heterostep.reports import Report, StepInfo
 
 __all__ = [
     "HSAConfig",
@@ -37,15 +37,15 @@ logging.getLogger("heterostep").addHandler(logging.NullHandler())
 _HOMES = {
     "HSAConfig": "heterostep.config",
     "HeterostepError": "heterostep.errors",
-    "StepInfo": "heterostep.reports",
-    "register_family": "heterostep.adapters",
+    "StepInfo": "heterostep.engine.report",
+    "register_family": "heterostep.models",
     "register_policy": "heterostep.policy",
-    "Plan": "heterostep.planning",
-    "Report": "heterostep.reports",
+    "Plan": "heterostep.planning.plan",
+    "Report": "heterostep.engine.report",
     "disable": "heterostep.pipeline",
     "enable": "heterostep.pipeline",
     "enabled": "heterostep.pipeline",
-    "plan": "heterostep.planning",
+    "plan": "heterostep.planning.plan",
     "report": "heterostep.pipeline",
 }
 

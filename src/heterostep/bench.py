@@ -1,7 +1,7 @@
 """Seconds of one transformer call: plain, with K and V kept, and with a share of the tokens, at real sizes.
 
 Weights are random: a call's time does not depend on them. The configuration is the checkpoint's own, as are the inputs'
-shapes, which come from its pipeline (`heterostep.rehearsal`). All variants take turns, and medians are compared.
+shapes, which come from its pipeline (`heterostep.planning.dry_run`). All variants take turns, and medians are compared.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from heterostep import configs, timings
-from heterostep.direct import DirectCalls, use_backend
+from heterostep import configs
+from heterostep.engine.calls import DirectCalls, use_backend
+from heterostep.engine.cuda_graphs import MOST_ROWS
 from heterostep.errors import HeterostepError
-from heterostep.kv_cache import STORES
-from heterostep.rehearsal import rehearse
-from heterostep.replay import MOST_ROWS
+from heterostep.kv.cache import STORES
+from heterostep.planning import timings
+from heterostep.planning.dry_run import rehearse
 
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 # What a kernel or operator is, by what its name has in it; the first that matches.

@@ -10,8 +10,8 @@ from typing import Any
 import diffusers
 import torch
 
-from heterostep.adapters.wan import TEXT_STATES
 from heterostep.errors import HeterostepError, first_line
+from heterostep.models.wan import TEXT_STATES
 
 SIZES = ("height", "width", "num_frames", "guidance_scale")
 

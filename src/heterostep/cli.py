@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from heterostep.reports import Report
+    from heterostep.engine.report import Report
     from heterostep.video import Audio
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -150,8 +150,8 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", help="Neither progress nor summary.")] = False,
 ) -> None:
     """Generate a video."""
+    from heterostep.engine.schedule import Schedule, nominal_sigmas
     from heterostep.policy import Run
-    from heterostep.schedule import Schedule, nominal_sigmas
 
     if no_kv and between:
         raise HeterostepError("give --between or --no-kv, not both of them")

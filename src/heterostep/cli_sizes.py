@@ -14,7 +14,7 @@ from heterostep.errors import HeterostepError
 from heterostep.files import replacing, writing
 
 if TYPE_CHECKING:
-    from heterostep.planning import Plan
+    from heterostep.planning.plan import Plan
 
 DEVICE_HELP = "cpu, cuda or cuda:N; auto takes CUDA where there is one."
 
@@ -65,7 +65,7 @@ def plan(
     import torch
 
     from heterostep.cli import _silence
-    from heterostep.planning import plan as make_plan
+    from heterostep.planning.plan import plan as make_plan
 
     with _silence():
         made = make_plan(

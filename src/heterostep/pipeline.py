@@ -17,12 +17,12 @@ from diffusers import (
 )
 
 from heterostep import compat, policy
-from heterostep.adapters import FAMILIES
 from heterostep.config import HSAConfig
+from heterostep.engine.report import Report, StepInfo
+from heterostep.engine.runner import Runner
+from heterostep.engine.wrapping import WrappedStep, is_wrapped
 from heterostep.errors import HeterostepError
-from heterostep.reports import Report, StepInfo
-from heterostep.runner import Runner
-from heterostep.wrapping import WrappedStep, is_wrapped
+from heterostep.models import FAMILIES
 
 
 def supported() -> list[str]:

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from heterostep import interrupts
 from heterostep.config import HSAConfig
-from heterostep.reports import StepInfo
+from heterostep.engine.report import StepInfo
 
 
 def describe(info: StepInfo, config: HSAConfig) -> str:

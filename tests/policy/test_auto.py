@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heterostep.config import HSAConfig
+from heterostep.engine.schedule import Schedule, nominal_sigmas
 from heterostep.policy import Change, Run, Tokens, make
 from heterostep.policy.auto import EXPONENT, LEVEL
-from heterostep.schedule import Schedule, nominal_sigmas
 
 TOTAL = 320
 

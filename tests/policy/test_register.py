@@ -5,11 +5,11 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
 import heterostep
-from heterostep.adapters import FAMILIES
-from heterostep.adapters.wan import WanAdapter
 from heterostep.compare.measure import Prompt, generate
 from heterostep.compare.own import heterostep_method
 from heterostep.errors import HeterostepError
+from heterostep.models import FAMILIES
+from heterostep.models.wan import WanAdapter
 from heterostep.policy import POLICIES, Policy
 from small import run, small_pipeline
 

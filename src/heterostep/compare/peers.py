@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from heterostep.adapters import FAMILIES
 from heterostep.compare.method import Method
+from heterostep.engine.wrapping import WrappedForward
 from heterostep.errors import HeterostepError
+from heterostep.models import FAMILIES
 from heterostep.pipeline import check_pipeline, transformers
-from heterostep.wrapping import WrappedForward
 
 NEUTRAL_PROMPT = "a video"
 

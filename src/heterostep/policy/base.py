@@ -85,7 +85,7 @@ class Policy(abc.ABC):
         sparse: whether it evaluates some of the tokens at a step by its own choice.
         ranks_each_step: whether tokens are ranked anew at each sparse step in place of the first after a dense one.
         corrects: whether a gap between dense steps is integrated again when its end is known
-            (`heterostep.trajectory`).
+            (`heterostep.engine.trajectory`).
     """
 
     name: ClassVar[str]

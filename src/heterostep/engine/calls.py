@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from heterostep.adapters import FAMILIES, Call
+from heterostep.engine.cuda_graphs import ReplayedCalls
 from heterostep.errors import HeterostepError, first_line
-from heterostep.kv_cache import KVCache, StaticKV, Workspace
-from heterostep.replay import ReplayedCalls
+from heterostep.kv.cache import KVCache, StaticKV, Workspace
+from heterostep.models import FAMILIES, Call
 
 
 class DirectCalls:
@@ -21,7 +21,7 @@ class DirectCalls:
     Args:
         model: a transformer of one of `FAMILIES`.
         inputs: of one of its forwards, by name.
-        store: how K and V are kept, one of `heterostep.kv_cache.STORES`.
+        store: how K and V are kept, one of `heterostep.kv.cache.STORES`.
 
     Attributes:
         num_tokens: N.

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from heterostep.adapters.attention import CachedAttention, is_plain, normed_and_rotated
-from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
 from heterostep.kernels import gather_rows
-from heterostep.kv_cache import StaticKV
+from heterostep.kv.cache import StaticKV
+from heterostep.models.attention import CachedAttention, is_plain, normed_and_rotated
+from heterostep.models.base import Adapter, Call, Seams, TokenGrid
 
 # WanAttention gives the text this many states; what comes before them is the image's.
 TEXT_STATES = 512
@@ -89,7 +89,7 @@ class CrossAttention(CachedAttention):
 
 
 class WanAdapter(Adapter):
-    """See `heterostep.adapters.base.Adapter`."""
+    """See `heterostep.models.base.Adapter`."""
 
     def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
         sizes, patch = inputs["hidden_states"].shape[2:], model.config.patch_size

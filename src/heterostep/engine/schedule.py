@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from heterostep.allocation import evaluations_within
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 from heterostep.policy import Change, Run, make
+from heterostep.policy.allocation import evaluations_within
 
 # A plan of dense steps alone meets a runtime to the nearest of them, but exceeds it by this part at the most.
 TOLERANCE = 0.035

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from heterostep.adapters.attention import CachedAttention, is_plain, normed_and_rotated
-from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
 from heterostep.kernels import gather_rows
-from heterostep.kv_cache import StaticKV
+from heterostep.kv.cache import StaticKV
+from heterostep.models.attention import CachedAttention, is_plain, normed_and_rotated
+from heterostep.models.base import Adapter, Call, Seams, TokenGrid
 
 
 def _normed_and_rotated(attn: Any, norm: Any, x: torch.Tensor, rotary_emb: Any, by_head: bool = False) -> torch.Tensor:
@@ -122,7 +122,7 @@ class TextAttention(VideoAttention):
 
 
 class LTX2Adapter(Adapter):
-    """See `heterostep.adapters.base.Adapter`."""
+    """See `heterostep.models.base.Adapter`."""
 
     # The audio's velocity is wanted at every step; a video token more or less costs nothing beside it.
     least_active = 1

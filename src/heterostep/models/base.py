@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from heterostep.adapters.attention import CachedAttention
 from heterostep.kernels import gather_rows
+from heterostep.models.attention import CachedAttention
 
 
 @dataclass

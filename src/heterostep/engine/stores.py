@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from heterostep import memory
 from heterostep.config import HSAConfig
+from heterostep.engine import forecast
 from heterostep.errors import HeterostepError, first_line
 
 _log = logging.getLogger("heterostep")
@@ -20,7 +20,7 @@ class DoesNotFit(HeterostepError):
 
 def place(
     config: HSAConfig, model: Any, inputs: dict[str, Any], batches: Sequence[int], share: float, attentions: int
-) -> memory.Stores:
+) -> forecast.Stores:
     """A store for each attention of each guidance branch.
 
     Args:
@@ -40,29 +40,29 @@ def place(
             raise HeterostepError(
                 f"kv_store names {len(name)} stores, but the run has {attentions * len(batches)} (layers and guidance)"
             )
-        return memory.Stores(name, ())
-    if name != "auto" or memory.room_on(device, config.vram) is None:
+        return forecast.Stores(name, ())
+    if name != "auto" or forecast.room_on(device, config.vram) is None:
         name = "device" if name == "auto" else name
-        return memory.Stores((name,) * attentions * len(batches), ())
+        return forecast.Stores((name,) * attentions * len(batches), ())
     try:
-        call = memory.call_memory(model, inputs, share)
+        call = forecast.call_memory(model, inputs, share)
     except Exception as error:
         # A forecast runs the model without its weights, which backends and quantised layers may not bear.
         reason = error if isinstance(error, HeterostepError) else f"memory cannot be forecast ({first_line(error)})"
         _log.warning("%s; K and V are kept on the device, give kv_store= for another place", reason)
-        return memory.Stores(("device",) * attentions * len(batches), ())
+        return forecast.Stores(("device",) * attentions * len(batches), ())
     # The other branches' calls may be of more or fewer samples.
     batch = inputs["hidden_states"].shape[0]
     drifts = config.sync == "drift"
     layers = [replace(each, vectors=each.vectors * b // batch, drifts=drifts) for b in batches for each in call.layers]
-    present = memory.room_on(device, config.vram, call.dense)
+    present = forecast.room_on(device, config.vram, call.dense)
     assert present is not None
     room = present - (call.static + call.held) * sum(batches) // batch
-    host_room = memory.host_room()
-    stores = memory.choose(layers, room - call.dense, room - call.sparse, host_room)
+    host_room = forecast.host_room()
+    stores = forecast.choose(layers, room - call.dense, room - call.sparse, host_room)
     if stores is not None:
         return stores
-    least = memory.uniform("fp8-offload", layers)
+    least = forecast.uniform("fp8-offload", layers)
     free, needed = max(room - call.dense, 0) / 1e9, least.device_bytes / 1e9
     raise DoesNotFit(
         f"K and V do not fit: at the least they take {needed:.1f} GB of the device, where {free:.1f} are free, "

@@ -38,7 +38,7 @@ class Trajectory:
 
     Args:
         sigmas: noise levels 1..0 of the run's steps, one more than steps.
-        times: `heterostep.scoring.drift_time` of each.
+        times: `heterostep.engine.velocity.drift_time` of each.
         corrects: whether velocities at a gap's end are corrected.
     """
 

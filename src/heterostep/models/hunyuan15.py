@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from heterostep.adapters.attention import CachedAttention
-from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
 from heterostep.kernels import gather_rows, rotate
+from heterostep.models.attention import CachedAttention
+from heterostep.models.base import Adapter, Call, Seams, TokenGrid
 
 
 class JointAttention(CachedAttention):
@@ -61,7 +61,7 @@ def _patch_sizes(model: Any) -> tuple[int, int, int]:
 
 
 class HunyuanVideo15Adapter(Adapter):
-    """See `heterostep.adapters.base.Adapter`."""
+    """See `heterostep.models.base.Adapter`."""
 
     def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
         return TokenGrid(

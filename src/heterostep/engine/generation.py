@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from heterostep.kv_cache import KVCache, StaticKV, Workspace
-from heterostep.schedule import Schedule
+from heterostep.engine.schedule import Schedule
+from heterostep.kv.cache import KVCache, StaticKV, Workspace
 
 if TYPE_CHECKING:
-    from heterostep.adapters import TokenGrid
-    from heterostep.memory import Stores
+    from heterostep.engine.cuda_graphs import ReplayedCalls
+    from heterostep.engine.forecast import Stores
+    from heterostep.engine.trajectory import Trajectory
+    from heterostep.models import TokenGrid
     from heterostep.policy import Change
-    from heterostep.replay import ReplayedCalls
-    from heterostep.trajectory import Trajectory
 
 
 @dataclass(eq=False)

@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from heterostep.direct import DirectCalls
+from heterostep.engine.calls import DirectCalls
 from heterostep.errors import HeterostepError, first_line
-from heterostep.kv_cache import KVCache, KVShape
+from heterostep.kv.cache import KVCache, KVShape
 
 # CUDA's allocator hands out multiples of this.
 GRAIN = 512
@@ -140,7 +140,7 @@ def call_memory(model: Any, inputs: dict[str, Any], share: float = 0.5) -> CallM
     """The forecast of one call; nothing is allocated or computed.
 
     Args:
-        model: of one of `heterostep.adapters.FAMILIES`; it is left as it is.
+        model: of one of `heterostep.models.FAMILIES`; it is left as it is.
         inputs: of one of its forwards, by name; where they are does not matter.
         share: active tokens of the sparse calls, at the most.
 
@@ -202,7 +202,7 @@ class Stores:
     """A store for each attention of each guidance branch, one branch after the other.
 
     Attributes:
-        names: of `heterostep.kv_cache.STORES`, one for each of the layers.
+        names: of `heterostep.kv.cache.STORES`, one for each of the layers.
         layers: what they keep.
     """
 

@@ -29,22 +29,23 @@ import numpy as np
 import psutil
 import torch
 
-from heterostep import allocation, compat, memory
-from heterostep.adapters.base import Adapter, Call, Seams
+from heterostep import compat
 from heterostep.config import HSAConfig
+from heterostep.engine import forecast
+from heterostep.engine.clock import StepClock, StepCost
+from heterostep.engine.cuda_graphs import MOST_ROWS, ReplayedCalls
+from heterostep.engine.generation import Branch, Generation
+from heterostep.engine.report import MemoryReport, Report, RuntimeReport, ShareReport, StepInfo, StepsReport
+from heterostep.engine.schedule import TOLERANCE, Schedule
+from heterostep.engine.stores import DoesNotFit, place
+from heterostep.engine.trajectory import Trajectory
+from heterostep.engine.velocity import drift_time, velocity_change, velocity_slope
+from heterostep.engine.wrapping import WrappedForward
 from heterostep.errors import HeterostepError
 from heterostep.kernels import gather_rows
-from heterostep.kv_cache import KVCache, StaticKV
-from heterostep.placement import DoesNotFit, place
-from heterostep.policy import Change, Run, Tokens
-from heterostep.replay import MOST_ROWS, ReplayedCalls
-from heterostep.reports import MemoryReport, Report, RuntimeReport, ShareReport, StepInfo, StepsReport
-from heterostep.schedule import TOLERANCE, Schedule
-from heterostep.scoring import drift_time, velocity_change, velocity_slope
-from heterostep.state import Branch, Generation
-from heterostep.timing import StepClock, StepCost
-from heterostep.trajectory import Trajectory
-from heterostep.wrapping import WrappedForward
+from heterostep.kv.cache import KVCache, StaticKV
+from heterostep.models.base import Adapter, Call, Seams
+from heterostep.policy import Change, Run, Tokens, allocation
 
 _log = logging.getLogger("heterostep")
 
@@ -244,7 +245,7 @@ class Runner:
             try:
                 output = self._call_model(expert, generation, branch, inputs, index, keep)
             except torch.OutOfMemoryError:
-                if generation.fell_back or generation.stores is None or memory.smaller(generation.stores) is None:
+                if generation.fell_back or generation.stores is None or forecast.smaller(generation.stores) is None:
                     raise
                 output = None
             if output is None:
@@ -397,7 +398,7 @@ class Runner:
     def _fall_back(self, generation: Generation) -> None:
         """Memory ran out: smaller stores from now on, for all branches. What was kept is gone."""
         assert generation.stores is not None
-        before, after = generation.stores, memory.smaller(generation.stores)
+        before, after = generation.stores, forecast.smaller(generation.stores)
         generation.drop_stores()
         generation.stores, generation.kv_store, generation.fell_back = after, str(after), True
         generation.store_names = after.names if after is not None else ()

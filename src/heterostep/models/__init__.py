@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heterostep.adapters.attention import CachedAttention
-from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
-from heterostep.adapters.hunyuan15 import HunyuanVideo15Adapter
-from heterostep.adapters.ltx import LTXAdapter
-from heterostep.adapters.ltx2 import LTX2Adapter
-from heterostep.adapters.wan import WanAdapter
 from heterostep.errors import HeterostepError
+from heterostep.models.attention import CachedAttention
+from heterostep.models.base import Adapter, Call, Seams, TokenGrid
+from heterostep.models.hunyuan15 import HunyuanVideo15Adapter
+from heterostep.models.ltx import LTXAdapter
+from heterostep.models.ltx2 import LTX2Adapter
+from heterostep.models.wan import WanAdapter
 
 __all__ = ["FAMILIES", "Adapter", "CachedAttention", "Call", "Family", "Seams", "TokenGrid", "register_family"]
 

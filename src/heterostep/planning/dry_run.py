@@ -23,10 +23,10 @@ import torch
 from PIL import Image
 
 from heterostep import configs
-from heterostep.adapters import FAMILIES
 from heterostep.checkpoints import KINDS
 from heterostep.configs import Configuration
 from heterostep.errors import HeterostepError, first_line
+from heterostep.models import FAMILIES
 from heterostep.pipeline import supported, transformers
 
 # The parts that a rehearsal asks for anything; a pipeline takes None for the others.

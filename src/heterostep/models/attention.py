@@ -11,7 +11,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from heterostep.kernels import norm_rotate, rotate
-from heterostep.kv_cache import KVCache, StaticKV, Workspace
+from heterostep.kv.cache import KVCache, StaticKV, Workspace
 
 
 def normed_and_rotated(
@@ -55,7 +55,7 @@ class CachedAttention:
 
     @classmethod
     def make_store(cls, name: str, workspace: Workspace) -> KVCache | StaticKV:
-        """An empty store for one guidance branch; `name` is one of `heterostep.kv_cache.STORES`."""
+        """An empty store for one guidance branch; `name` is one of `heterostep.kv.cache.STORES`."""
         return StaticKV() if cls.store is StaticKV else KVCache(name, workspace)
 
     def prepare(self, attn: Any, hidden_states: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """What a run will need and take, before anything is loaded: tokens, memory by store, evaluations, seconds.
 
-Architectures come from configurations alone (`heterostep.configs`); memory from the calls of a rehearsal on the meta
-device (`heterostep.rehearsal`, `heterostep.memory`); seconds from what `heterostep bench` has timed on the device.
+Architectures come from configurations alone (`heterostep.configs`); memory from the calls of a dry run on the meta
+device (`dry_run`, `heterostep.engine.forecast`); seconds from what `heterostep bench` has timed on the device.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 
-from heterostep import configs, memory, timings
-from heterostep.adapters import FAMILIES
+from heterostep import configs
 from heterostep.config import HSAConfig
-from heterostep.direct import use_backend
+from heterostep.engine import forecast
+from heterostep.engine.calls import use_backend
+from heterostep.engine.schedule import Schedule, nominal_sigmas
 from heterostep.errors import HeterostepError
-from heterostep.kv_cache import STORES
+from heterostep.kv.cache import STORES
+from heterostep.models import FAMILIES
+from heterostep.planning import timings
+from heterostep.planning.dry_run import Rehearsal, rehearse, rehearse_pipeline
 from heterostep.policy import Run, Tokens
-from heterostep.rehearsal import Rehearsal, rehearse, rehearse_pipeline
-from heterostep.schedule import Schedule, nominal_sigmas
 
 OFFLOADS = ("none", "model")
 UNLIMITED = sys.maxsize
@@ -200,7 +202,7 @@ def _plan(
     # Where the plan is made anew as the run goes, there may come to be sparse steps.
     keeps = config.sync != "fresh" and (bool(some) or (schedule.online and schedule.sparse))
     active = max(some, default=total // 2) / total
-    each = [memory.call_memory(seen.model, call, active) for call in seen.calls]
+    each = [forecast.call_memory(seen.model, call, active) for call in seen.calls]
     layers = [replace(layer, drifts=config.sync == "drift") for call in each for layer in call.layers]
     base = sum(weights.values()) + sum(call.held for call in each)
     plain = max(call.plain for call in each)
@@ -208,10 +210,10 @@ def _plan(
     dense, sparse = max(call.dense for call in each), max(call.sparse for call in each)
     limit = _limit(config, dense)
     # For another machine, its host memory is not known.
-    host = memory.host_room() if torch.cuda.is_available() else UNLIMITED
+    host = forecast.host_room() if torch.cuda.is_available() else UNLIMITED
     room = UNLIMITED if limit is None else limit - beside
 
-    def account(stores: memory.Stores) -> StorePlan:
+    def account(stores: forecast.Stores) -> StorePlan:
         peak = max(base + plain, beside + dense + stores.dense_bytes, beside + sparse + stores.device_bytes)
         fits = None if limit is None else peak <= limit and stores.host_bytes <= host
         return StorePlan(str(stores), stores.device_bytes, stores.host_bytes, peak, fits)
@@ -220,12 +222,12 @@ def _plan(
     if not keeps:
         chosen = StorePlan("none", 0, 0, base + plain, None if limit is None else base + plain <= limit)
     elif isinstance(config.kv_store, tuple):
-        chosen = account(memory.Stores(config.kv_store, tuple(layers)))
+        chosen = account(forecast.Stores(config.kv_store, tuple(layers)))
     elif config.kv_store == "auto":
-        stores = memory.choose(layers, room - dense, room - sparse, host)
+        stores = forecast.choose(layers, room - dense, room - sparse, host)
         chosen = None if stores is None else account(stores)
     else:
-        chosen = account(memory.uniform(config.kv_store, layers))
+        chosen = account(forecast.uniform(config.kv_store, layers))
     states = seen.calls[0]["hidden_states"]
     how: dict[str, Any] = {"dtype": str(states.dtype).removeprefix("torch."), "batch": states.shape[0]}
     how |= {"attention_backend": backend, "compiled": False}
@@ -248,7 +250,7 @@ def _plan(
         activation_bytes=max(max(call.plain, call.dense, call.sparse) for call in each),
         dense_peak_bytes=sum(weights.values()) + plain,
         limit_bytes=limit,
-        stores=tuple(account(memory.uniform(name, layers)) for name in STORES),
+        stores=tuple(account(forecast.uniform(name, layers)) for name in STORES),
         chosen=chosen,
         peak_bytes=None if chosen is None else chosen.peak_bytes,
         seconds=seconds,
@@ -268,7 +270,7 @@ def _sigmas(pipe: Any, num_steps: int) -> tuple[float, ...]:
 
 def _limit(config: HSAConfig, activations: int) -> int | None:
     """Bytes that the process may use, less a margin; None where neither asked nor present."""
-    free = memory.room_on(torch.device("cuda"), config.vram, activations) if torch.cuda.is_available() else None
+    free = forecast.room_on(torch.device("cuda"), config.vram, activations) if torch.cuda.is_available() else None
     if free is not None:
         return free + torch.cuda.memory_allocated()
-    return None if config.vram is None else memory.less_margin(int(config.vram * 1e9), activations)
+    return None if config.vram is None else forecast.less_margin(int(config.vram * 1e9), activations)

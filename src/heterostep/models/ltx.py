@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from heterostep.adapters.attention import CachedAttention
-from heterostep.adapters.base import Adapter, Call, Seams, TokenGrid
 from heterostep.kernels import gather_rows
-from heterostep.kv_cache import StaticKV
+from heterostep.kv.cache import StaticKV
+from heterostep.models.attention import CachedAttention
+from heterostep.models.base import Adapter, Call, Seams, TokenGrid
 
 
 def _rotate(x: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -58,7 +58,7 @@ class TextAttention(CachedAttention):
 
 
 class LTXAdapter(Adapter):
-    """See `heterostep.adapters.base.Adapter`."""
+    """See `heterostep.models.base.Adapter`."""
 
     def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
         return TokenGrid(inputs["num_frames"], inputs["height"], inputs["width"])
