@@ -1,22 +1,18 @@
-"""`heterostep plan` and `heterostep bench`: what a size will need, and what it takes on this device."""
+"""`heterostep plan`: what a size will need."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import filesize
 
+from heterostep.cli.options import silence
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
-from heterostep.files import replacing, writing
 
 if TYPE_CHECKING:
     from heterostep.planning.plan import Plan
-
-DEVICE_HELP = "cpu, cuda or cuda:N; auto takes CUDA where there is one."
 
 
 def plan(
@@ -64,10 +60,9 @@ def plan(
     )  # fmt: skip
     import torch
 
-    from heterostep.cli import _silence
     from heterostep.planning.plan import plan as make_plan
 
-    with _silence():
+    with silence():
         made = make_plan(
             model,
             height=height,
@@ -128,84 +123,3 @@ def _show_plan(made: Plan, config: HSAConfig) -> None:
     host = f", {filesize.decimal(made.chosen.host_bytes)} in host memory" if made.chosen.host_bytes else ""
     fits = "; this does not fit" if made.chosen.fits is False else ""
     typer.echo(f"chosen       {made.chosen.store}: peak {filesize.decimal(made.chosen.peak_bytes)}{host}{fits}")
-
-
-def bench(
-    config: Annotated[str, typer.Option(help="Short name, hub id or diffusers folder; weights are random.")],
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
-    shares: Annotated[str, typer.Option(help="Of active tokens, comma-separated.")] = "0.5,0.25,0.125,0.0625",
-    stores: Annotated[str, typer.Option(help="Of K/V, comma-separated: device, fp8, offload, fp8-offload.")] = "device",
-    sync: Annotated[str, typer.Option(help="K/V of skipped tokens: hold or drift.")] = "hold",
-    layers: Annotated[int | None, typer.Option(min=1, help="Transformer blocks.  [default: all]")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="With compile_repeated_blocks.")] = False,
-    no_graphs: Annotated[bool, typer.Option("--no-graphs", help="Replay no call as a CUDA graph.")] = False,
-    attention_backend: Annotated[str | None, typer.Option(help="Such as _native_cudnn.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")] = 5,
-    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto: float32 on the CPU.")] = "auto",
-    out: Annotated[Path | None, typer.Option("--json", help="JSON file for the result.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="The JSON line alone.")] = False,
-) -> None:
-    """Seconds of a transformer call, dense and with a share of the tokens; a table, and one line of JSON."""
-    from heterostep.cli import _check_outputs, _device, _out_of_memory, _silence
-
-    _check_outputs((out, (".json",)))
-    try:
-        wanted = tuple(float(part) for part in shares.split(","))
-    except ValueError as error:
-        raise HeterostepError(f"--shares wants numbers, as in 0.5,0.25, not {shares}") from error
-    if dtype not in ("auto", "float32", "float16", "bfloat16"):
-        raise HeterostepError(f"--dtype must be auto, float32, float16 or bfloat16, not {dtype}")
-    import torch
-
-    from heterostep.bench import Size
-    from heterostep.bench import bench as run_bench
-
-    place = _device(device)
-    precision = getattr(torch, {"auto": "bfloat16" if place.type == "cuda" else "float32"}.get(dtype, dtype))
-    with _silence(), _out_of_memory("lower the size, or take fewer --layers, --stores or a smaller --dtype"):
-        result = run_bench(
-            config,
-            Size(height, width, frames),
-            shares=wanted,
-            stores=tuple(name.strip() for name in stores.split(",")),
-            sync=sync,
-            layers=layers,
-            compiled=compiled,
-            cuda_graphs=not no_graphs,
-            attention_backend=attention_backend,
-            repeats=repeats,
-            device=place,
-            dtype=precision,
-            tell=(lambda line: None) if quiet else (lambda line: typer.echo(line, err=True)),
-        )
-    if not quiet:
-        _show_bench(result)
-    typer.echo(json.dumps(result))
-    if out is not None:
-        with writing(out), replacing(out) as part:
-            part.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _show_bench(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    how = ("compiled blocks" if result["compiled"] else "eager") + ", in drift" * (result["sync"] == "drift")
-    table = Table(
-        "store", "active share", "ms", "over plain", "K/V on the device", "in host memory",
-        title=f"{result['name']}, {result['layers']} layers, {result['tokens']:,} tokens, {result['dtype']}, {how}, "
-        f"{result['device']}: a plain dense call takes {result['plain_seconds'] * 1000:.1f} ms",
-    )  # fmt: skip
-    for row in result["rows"]:
-        what = "all, K/V kept" if row["share"] == 1 else f"{row['share']:g}" + ", replayed" * row["replayed"]
-        sizes = (filesize.decimal(row[name]) for name in ("device_bytes", "host_bytes"))
-        table.add_row(row["store"], what, f"{row['seconds'] * 1000:.1f}", f"{row['ratio']:.4f}", *sizes)
-    Console().print(table)
-    kinds = list(result["breakdown"]["plain"])
-    table = Table("ms by kind of work", *kinds)
-    for name, parts in result["breakdown"].items():
-        table.add_row(name, *(f"{parts[kind] * 1000:.2f}" for kind in kinds))
-    Console().print(table)

@@ -1,0 +1,60 @@
+"""The `heterostep` command. torch and diffusers are imported when a model is needed: `--help` answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import heterostep
+from heterostep import interrupts
+from heterostep.cli.bench import bench
+from heterostep.cli.compare import compare
+from heterostep.cli.generate import generate, scene
+from heterostep.cli.plan import plan
+from heterostep.errors import HeterostepError, first_line
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+for _command in (plan, bench, scene, generate, compare):
+    app.command()(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"heterostep {heterostep.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    """Video diffusion in a fraction of the time, without training."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; every fault is one line on stderr.
+
+    Returns:
+        0, 2 for a fault, or 130 after Ctrl-C.
+    """
+    try:
+        with interrupts.watched():
+            code = app(arguments, prog_name="heterostep", standalone_mode=False)
+    except (HeterostepError, OSError) as error:
+        return _fail(first_line(error), 2)
+    except typer.TyperException as error:
+        return _fail(first_line(Exception(error.format_message())), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
+        return _fail("interrupted", 130)
+    return code or 0
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"heterostep: {message}", err=True)
+    return code

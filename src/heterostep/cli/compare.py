@@ -1,0 +1,178 @@
+"""`heterostep compare`."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from heterostep.cli.options import (
+    DEVICE_HELP,
+    DTYPE_HELP,
+    Dtype,
+    check_folder,
+    check_guidance,
+    device_of,
+    load,
+    out_of_memory,
+    precision_of,
+    silence,
+)
+from heterostep.errors import HeterostepError
+from heterostep.files import writing
+
+
+def compare(
+    out: Annotated[Path, typer.Option(help="Folder; a comparison that was stopped goes on.")] = Path("report"),
+    prompts: Annotated[
+        Path | None, typer.Option(help="File, a prompt a line.  [default: held-out captions of the bundled model]")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Held-out captions, without --prompts.")] = 2,
+    image_to_video: Annotated[
+        bool, typer.Option("--image-to-video", help="From first frames; in --prompts after a tab.")
+    ] = False,
+    runtimes: Annotated[str, typer.Option(help="Over the dense loop's, comma-separated.")] = "1,0.75,0.5,0.25",
+    methods: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
+    points: Annotated[int, typer.Option(min=1, help="Dial values of methods that are not set by a budget.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="How often everything is timed.")] = 1,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Prompts made in one call; above 1 by token evaluations, nothing is timed.")
+    ] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=10**6, help="Noises that each prompt is made from.")] = 1,
+    videos: Annotated[int, typer.Option(min=0, help="Prompts whose videos are shown.")] = 2,
+    regime: Annotated[
+        str | None,
+        typer.Option(help="Settings of published checkpoints, comma-separated names or all: one comparison each."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Diffusers folder or hub id.  [default: the bundled model]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of the dense run.  [default: 40]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first prompt's noise.")] = 0,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
+    vbench: Annotated[
+        bool, typer.Option("--vbench", help="Scores by the vbench command; keeps the videos of all prompts.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Neither progress nor table.")] = False,
+) -> None:
+    """Draw the quality-runtime frontier of heterostep and its peers on one model."""
+    wanted = _runtimes(runtimes)
+    if batch > 1 and repeats > 1:
+        raise HeterostepError("--repeats is for timings, and a batch is not timed: leave out --repeats or --batch")
+    if regime is not None and (steps is not None or guidance is not None or vbench):
+        raise HeterostepError("--regime sets steps and guidance: leave out --steps, --guidance and --vbench")
+    check_guidance(guidance)
+    check_folder(out)
+    if prompts is not None and not prompts.is_file():
+        raise HeterostepError(f"there is no file {prompts}")
+    if prompts is None and model is not None:
+        raise HeterostepError("give --prompts: the held-out captions are the bundled model's")
+    if importlib.util.find_spec("torchmetrics") is None:
+        raise HeterostepError("the comparison wants torchmetrics: pip install 'heterostep[compare]'")
+    if vbench:
+        from heterostep.compare import vbench as scores
+
+        scores.command()
+    from heterostep import checkpoints
+    from heterostep.compare import matrix, page, peers, regimes, table
+    from heterostep.compare import prompts as source
+    from heterostep.compare.catalogue import METHODS
+    from heterostep.compare.run import Comparison, Settings
+
+    task = "image" if image_to_video else "text"
+    todo_regimes = [] if regime is None else _regimes(regime, task)
+    chosen = _methods(methods, METHODS)
+    if prompts is not None:
+        # Faults in it are found before the model is loaded, which knows the size that first frames are cropped to.
+        source.read_prompts(prompts, seed, (1, 1) if image_to_video else None)
+    tell = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
+    command = "heterostep " + " ".join(map(shlex.quote, sys.argv[1:]))
+    with silence(), out_of_memory("lower the size or --batch, or take a smaller --dtype"):
+        place = device_of(device)
+        pipe, defaults = load(model, image_to_video, precision_of(dtype, place))
+        asked = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance}
+        options: dict[str, Any] = {name: defaults[name] if value is None else value for name, value in asked.items()}
+        checkpoints.check_sizes(pipe, **{name: options[name] for name in ("height", "width", "num_frames")})
+        options["num_inference_steps"] = steps or 40
+        if prompts is None:
+            todo = source.held_out(count, seed, image_to_video)
+        else:
+            todo = source.read_prompts(prompts, seed, (options["width"], options["height"]) if image_to_video else None)
+        todo = source.with_seeds(todo, seeds)
+        pipe.to(place)
+
+        settings = Settings(
+            model="the bundled model" if model is None else model,
+            mode=task,
+            options=options,
+            runtimes=wanted,
+            fps=defaults["fps"],
+            repeats=repeats,
+            points=points,
+            shown=max(videos, len(todo)) if vbench else videos,
+            judged=model is None and prompts is None,
+            batch=batch,
+            seeds=seeds,
+        )
+        known = list(METHODS.values())
+        if regime is not None:
+            if regime.strip() == "all":
+                todo_regimes = [each for each in todo_regimes if regimes.refuses(pipe, each) is None]
+            written = matrix.compare_regimes(pipe, todo, chosen, todo_regimes, settings, out, command, tell, known)
+        else:
+            peers.calibrate_with(pipe, **{name: options[name] for name in asked})
+            results = Comparison(pipe, todo, chosen, settings, out, command, tell, known).run()
+            if vbench:
+                import torch
+
+                # VBench has networks of its own to put there.
+                pipe.to("cpu")
+                torch.cuda.empty_cache()
+                results = scores.score(out, videos, tell)
+            with writing(out / "index.html"):
+                written = page.write_page(out)
+    if not quiet:
+        if todo_regimes:
+            typer.echo(matrix.table(matrix.matrix(matrix.read(out), wanted)))
+        else:
+            table.show(results)
+        typer.echo(f"{written}")
+
+
+def _runtimes(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(sorted({float(part) for part in text.split(",")}, reverse=True))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value <= 1 for value in values):
+        raise HeterostepError(f"--runtimes wants numbers above 0 and at most 1, as in 1,0.5,0.25, not {text}")
+    return values
+
+
+def _regimes(text: str, task: str) -> list[Any]:
+    from heterostep.compare.regimes import REGIMES, suited
+
+    if text.strip() == "all":
+        return suited(task)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in REGIMES]
+    if unknown or not names:
+        raise HeterostepError(f"no such regime: {', '.join(unknown) or text!r}; the regimes are {', '.join(REGIMES)}")
+    return [REGIMES[name] for name in dict.fromkeys(names)]
+
+
+def _methods(text: str, known: dict[str, Any]) -> list[Any]:
+    names = list(known) if text.strip() == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise HeterostepError(f"--methods names none; the methods are {', '.join(known)}")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise HeterostepError(f"no such method: {', '.join(unknown)}; the methods are {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names)]

@@ -1,0 +1,159 @@
+"""What several commands take, checked: one clear line for each fault."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import heterostep
+from heterostep import interrupts
+from heterostep.errors import HeterostepError, first_line
+from heterostep.files import name_is_too_long
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DEVICE_HELP = "cpu, cuda or cuda:N; auto takes CUDA where there is one."
+DTYPE_HELP = "auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32 whose products have TF32's ten bits."
+
+
+class Dtype(str, Enum):
+    """Precisions of the transformer and the text encoder."""
+
+    auto = "auto"
+    float32 = "float32"
+    tf32 = "tf32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def check_guidance(guidance: float | None) -> None:
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise HeterostepError(f"--guidance must be a number of at least 0, not {guidance:g}")
+
+
+def check_folder(path: Path) -> None:
+    """Whether the folder is there or can be made, before any work."""
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise HeterostepError(f"{there} is no folder")
+    if not os.access(there, os.W_OK):
+        raise HeterostepError(f"cannot write to the folder {there}")
+
+
+def check_outputs(*outputs: tuple[Path | None, tuple[str, ...]]) -> None:
+    """Whether each (path, suffixes) can be written, before any work."""
+    given = [(path, suffixes) for path, suffixes in outputs if path is not None]
+    for path, suffixes in given:
+        if path.suffix.lower() not in suffixes:
+            raise HeterostepError(f"{path} should end in {' or '.join(suffixes)}")
+        if path.is_dir():
+            raise HeterostepError(f"{path} is a folder")
+        if not path.parent.is_dir():
+            raise HeterostepError(f"there is no folder {path.parent} to write {path.name} to")
+        if not os.access(path.parent, os.W_OK):
+            raise HeterostepError(f"cannot write to the folder {path.parent}")
+        if name_is_too_long(path):
+            raise HeterostepError(f"the file name {path.name[:20]}... is too long")
+    if len({path.resolve() for path, _ in given}) < len(given):
+        raise HeterostepError("two outputs have the same path")
+
+
+def open_image(path: Path) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    if not path.is_file():
+        raise HeterostepError(f"there is no image {path}")
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception as error:
+        # Pillow's decoders raise OSError, SyntaxError, ValueError and more for broken files.
+        raise HeterostepError(f"cannot read the image {path}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """No chatter of libraries between the progress lines."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    interrupts.check()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def device_of(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise HeterostepError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise HeterostepError(f"there is no device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def precision_of(dtype: Dtype, device: Any) -> Any:
+    import torch
+
+    if dtype is Dtype.auto:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype is Dtype.tf32:
+        from heterostep.precision import use_tf32
+
+        use_tf32()
+        return torch.float32
+    return getattr(torch, dtype.value)
+
+
+def load(model: str | None, with_image: bool, precision: Any) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, on the CPU, and its default sizes and guidance."""
+    if model is None:
+        pipe, defaults = heterostep.tiny.load(image_to_video=with_image), heterostep.tiny.DEFAULTS
+        pipe.transformer.to(precision)
+        pipe.text_encoder.to(precision)
+    else:
+        from heterostep import checkpoints
+
+        pipe, defaults = checkpoints.load(model, with_image, precision)
+    # Most imports are behind us.
+    interrupts.check()
+    return pipe, defaults
+
+
+@contextlib.contextmanager
+def out_of_memory(advice: str) -> Iterator[None]:
+    """Running out of memory as one line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise HeterostepError(f"out of memory: {advice}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    # On the CPU, torch reports it as a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
