@@ -25,10 +25,10 @@ from heterostep import tiny
 from heterostep.compare.prompts import held_out
 from heterostep.config import HSAConfig
 from heterostep.engine.calls import DirectCalls
-from heterostep.engine.schedule import nominal_sigmas
-from heterostep.engine.velocity import drift_time, velocity_change
+from heterostep.engine.velocity import velocity_change
 from heterostep.policy import Run, Tokens, make
 from heterostep.policy.auto import EXPONENT, Auto
+from heterostep.sigmas import log_alpha, nominal_sigmas
 
 FIRST_CAPTION = 1000
 STEPS = 40
@@ -45,7 +45,7 @@ RULES: dict[str, Callable[[float, float, float], float]] = {
 
 
 def _time(sigma: float) -> float:
-    return float(drift_time(torch.tensor(sigma, dtype=torch.float64)))
+    return float(log_alpha(torch.tensor(sigma, dtype=torch.float64)))
 
 
 class DenseRun:

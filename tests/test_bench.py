@@ -12,7 +12,7 @@ from heterostep.engine.forecast import call_memory
 from heterostep.errors import HeterostepError
 from heterostep.kv.cache import STORES, KVShape
 from heterostep.planning import timings
-from heterostep.planning.dry_run import rehearse
+from heterostep.planning.dry_run import dry_run
 from small_ltx2 import small_ltx2
 from small_wan import small_wan
 
@@ -98,7 +98,7 @@ def test_ltx2_of_one_layer(tmp_path, cache):
     tokens = 2 * 4 * 4
     # Its own attention of two guidance branches, and that of the sound to it.
     kept = [KVShape(2 * 2 * tokens, dim, torch.float32) for dim in (16, 8)]
-    seen = rehearse(configs.load(tmp_path / "model"), height=64, width=64, num_frames=9, num_inference_steps=4,
+    seen = dry_run(configs.load(tmp_path / "model"), height=64, width=64, num_frames=9, num_inference_steps=4,
                     guidance_scale=4.0, dtype=torch.float32)  # fmt: skip
     static = call_memory(seen.model, seen.calls[0]).static // 3
     check(result, tokens, kept, static, (0.5,), ("device",))

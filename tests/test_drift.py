@@ -1,4 +1,4 @@
-"""Sleeping tokens whose K/V go on along their change, and steps that evaluate tokens in rotation."""
+"""skipped tokens whose K/V go on along their change, and steps that evaluate tokens in rotation."""
 
 import dataclasses
 
@@ -11,12 +11,13 @@ import heterostep
 from heterostep.compare.own import BUDGETS, in_rotation
 from heterostep.config import HSAConfig
 from heterostep.engine.forecast import choose
+from heterostep.engine.generation import Generation
 from heterostep.engine.runner import Runner
-from heterostep.engine.schedule import Schedule, nominal_sigmas
-from heterostep.engine.velocity import drift_time
+from heterostep.engine.schedule import Schedule
 from heterostep.errors import HeterostepError
 from heterostep.policy import Run, Tokens
 from heterostep.policy.rotation import by_rotation, probes, with_probes
+from heterostep.sigmas import log_alpha, nominal_sigmas
 from rows import ROWS, equal
 from small import run, small_pipeline
 from test_stores import LAYERS
@@ -45,7 +46,7 @@ def test_with_no_drift_it_is_held(pipe, monkeypatch, options):
     with heterostep.enabled(pipe, **options):
         assert not torch.equal(run(pipe), held)
         # Of nothing but the way that K and V go on.
-        monkeypatch.setattr(Runner, "_asleep", lambda self, generation: torch.zeros_like(generation.evaluated_at))
+        monkeypatch.setattr(Generation, "elapsed_log_alpha", property(lambda self: torch.zeros_like(self.evaluated_at)))
         assert torch.equal(run(pipe), held)
 
 
@@ -129,7 +130,7 @@ def test_given_tokens_come_round_too():
     assert report.steps_map[0].mean() < report.steps_map[1:].mean()
 
 
-def test_a_rotation_with_two_experts_and_with_a_promise():
+def test_a_rotation_with_two_experts_and_with_a_target_in_seconds():
     row = ROWS["wan2.2-t2v"]
     pipe = row.build()
     with heterostep.enabled(pipe, share=0.6, rotation=4, sync="drift"):
@@ -216,6 +217,6 @@ def test_what_does_not_fit_drifts_in_host_memory_rather_than_is_held():
     assert "offload" not in choose(layers, room, room, 0).names
 
 
-def test_drift_time_rises_as_sigma_falls():
-    times = drift_time(torch.tensor([1.0, 0.9, 0.5, 0.0]))
+def test_log_alpha_rises_as_sigma_falls():
+    times = log_alpha(torch.tensor([1.0, 0.9, 0.5, 0.0]))
     assert (times.diff() > 0).all() and times.isfinite().all()

@@ -7,7 +7,7 @@ from small_ltx import run_ltx, small_ltx
 from small_wan import moving_square
 
 
-def test_a_given_frame_runs_at_the_meetings_alone():
+def test_a_given_frame_runs_at_dense_steps_alone():
     pipe = small_ltx("image")
     heterostep.enable(pipe, share=0.5, between=0.3)
     run_ltx(pipe, steps=12, image=moving_square()[0])

@@ -120,14 +120,14 @@ def test_audio_is_fresh_at_every_step():
 
 
 @pytest.mark.parametrize("name", ["ltx2.3-i2v", "ltx2.3-condition", "wan2.2-ti2v-i2v"])
-def test_given_frames_run_at_the_meetings_alone(name):
+def test_given_frames_run_at_dense_steps_alone(name):
     row = ROWS[name]
     pipe = row.build()
     heterostep.enable(pipe, share=0.5, between=0.3)
     row.run(pipe, steps=12)
     report = heterostep.report(pipe)
-    meetings = sum(share == 1 for share in report.active_share)
-    assert (report.steps_map[0] == meetings).all() and report.steps_map[1:].mean() > meetings + 1
+    dense = sum(share == 1 for share in report.active_share)
+    assert (report.steps_map[0] == dense).all() and report.steps_map[1:].mean() > dense + 1
 
 
 def test_guidance_in_batches_counts_samples_once():
@@ -141,26 +141,26 @@ def test_guidance_in_batches_counts_samples_once():
 
 
 @pytest.mark.parametrize("rescale,least,most", [(0.0, 0.0, 1e-5), (0.7, 1e-4, 0.01)])
-def test_guidance_rescale_moves_a_sleeping_tokens_velocity_a_little(rescale, least, most, monkeypatch):
+def test_guidance_rescale_moves_a_skipped_tokens_velocity_a_little(rescale, least, most, monkeypatch):
     """Without rescale the guided velocity is linear in the branches' held ones, so it is held too; with it, nearly."""
     pipe = small_ltx2("text", "2.0")
     heterostep.enable(pipe, share=0.4, between=0.3, dense_start=2, extrapolate=0)
     runner = heterostep.pipeline._open[pipe].runner
-    guided, sleeping = [], []
+    guided, skipped = [], []
     plain_step = FlowMatchEulerDiscreteScheduler.step
 
     def step(self, velocity, *args, **kwargs):
         if self is pipe.scheduler:
             index = runner.generation.index
             guided.append(velocity[0])
-            sleeping.append(set() if index is None else set(range(TOKENS)) - set(index[0].tolist()))
+            skipped.append(set() if index is None else set(range(TOKENS)) - set(index[0].tolist()))
         return plain_step(self, velocity, *args, **kwargs)
 
     monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", step)
     run_ltx2(pipe, steps=40, guidance_rescale=rescale, audio_guidance_rescale=rescale)
     changes = [
         ((new[list(rows)] - old[list(rows)]).norm() / old[list(rows)].norm()).item()
-        for old, new, rows in zip(guided, guided[1:], sleeping[1:])
+        for old, new, rows in zip(guided, guided[1:], skipped[1:])
         if rows
     ]
     assert len(changes) > 20

@@ -10,21 +10,22 @@ import heterostep
 from small import run, small_pipeline
 
 SOURCE = Path(heterostep.__file__).parent
-PURE = {
-    "config",
-    "scoring",
-    "allocation",
-    "schedule",
-    "kv_cache",
-    "kernels",
-    "state",
-    "timing",
-    "reports",
-    "policy",
-    "runner",
-    "trajectory",
-    "wrapping",
-}
+# A module imports from the floors below its own, and from its own package.
+FLOORS = [
+    {"errors"},
+    {"files", "sigmas", "metrics", "interrupts", "precision"},
+    {"config", "compat", "configs", "kernels", "video"},
+    {"kv", "policy", "viz"},
+    {"models"},
+    {"engine", "checkpoints"},
+    {"pipeline"},
+    {"planning", "progress", "tiny"},
+    {"bench", "compare"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+# These run without diffusers.
+PURE = ("config", "engine", "kernels", "kv", "policy", "sigmas")
 
 
 def imports(path):
@@ -72,64 +73,41 @@ def test_the_algorithm_runs_without_diffusers():
 
 
 def test_modules_import_downwards_only():
-    above = {
-        "config": {"errors"},
-        "scoring": set(),
-        "allocation": set(),
-        "trajectory": set(),
-        "policy": {"config", "errors", "policy"},
-        "schedule": {"allocation", "config", "errors", "policy"},
-        "kernels": {"kernels"},
-        "kv_cache": {"kernels"},
-        "compat": set(),
-        "replay": {"compat", "errors"},
-        "state": {"adapters", "kv_cache", "memory", "policy", "replay", "schedule", "trajectory"},
-        "direct": {"adapters", "errors", "kv_cache", "replay"},
-        "memory": {"direct", "errors", "kv_cache"},
-        "placement": {"config", "errors", "memory"},
-        "configs": {"errors"},
-        "rehearsal": {"adapters", "checkpoints", "configs", "errors", "pipeline"},
-        "planning": {
-            "adapters",
-            "config",
-            "configs",
-            "direct",
-            "errors",
-            "kv_cache",
-            "memory",
-            "policy",
-            "rehearsal",
-        }
-        | {"schedule", "timings"},
-        "timings": set(),
-        "bench": {"configs", "direct", "errors", "kv_cache", "rehearsal", "replay", "timings"},
-        "timing": set(),
-        "reports": set(),
-        "adapters": {"adapters", "errors", "kernels", "kv_cache"},
-        "runner": {
-            "adapters",
-            "allocation",
-            "compat",
-            "config",
-            "errors",
-            "kernels",
-            "memory",
-            "reports",
-            "schedule",
-            "scoring",
-        }
-        | {"kv_cache", "placement", "policy", "replay", "state", "timing", "trajectory", "wrapping"},
-        "wrapping": {"errors"},
-        "pipeline": {"adapters", "compat", "config", "errors", "policy", "reports", "runner", "wrapping"},
-        "checkpoints": {"adapters", "errors"},
-        "compare": {"adapters", "allocation", "compare", "config", "errors", "files", "metrics", "pipeline", "schedule"}
-        | {"tiny", "video", "viz", "wrapping"},
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    assert set(floor) == {
+        path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
-    for name, allowed in above.items():
+    for name in floor:
         for path in module_files(name):
             used = {m.split(".")[1] for m in imports(path) if m.startswith("heterostep.")}
-            used |= _from_package(path)
-            assert used <= allowed, f"{path.name} imports {used - allowed}"
+            used |= _from_package(path) & set(floor)
+            too_high = {other for other in used - {name} if floor[other] >= floor[name]}
+            assert name == "__init__" or not too_high, f"{path.relative_to(SOURCE)} imports {too_high}"
+
+
+def test_modules_of_a_package_do_not_go_in_circles():
+    for package in ("engine", "kv", "policy", "planning", "cli", "models"):
+        needs = {}
+        for path in module_files(package):
+            tree = ast.parse(path.read_text())
+            # What is imported for annotations alone is no need.
+            for node in ast.walk(tree):
+                if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+                    node.body = []
+            prefix = f"heterostep.{package}"
+            found = set()
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(prefix):
+                    below = node.module[len(prefix) + 1 :]
+                    found |= {below.split(".")[0]} if below else {alias.name for alias in node.names}
+            needs[path.stem] = found
+        needs.pop("__init__")
+        left = {name: found & set(needs) for name, found in needs.items()}
+        while left:
+            free = [name for name, found in left.items() if not found & set(left)]
+            assert free, f"{package}: {left} import each other"
+            for name in free:
+                del left[name]
 
 
 def test_importing_the_package_is_quick_and_light():

@@ -10,10 +10,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
 import heterostep
-from heterostep.engine.velocity import drift_time
 from heterostep.errors import HeterostepError
 from heterostep.kernels import reference
 from heterostep.models.wan import SelfAttention
+from heterostep.sigmas import log_alpha
 from rows import ROWS
 from small import run, small_pipeline
 
@@ -79,7 +79,7 @@ def test_held_velocities_go_along_their_last_slope(pipe, extrapolate):
     hook = pipe.transformer.register_forward_hook(lambda m, a, out: outputs.append(out[0].clone()))
     run(pipe, steps=8, guidance_scale=1.0)
     hook.remove()
-    times = drift_time(pipe.scheduler.sigmas)
+    times = log_alpha(pipe.scheduler.sigmas)
     slope = (outputs[2] - outputs[1]) / (times[2] - times[1])
     expected = outputs[2] + extrapolate * (times[3] - times[2]) * slope
     torch.testing.assert_close(outputs[3], expected, atol=1e-5, rtol=1e-5)
@@ -409,7 +409,7 @@ def test_kernels_are_prepared_as_they_will_be_called(name, monkeypatch):
         return reference.norm_rotate(x, weight, eps, cos, sin, heads, split, by_head)
 
     monkeypatch.setattr("heterostep.models.attention.norm_rotate", norm_rotate)
-    monkeypatch.setattr("heterostep.engine.runner._in_background", lambda work: None)
+    monkeypatch.setattr("heterostep.engine.runner.in_background", lambda work: None)
     pipe = row.build()
     with heterostep.enabled(pipe, share=0.5, between=0.5):
         row.run(pipe, steps=12)

@@ -1,9 +1,10 @@
 import pytest
 
 from heterostep.config import HSAConfig
-from heterostep.engine.schedule import Schedule, nominal_sigmas
+from heterostep.engine.schedule import Schedule
 from heterostep.errors import HeterostepError
 from heterostep.policy import Change, Run, Tokens
+from heterostep.sigmas import nominal_sigmas
 
 
 def schedule(num_steps=40, tokens=None, restarts=(), **options):

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from heterostep.engine.schedule import nominal_sigmas
 from heterostep.engine.trajectory import Trajectory, relative_change
+from heterostep.sigmas import nominal_sigmas
 
 SIGMAS = nominal_sigmas(12, 3.0)
 TIMES = [math.log(max(1 - sigma, 1e-4)) for sigma in SIGMAS]

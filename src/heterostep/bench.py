@@ -21,12 +21,13 @@ import torch
 from torch.utils._pytree import tree_map
 
 from heterostep import configs
-from heterostep.engine.calls import DirectCalls, use_backend
+from heterostep.compat import use_backend
+from heterostep.engine.calls import DirectCalls
 from heterostep.engine.cuda_graphs import MOST_ROWS
 from heterostep.errors import HeterostepError
 from heterostep.kv.cache import STORES
 from heterostep.planning import timings
-from heterostep.planning.dry_run import rehearse
+from heterostep.planning.dry_run import dry_run
 
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 # What a kernel or operator is, by what its name has in it; the first that matches.
@@ -109,7 +110,7 @@ def bench(
         component["num_layers"] = layers
     asked: dict[str, Any] = {"height": size.height, "width": size.width, "num_frames": size.num_frames}
     sizes: dict[str, Any] = {key: found.defaults[key] if value is None else value for key, value in asked.items()}
-    seen = rehearse(
+    seen = dry_run(
         found,
         dtype=dtype,
         guidance_scale=found.defaults["guidance_scale"],

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from heterostep.errors import HeterostepError, first_line
+
 # diffusers' hooks (by their module) that leave a model's values alone: where weights are, and in which precision.
 HARMLESS_HOOKS = ("context_parallel", "group_offloading", "hooks", "layerwise_casting", "tensor_parallel")
 
@@ -59,3 +61,22 @@ def adapter_state(layers: Iterable[Any]) -> list[Any]:
 def blocks_compiled(model: torch.nn.Module) -> bool:
     """Whether parts of the model are compiled (`compile_repeated_blocks`)."""
     return any(module._compiled_call_impl is not None for module in model.modules())
+
+
+def use_backend(model: Any, name: str) -> None:
+    """Set a model's attention backend, and leave other models theirs; diffusers makes it that of all without one.
+
+    Raises:
+        HeterostepError: there is no such backend, or it is not installed.
+    """
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    before, _ = registry.get_active_backend()
+    try:
+        model.set_attention_backend(name)
+    except ValueError as error:
+        raise HeterostepError(f"no such attention backend: {name}") from error
+    except (RuntimeError, ImportError) as error:
+        raise HeterostepError(f"the attention backend {name} cannot be used here: {first_line(error)}") from error
+    finally:
+        registry.set_active_backend(before)

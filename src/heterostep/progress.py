@@ -25,7 +25,7 @@ class RunProgress:
 
     Args:
         name: what is being generated.
-        config: the run's dial, for the promise.
+        config: the run's dial, for the target.
         quiet: show nothing.
     """
 

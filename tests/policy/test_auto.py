@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heterostep.config import HSAConfig
-from heterostep.engine.schedule import Schedule, nominal_sigmas
+from heterostep.engine.schedule import Schedule
 from heterostep.policy import Change, Run, Tokens, make
 from heterostep.policy.auto import EXPONENT, LEVEL
+from heterostep.sigmas import nominal_sigmas
 
 TOTAL = 320
 

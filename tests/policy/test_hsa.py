@@ -3,9 +3,9 @@ import random
 import pytest
 
 from heterostep.config import HSAConfig
-from heterostep.engine.schedule import nominal_sigmas
 from heterostep.policy import Run, Tokens, make
 from heterostep.policy.hsa import by_divisors
+from heterostep.sigmas import nominal_sigmas
 
 DIVISORS = (1, 2, 4, 8)
 

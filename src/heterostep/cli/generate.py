@@ -120,8 +120,9 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", help="Neither progress nor summary.")] = False,
 ) -> None:
     """Generate a video."""
-    from heterostep.engine.schedule import Schedule, nominal_sigmas
+    from heterostep.engine.schedule import Schedule
     from heterostep.policy import Run
+    from heterostep.sigmas import nominal_sigmas
 
     if no_kv and between:
         raise HeterostepError("give --between or --no-kv, not both of them")

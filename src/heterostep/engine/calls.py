@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from heterostep.engine.cuda_graphs import ReplayedCalls
-from heterostep.errors import HeterostepError, first_line
 from heterostep.kv.cache import KVCache, StaticKV, Workspace
 from heterostep.models import FAMILIES, Call
 
@@ -115,22 +114,3 @@ class DirectCalls:
             self.call.index = None
             for _, processor in self._seams.attentions:
                 processor.kv = None
-
-
-def use_backend(model: Any, name: str) -> None:
-    """Set a model's attention backend, and leave other models theirs; diffusers makes it that of all without one.
-
-    Raises:
-        HeterostepError: there is no such backend, or it is not installed.
-    """
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
-
-    before, _ = registry.get_active_backend()
-    try:
-        model.set_attention_backend(name)
-    except ValueError as error:
-        raise HeterostepError(f"no such attention backend: {name}") from error
-    except (RuntimeError, ImportError) as error:
-        raise HeterostepError(f"the attention backend {name} cannot be used here: {first_line(error)}") from error
-    finally:
-        registry.set_active_backend(before)

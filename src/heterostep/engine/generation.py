@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from heterostep.config import HSAConfig
+from heterostep.engine.clock import StepClock
 from heterostep.engine.schedule import Schedule
 from heterostep.kv.cache import KVCache, StaticKV, Workspace
+from heterostep.sigmas import log_alpha
 
 if TYPE_CHECKING:
     from heterostep.engine.cuda_graphs import ReplayedCalls
@@ -31,7 +34,7 @@ class Branch:
     stores: Sequence[KVCache | StaticKV] = ()  # one for each attention of `expert` that keeps K and V, once any is kept
     expert: int = -1  # which of the pipeline's transformers the stores belong to
     velocity: torch.Tensor | None = None  # [b, N, C], of each token's last evaluation
-    slope: torch.Tensor | None = None  # [b, N, C] float32, how it had changed since the one before, over `drift_time`
+    slope: torch.Tensor | None = None  # [b, N, C] float32, how it had changed since the one before, over `log_alpha`
     scores: torch.Tensor | None = None  # [b, N], of the last dense step
     text: Any = None  # the states that the static K/V were made from
     text_version: Any = None
@@ -85,10 +88,12 @@ class Generation:
     counts: list[int]  # active tokens a step; what lies ahead may still be corrected
     clean: torch.Tensor | None  # [B, N] bool, tokens without noise
     trajectory: Trajectory
+    clock: StepClock
+    times: list[float]  # `log_alpha` of the run's sigmas
     evaluations: torch.Tensor  # [B, N] int32
     evaluated_at: torch.Tensor  # [B, N] sigma of each token's last evaluation
     elapsed: torch.Tensor  # [B, N] sigma between that and this step
-    stride: torch.Tensor  # [B, N] `drift_time` between each token's last two evaluations
+    stride: torch.Tensor  # [B, N] `log_alpha` between each token's last two evaluations
     weight: torch.Tensor  # [B], how far held velocities follow their slope
     changes: list[Change] = field(default_factory=list)
     ignored: torch.Tensor | None = None  # `clean` in the layout of the model's output, once it is known
@@ -120,6 +125,16 @@ class Generation:
     def total(self) -> int:
         """N."""
         return self.schedule.run.tokens.total
+
+    @property
+    def config(self) -> HSAConfig:
+        """The user's options."""
+        return self.schedule.config
+
+    @property
+    def elapsed_log_alpha(self) -> torch.Tensor:
+        """`log_alpha` that has passed since each token's last evaluation, [B, N]."""
+        return self.times[self.step] - log_alpha(self.evaluated_at)
 
     @property
     def is_dense(self) -> bool:

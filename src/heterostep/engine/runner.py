@@ -1,4 +1,4 @@
-"""The transformer's forward, step by step: which tokens run, what is kept, what is returned for the tokens that sleep.
+"""The transformer's forward, step by step: which tokens run, what is kept, what is returned for the others.
 
 The runner stands around the forward of the pipeline's transformer, or of both where it has two experts, and around the
 scheduler's step, which is given the guided velocity; what happens inside the model is the adapter's. Only calls from
@@ -18,86 +18,31 @@ Shapes: B samples, b batch of a call, N tokens, n active tokens, C values a toke
 from __future__ import annotations
 
 import contextlib
-import inspect
-import logging
-import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
-import psutil
 import torch
 
 from heterostep import compat
 from heterostep.config import HSAConfig
-from heterostep.engine import forecast
-from heterostep.engine.clock import StepClock, StepCost
+from heterostep.engine import account, budget, forecast, ranking, stores
+from heterostep.engine.clock import StepClock
 from heterostep.engine.cuda_graphs import MOST_ROWS, ReplayedCalls
+from heterostep.engine.expert import Expert, compile_kernels, in_background
 from heterostep.engine.generation import Branch, Generation
-from heterostep.engine.report import MemoryReport, Report, RuntimeReport, ShareReport, StepInfo, StepsReport
-from heterostep.engine.schedule import TOLERANCE, Schedule
-from heterostep.engine.stores import DoesNotFit, place
+from heterostep.engine.report import Report, StepInfo
+from heterostep.engine.schedule import Schedule
 from heterostep.engine.trajectory import Trajectory
-from heterostep.engine.velocity import drift_time, velocity_change, velocity_slope
-from heterostep.engine.wrapping import WrappedForward
+from heterostep.engine.velocity import held, record
 from heterostep.errors import HeterostepError
 from heterostep.kernels import gather_rows
-from heterostep.kv.cache import KVCache, StaticKV
-from heterostep.models.base import Adapter, Call, Seams
-from heterostep.policy import Change, Run, Tokens, allocation
-
-_log = logging.getLogger("heterostep")
+from heterostep.models.base import Adapter, Call
+from heterostep.policy import Change, Run, Tokens
+from heterostep.sigmas import log_alpha
 
 # Each guidance branch's plain, dense and sparse calls are graphs of their own; torch gives up after 8 of a function.
 RECOMPILE_LIMIT = 64
-
-
-class _Expert:
-    """One transformer of the pipeline, and what was changed on it.
-
-    Args:
-        model: the transformer.
-        answer: called in place of its forward.
-        install: sets hooks and processors on it.
-    """
-
-    def __init__(self, model: torch.nn.Module, answer: Callable[..., Any], install: Callable[[Any], Seams]) -> None:
-        self.model, self._install = model, install
-        self.seams = install(model)
-        self.wrapped = WrappedForward(model, answer)
-        self.signature = inspect.signature(type(model).forward)
-        self._note_places()
-
-    def _note_places(self) -> None:
-        self._names = {name: module for name, module in self.model.named_modules() if module in self.seams.touched}
-        self.adapters = compat.adapter_layers(self.model)
-
-    def follow(self) -> None:
-        """Set hooks and processors anew where modules were replaced since: by a LoRA, by quantisation.
-
-        Raises:
-            HeterostepError: somebody has set other attention processors, so active tokens would attend to each other
-                alone.
-        """
-        modules = dict(self.model.named_modules())
-        if any(modules.get(name) is not module for name, module in self._names.items()):
-            self.undo()
-            self.seams = self._install(self.model)
-        elif any(attn.processor is not processor for attn, processor in self.seams.attentions):
-            raise HeterostepError("the attention processors were replaced: call heterostep.enable again")
-        self._note_places()
-
-    @property
-    def foreign(self) -> str | None:
-        """The name of an attention processor that is not diffusers' own; None where there is none."""
-        names = (type(p.original).__name__ for _, p in self.seams.attentions if not compat.is_own_processor(p.original))
-        return next(names, None)
-
-    def undo(self) -> None:
-        """Take hooks and processors back."""
-        for undo in reversed(self.seams.undo):
-            undo()
 
 
 class Runner:
@@ -126,9 +71,6 @@ class Runner:
         self.pipeline, self.adapter, self.config = pipeline, adapter, config
         self.on_step = on_step
         self.generation: Generation | None = None
-        self._clock: StepClock | None = None
-        self._sigmas: list[float] = []
-        self._times: list[float] = []  # their `drift_time`
         self._call = Call()
         self._branch: Branch | None = None
         self._active: torch.Tensor | None = None  # tokens whose velocities are to be taken; None where all are
@@ -164,8 +106,8 @@ class Runner:
             self.generation.over = True
             self.generation.release()
 
-    def _wrap(self, position: int, model: torch.nn.Module) -> _Expert:
-        return _Expert(
+    def _wrap(self, position: int, model: torch.nn.Module) -> Expert:
+        return Expert(
             model,
             lambda *args, **kwargs: self._forward(position, args, kwargs),
             lambda model: self.adapter.install(model, self._call, self._on_velocity),
@@ -196,7 +138,7 @@ class Runner:
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
                 return self._answer(position, expert, inputs)
 
-    def _answer(self, position: int, expert: _Expert, inputs: dict[str, Any]) -> Any:
+    def _answer(self, position: int, expert: Expert, inputs: dict[str, Any]) -> Any:
         pipe = self.pipeline()
         generation = self._current(expert, pipe, inputs)
         step = self._scheduler_step(pipe) - generation.first
@@ -223,7 +165,7 @@ class Runner:
             for _, processor in expert.seams.attentions:
                 processor.kv = None
 
-    def _run(self, expert: _Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]):
+    def _run(self, expert: Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]):
         step, total, count = generation.step, generation.total, generation.counts[generation.step]
         # A branch that missed a step (guidance switched off for a while) has stale K/V: it starts again, dense.
         self._stale = branch.last_step < 0 or branch.last_step < step - 1
@@ -250,7 +192,7 @@ class Runner:
                 output = None
             if output is None:
                 # Out of the handler, so that nothing of the failed call is kept alive by its error.
-                self._fall_back(generation)
+                stores.fall_back(generation)
                 output = self._call_model(expert, generation, branch, inputs, None, keep)
             branch.output = output
             if step < 2 and generation.calls == 1:
@@ -262,7 +204,7 @@ class Runner:
                     generation.workspace.reset()
         return output
 
-    def _prepare(self, expert: _Expert, generation: Generation, inputs: dict[str, Any]) -> None:
+    def _prepare(self, expert: Expert, generation: Generation, inputs: dict[str, Any]) -> None:
         """Do what the first step that keeps K and V would wait for while the GPU has other calls to make."""
         if self.config.sync == "fresh" or not generation.sparse_follows:
             return
@@ -272,14 +214,14 @@ class Runner:
                 (type(processor), getattr(attn, "inner_dim", 0)): (attn, processor)
                 for attn, processor in expert.seams.attentions
             }
-            self._compiling = _in_background(lambda: _compile_kernels(kinds.values(), inputs["hidden_states"]))
+            self._compiling = in_background(lambda: compile_kernels(kinds.values(), inputs["hidden_states"]))
         elif generation.stores is None:
             # By now all guidance branches are known.
-            self._place(expert, generation, inputs)
+            stores.place_for(expert, generation, inputs)
 
     def _call_model(
         self,
-        expert: _Expert,
+        expert: Expert,
         generation: Generation,
         branch: Branch,
         inputs: dict[str, Any],
@@ -288,17 +230,17 @@ class Runner:
     ) -> Any:
         """The model's forward, of the tokens of `index` or of all; with K/V kept or read, or neither."""
         if keep and not branch.stores:
-            branch.stores = self._make_stores(expert, generation, branch, inputs)
+            branch.stores = stores.make_stores(expert, generation, branch, inputs)
         self._call.index, self._call.num_tokens = index, generation.total
         if index is not None or keep:
             if index is None:
                 # A dense call decodes nothing, or little, and needs the room.
                 generation.workspace.reset()
-                self._reserve(branch, inputs["hidden_states"].device)
+                stores.reserve(branch, inputs["hidden_states"].device)
             generation.workspace.begin()
             generation.workspace.write_back = keep
             if self.config.sync == "drift":
-                ahead = self._asleep(generation) / generation.stride.clamp_min(1e-6)
+                ahead = generation.elapsed_log_alpha / generation.stride.clamp_min(1e-6)
                 generation.workspace.ahead = self._rows(ahead, generation, inputs)
             for (_, processor), store in zip(expert.seams.attentions, branch.stores, strict=True):
                 processor.kv = store
@@ -313,7 +255,7 @@ class Runner:
         return expert.wrapped.inner(**inputs)
 
     def _replayed(
-        self, expert: _Expert, generation: Generation, branch: Branch, inputs: dict[str, Any], index: torch.Tensor
+        self, expert: Expert, generation: Generation, branch: Branch, inputs: dict[str, Any], index: torch.Tensor
     ) -> Any:
         """A sparse call, recorded where it can be. What is made of its velocities is not part of the recording."""
         workspace = generation.workspace
@@ -346,86 +288,16 @@ class Runner:
         assert velocities is not None
         return self._with_velocities(expert, generation, output, velocities)
 
-    @staticmethod
-    def _reserve(branch: Branch, device: torch.device) -> None:
-        """Allocate K and V in one go, in segments of their own: the forecast is of bytes, not of what lies between."""
-        empty = [store for store in branch.stores if isinstance(store, KVCache) and store.reserves]
-        if empty and device.type == "cuda":
-            torch.cuda.empty_cache()
-        for store in empty:
-            store.reserve(device)
-
-    def _make_stores(
-        self, expert: _Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]
-    ) -> list[KVCache | StaticKV]:
-        """Empty stores for one branch, of the kinds that fit."""
-        processors = [processor for _, processor in expert.seams.attentions]
-        kinds = [processor.store is KVCache for processor in processors]
-        if generation.stores is None:
-            self._place(expert, generation, inputs)
-        assert generation.stores is not None
-        generation.kv_store, generation.store_names = str(generation.stores), generation.stores.names
-        names, size = generation.stores.names, sum(kinds)
-        first = min(generation.branches.index(branch) * size, len(names) - size)
-        mine = iter(names[first : first + size])
-        stores = [
-            p.make_store(next(mine) if tokens else "", generation.workspace) for p, tokens in zip(processors, kinds)
-        ]
-        for store, shape in zip((s for s in stores if isinstance(s, KVCache)), generation.stores.layers[first:]):
-            store.expected = shape
-        return stores
-
-    def _place(self, expert: _Expert, generation: Generation, inputs: dict[str, Any]) -> None:
-        """Choose the stores.
-
-        Raises:
-            HeterostepError: none fits.
-        """
-        total = generation.total
-        # Where the plan is made anew, counts may yet come near to all.
-        largest = max((count for count in generation.counts if count < total), default=total)
-        share = 1 if generation.schedule.online else largest / total
-        attentions = sum(processor.store is KVCache for _, processor in expert.seams.attentions)
-        batches = [branch.batch for branch in generation.branches]
-        try:
-            generation.stores = place(self.config, expert.model, inputs, batches, share, attentions)
-        except DoesNotFit as error:
-            advice = "make a smaller or shorter video or offload other models"
-            if not self.adapter.least_active:
-                advice += ", or evaluate whole steps alone (policy='auto', between=0)"
-            raise HeterostepError(f"{error}: {advice}") from error
-
-    def _fall_back(self, generation: Generation) -> None:
-        """Memory ran out: smaller stores from now on, for all branches. What was kept is gone."""
-        assert generation.stores is not None
-        before, after = generation.stores, forecast.smaller(generation.stores)
-        generation.drop_stores()
-        generation.stores, generation.kv_store, generation.fell_back = after, str(after), True
-        generation.store_names = after.names if after is not None else ()
-        _log.warning("out of memory with K and V in the store %s: going on with %s", before, after)
-        if generation.evaluated_at.is_cuda:
-            torch.cuda.empty_cache()
-
-    def _held_output(self, expert: _Expert, generation: Generation, branch: Branch) -> Any:
+    def _held_output(self, expert: Expert, generation: Generation, branch: Branch) -> Any:
         """The transformer's last output, with the velocities that the tokens are held at."""
         if branch.slope is None:
             return branch.output
-        return self._with_velocities(expert, generation, branch.output, self._held(generation, branch))
+        return self._with_velocities(expert, generation, branch.output, held(generation, branch))
 
-    def _with_velocities(self, expert: _Expert, generation: Generation, output: Any, velocities: torch.Tensor) -> Any:
+    def _with_velocities(self, expert: Expert, generation: Generation, output: Any, velocities: torch.Tensor) -> Any:
         """The transformer's output with the velocities of all tokens [b, N, C] in place of its own."""
         sample = self.adapter.arrange(expert.model, generation.grid, velocities)
         return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(**{**output, "sample": sample})
-
-    def _held(self, generation: Generation, branch: Branch) -> torch.Tensor:
-        """Everyone's velocities at this step [b, N, C]: of the tokens evaluated at it, and held ones."""
-        velocity = branch.velocity
-        assert velocity is not None
-        if branch.slope is None:
-            return velocity
-        ahead = generation.weight[:, None] * self._asleep(generation)
-        ahead = ahead.repeat(velocity.shape[0] // generation.samples, 1)[..., None]
-        return (velocity.float() + ahead * branch.slope).to(velocity.dtype)
 
     @staticmethod
     def _rows(x: torch.Tensor | None, generation: Generation, inputs: dict[str, Any]) -> torch.Tensor | None:
@@ -443,33 +315,12 @@ class Runner:
         branch, generation = self._branch, self.generation
         if branch is None or generation is None:
             return None
-        active, old = self._active, branch.velocity
+        active = self._active
         if active is not None and self._call.index is None:
             rows = gather_rows(rows, active)
-        if old is None or self._stale:
-            # Of a change over missed steps, or from another model's velocity, nothing follows.
-            branch.velocity, branch.slope = rows, None
-            return rows
-        copies = rows.shape[0] // generation.samples
-        elapsed, stride = generation.elapsed.repeat(copies, 1), generation.stride.repeat(copies, 1)
-        if active is None:
-            branch.velocity = rows
-            if self._keep_scores:
-                branch.scores = velocity_change(rows, old, elapsed)
-            if self.config.extrapolate != 0 and generation.skips_follow:
-                branch.slope = velocity_slope(rows, old, stride)
-            return rows
-        where = active[..., None].expand_as(rows)
-        branch.velocity, before = old.scatter(1, where, rows), old.gather(1, where)
-        if self.config.extrapolate != 0:
-            slope = torch.zeros_like(old, dtype=torch.float32) if branch.slope is None else branch.slope
-            branch.slope = slope.scatter(1, where, velocity_slope(rows, before, stride.gather(1, active)))
-        if self._keep_scores and branch.scores is not None:
-            change = velocity_change(rows, before, elapsed.gather(1, active))
-            branch.scores = branch.scores.scatter(1, active, change)
-        return self._held(generation, branch)
+        return record(generation, branch, rows, active, self._stale, self._keep_scores)
 
-    def _current(self, expert: _Expert, pipe: Any, inputs: dict[str, Any]) -> Generation:
+    def _current(self, expert: Expert, pipe: Any, inputs: dict[str, Any]) -> Generation:
         """The generation under way, or a new one: schedulers make new timesteps for each."""
         grid = self.adapter.token_grid(expert.model, inputs)
         batch, device = inputs["hidden_states"].shape[0], inputs["hidden_states"].device
@@ -491,9 +342,9 @@ class Runner:
         if clean is not None:
             clean = clean[:samples]
         sigmas = scheduler.sigmas[first : first + num_steps + 1].float().cpu()
-        self._sigmas, self._times = sigmas.tolist(), drift_time(sigmas).tolist()
+        times = log_alpha(sigmas).tolist()
         tokens = Tokens(grid.num_tokens, self.adapter.least_active)
-        schedule = Schedule(self.config, Run(tuple(self._sigmas), tokens, restarts))
+        schedule = Schedule(self.config, Run(tuple(sigmas.tolist()), tokens, restarts))
         schedule.check()
         foreign = next((each.foreign for each in self._experts if each.foreign), None)
         if schedule.sparse and foreign is not None:
@@ -501,8 +352,7 @@ class Runner:
                 f"the attention processor {foreign} is not diffusers' own, so single tokens cannot run through it: "
                 "evaluate whole steps (policy='auto', between=0), or take it off"
             )
-        self._clock = StepClock(device)
-        self.generation = Generation(
+        self.generation = generation = Generation(
             timesteps=scheduler.timesteps,
             first=first,
             grid=grid,
@@ -510,15 +360,17 @@ class Runner:
             schedule=schedule,
             counts=schedule.plan(),
             clean=clean,
-            trajectory=Trajectory(self._sigmas, self._times, schedule.policy.corrects and self._memoryless),
+            clock=StepClock(device),
+            times=times,
+            trajectory=Trajectory(schedule.run.sigmas, times, schedule.policy.corrects and self._memoryless),
             evaluations=torch.zeros(samples, tokens.total, dtype=torch.int32, device=device),
-            evaluated_at=torch.full((samples, tokens.total), self._sigmas[0], device=device),
+            evaluated_at=torch.full((samples, tokens.total), schedule.run.sigmas[0], device=device),
             elapsed=torch.zeros(samples, tokens.total, device=device),
             stride=torch.ones(samples, tokens.total, device=device),
             weight=torch.full((samples,), float(self.config.extrapolate or 0.0), device=device),
         )
-        self._clock.mark()
-        return self.generation
+        generation.clock.mark()
+        return generation
 
     def _ignored(self, generation: Generation, velocity: torch.Tensor) -> torch.Tensor | None:
         """Which values of a guided velocity are given tokens', bool of its shape; None where none are."""
@@ -554,19 +406,19 @@ class Runner:
 
     def _start_step(self, generation: Generation, step: int) -> None:
         generation.step, generation.calls = step, 0
-        count, sigma = generation.counts[step], self._sigmas[step]
+        count, sigma = generation.counts[step], generation.schedule.run.sigmas[step]
         generation.elapsed = generation.evaluated_at - sigma
         generation.index = None
         if generation.is_dense:
             generation.evaluations += 1
             if step:
-                generation.stride = self._asleep(generation)
+                generation.stride = generation.elapsed_log_alpha
             generation.evaluated_at = torch.full_like(generation.evaluated_at, sigma)
             # Between two experts a velocity's change tells them apart rather than the tokens.
             generation.unranked = generation.ranking is None or step not in generation.schedule.run.restarts
         elif count and self.config.score != "oracle":
-            self._rank(generation)
-            self._activate(generation)
+            ranking.rank(generation)
+            ranking.activate(generation)
 
     def end_step(self, velocity: torch.Tensor) -> torch.Tensor:
         """The scheduler is given a step's guided velocity [B, ...], in the layout of the latents.
@@ -597,149 +449,27 @@ class Runner:
         generation = self.generation
         if self._thread != threading.get_ident() or generation is None or generation.over or generation.step < 0:
             return
-        assert self._clock is not None
-        self._clock.mark()
+        generation.clock.mark()
         generation.steps_done = generation.step + 1
         if generation.steps_done == generation.schedule.run.num_steps:
             generation.finished = True
             generation.release()
-            self._log_end(generation)
+            account.log_end(generation)
         else:
-            self._plan_anew(generation)
-        self._notify(generation)
+            budget.plan_anew(generation)
+        if self.on_step is not None:
+            self.on_step(account.step_info(generation))
 
-    def _activate(self, generation: Generation) -> None:
-        """The tokens ranked first are this step's active ones."""
-        assert generation.ranking is not None
-        generation.index = index = allocation.active_tokens(generation.ranking, generation.counts[generation.step])
-        sigma = self._sigmas[generation.step]
-        generation.stride = generation.stride.scatter(1, index, self._asleep(generation).gather(1, index))
-        generation.evaluated_at = generation.evaluated_at.scatter(1, index, sigma)
-        generation.evaluations.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
-
-    def _asleep(self, generation: Generation) -> torch.Tensor:
-        """`drift_time` since each token's last evaluation, [B, N]."""
-        return self._times[generation.step] - drift_time(generation.evaluated_at)
-
-    def _rank(self, generation: Generation) -> None:
-        """Rank the tokens for a sparse step, the same for all branches."""
-        policy = generation.schedule.policy
-        if generation.unranked or policy.ranks_each_step:
-            again = generation.ranking is None or generation.rankings % self.config.regroup_every == 0
-            generation.rankings += generation.unranked
-            generation.unranked = False
-            if again or policy.ranks_each_step:
-                scores = self._scores(generation)
-                self._set_ranking(generation, policy.rank(scores, generation.elapsed, generation.step))
-
-    def _scores(self, generation: Generation) -> torch.Tensor:
-        """How urgent each token is [B, N], from what all branches know of it."""
-        scores = torch.zeros_like(generation.elapsed)
-        known = [branch.scores for branch in generation.branches if branch.scores is not None]
-        if self.config.score == "random":
-            generator = torch.Generator().manual_seed(generation.step)
-            scores = torch.rand(scores.shape, generator=generator).to(scores.device)
-        elif known:
-            scores = torch.cat([scores.view(-1, *generation.elapsed.shape) for scores in known]).mean(0)
-        return scores
-
-    def _rank_by_truth(self, expert: _Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]) -> None:
+    def _rank_by_truth(self, expert: Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]) -> None:
         """Rank the tokens by how wrong their held velocities are, which costs a dense call. Decided by one branch."""
         self._taken = []
         expert.wrapped.inner(**inputs)
         (rows,), self._taken = self._taken, None
-        error = (rows.float() - self._held(generation, branch).float()).abs().sum(-1)
+        error = (rows.float() - held(generation, branch).float()).abs().sum(-1)
         error = error.view(-1, *generation.elapsed.shape).mean(0)
         unscaled = torch.ones_like(generation.elapsed)
-        self._set_ranking(generation, generation.schedule.policy.rank(error, unscaled, generation.step))
-        self._activate(generation)
-
-    def _set_ranking(self, generation: Generation, scores: torch.Tensor) -> None:
-        if generation.clean is not None:
-            # What is given needs no velocity, so it comes last; it runs at dense steps and where its turn has come, for
-            # its K/V change with the other tokens'.
-            scores = torch.where(generation.clean & scores.isfinite(), -1.0, scores)
-        generation.ranking = allocation.rank(scores)
-
-    def _cost(self, generation: Generation) -> tuple[StepCost, list[float]] | None:
-        """Step costs fitted to what has been timed, and those seconds; None before the first dense step has ended."""
-        assert self._clock is not None
-        durations = self._clock.durations()
-        shares = [count / generation.total for count in generation.counts[: len(durations)]]
-        if not any(share == 1 for share in shares):
-            return None
-        return StepCost(durations, shares), durations
-
-    def _plan_anew(self, generation: Generation) -> None:
-        """After a step: the rest of the run within what is left of the share, or of the seconds."""
-        schedule, step = generation.schedule, generation.step
-        begin = schedule.anew_from(generation.counts, step)
-        late = begin is None and schedule.has_no_dense_ahead(generation.counts, step)
-        if late:
-            begin = step + 1
-        elif begin is None:
-            return
-        if self.config.runtime is None:
-            generation.counts = schedule.within_share(generation.counts, begin, generation.changes)
-            return
-        fitted = self._cost(generation)
-        if fitted is None:
-            return
-        cost, durations = fitted
-        planned = [cost.seconds(count / generation.total) for count in generation.counts[:begin]]
-        # What has been made counts as it was timed, what comes before the new plan as it is expected.
-        made = min(len(durations), begin)
-        promised = self.config.runtime * cost.dense_run(schedule.run.num_steps)
-        left = promised - sum(cost.steady[:made]) - sum(planned[made:])
-        if not schedule.sparse:
-            left += min(cost.dense / 2, TOLERANCE * promised)
-
-        def seconds(count: int) -> float:
-            return cost.seconds(count / generation.total)
-
-        replan = schedule.with_seconds_left if late else schedule.within_seconds
-        generation.counts = replan(generation.counts, begin, generation.changes, left, seconds)
-
-    def _log_end(self, generation: Generation) -> None:
-        """One line for a service's log."""
-        if not _log.isEnabledFor(logging.INFO):
-            return
-        fitted = self._cost(generation)
-        config, total = self.config, generation.total
-        dense = [step for step, count in enumerate(generation.counts) if count == total]
-        asked = f"runtime {config.runtime:g}" if config.runtime is not None else f"share {config.target:.3g}"
-        spent = sum(generation.counts) / total / len(generation.counts)
-        seconds = ""
-        if fitted is not None:
-            cost, durations = fitted
-            seconds = f", {sum(durations):.2f} s (dense about {cost.dense_run(len(generation.counts)):.2f})"
-        _log.info(
-            "%s: %s asked, share %.3f spent%s; dense steps %s of %d; K/V: %s",
-            config.policy, asked, spent, seconds, dense, len(generation.counts), generation.kv_store,
-        )  # fmt: skip
-
-    def _notify(self, generation: Generation) -> None:
-        if self.on_step is None:
-            return
-        fitted = self._cost(generation)
-        total, num_steps = generation.total, generation.schedule.run.num_steps
-        elapsed, runtime = 0.0, None
-        if fitted is not None:
-            cost, durations = fitted
-            elapsed = sum(durations)
-            ahead = generation.counts[generation.steps_done :]
-            seconds = elapsed - cost.warmup + sum(cost.seconds(count / total) for count in ahead)
-            runtime = seconds / cost.dense_run(num_steps)
-        self.on_step(
-            StepInfo(
-                step=generation.step,
-                num_inference_steps=num_steps,
-                active_share=generation.counts[generation.step] / total,
-                elapsed_seconds=elapsed,
-                projected_runtime=runtime,
-                projected_share=sum(generation.counts) / total / num_steps,
-            )
-        )
+        ranking.set_ranking(generation, generation.schedule.policy.rank(error, unscaled, generation.step))
+        ranking.activate(generation)
 
     def report(self, pipeline: str) -> Report:
         """The last generation's account.
@@ -747,98 +477,8 @@ class Runner:
         Raises:
             HeterostepError: nothing has been generated yet.
         """
-        generation = self.generation
-        if generation is None or self._clock is None:
+        if self.generation is None:
             raise HeterostepError(
                 "nothing to report yet: call the pipeline first (after replacing its transformer, enable again)"
             )
-        num_steps, total = generation.schedule.run.num_steps, generation.total
-        fitted = self._cost(generation)
-        seconds, dense_seconds, warmup = 0.0, None, 0.0
-        if fitted is not None:
-            cost, durations = fitted
-            seconds, warmup = sum(durations), cost.warmup
-            dense_seconds = cost.dense_run(num_steps)
-        steps = generation.evaluations.cpu()
-        done = generation.counts[: generation.steps_done]
-        config, grid = self.config, generation.grid.shape
-        achieved = float(steps.double().mean()) / num_steps
-        target = None if config.share is None else config.target
-        left = 0.0 if target is None or not generation.finished else target - achieved
-        return Report(
-            pipeline=pipeline,
-            num_inference_steps=num_steps,
-            runtime=RuntimeReport(
-                target=config.runtime,
-                achieved=(seconds - warmup) / dense_seconds if dense_seconds and generation.finished else None,
-                seconds=seconds,
-                dense_seconds=dense_seconds,
-                warmup_seconds=warmup,
-            ),
-            share=ShareReport(target=target, achieved=achieved, unspent=left if left > 1e-4 else 0.0),
-            steps=StepsReport(mean=float(steps.float().mean()), min=int(steps.min()), max=int(steps.max())),
-            active_share=[count / total for count in done],
-            memory=MemoryReport(
-                kv_cache_bytes=generation.kv_bytes_peak,
-                peak_bytes=_peak_bytes(generation),
-                kv_host_bytes=generation.kv_host_bytes_peak,
-                kv_store=generation.kv_store,
-                fell_back=generation.fell_back,
-            ),
-            replay=self._replay_options(generation, [count / total for count in done]),
-            policy=config.policy,
-            steps_maps=steps[:, : math.prod(grid)].view(-1, *grid).numpy().astype(np.int64),
-            solver=config.solver,
-            finished=generation.finished,
-            advice=generation.schedule.advice,
-        )
-
-    def _replay_options(self, generation: Generation, shares: list[float]) -> dict[str, Any]:
-        """What repeats a run beside the seed: its shares, its stores, and options that are not the default."""
-        fields = HSAConfig.__dataclass_fields__
-        changed = {name: getattr(self.config, name) for name in fields}
-        options = {
-            name: value
-            for name, value in changed.items()
-            if value != fields[name].default and name not in ("runtime", "share", "kv_store", "vram", "rotation")
-        }
-        names = generation.store_names
-        if names:
-            options["kv_store"] = names[0] if len(set(names)) == 1 else names
-        return {"share": shares, **options}
-
-
-def _compile_kernels(attentions: Iterable[tuple[Any, Any]], hidden_states: torch.Tensor) -> None:
-    for attn, processor in attentions:
-        processor.prepare(attn, hidden_states)
-
-
-def _in_background(work: Callable[[], Any]) -> threading.Thread:
-    """Run `work` beside the caller; where it fails, whoever needs it tries again and gets the error."""
-
-    def run() -> None:
-        # Each thread records gradients unless told otherwise.
-        with contextlib.suppress(Exception), torch.no_grad():
-            work()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread
-
-
-def _peak_bytes(generation: Generation) -> int:
-    device = generation.evaluated_at.device
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    memory_info = psutil.Process().memory_info()
-    # Windows and Linux (by the field that it has there) tell the peak; elsewhere what is held now is the best there is.
-    return getattr(memory_info, "peak_wset", 0) or _linux_peak() or memory_info.rss
-
-
-def _linux_peak() -> int:
-    try:
-        with open("/proc/self/status") as status:
-            lines = [line for line in status if line.startswith("VmHWM:")]
-    except OSError:
-        return 0
-    return int(lines[0].split()[1]) * 1024 if lines else 0
+        return account.report(self.generation, pipeline)

@@ -167,9 +167,3 @@ class Schedule:
             fitting = [size for size in sizes if cost(size) - cost(tokens.least) <= spare]
             planned[(begin + len(counts)) // 2] = max(fitting, default=tokens.least)
         return planned
-
-
-def nominal_sigmas(num_steps: int, shift: float = 5.0) -> tuple[float, ...]:
-    """Flow-matching sigmas for a forecast, where no scheduler is at hand."""
-    times = [1 - step / num_steps for step in range(num_steps + 1)]
-    return tuple(shift * time / (1 + (shift - 1) * time) for time in times)

@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from heterostep.config import HSAConfig
 from heterostep.engine import forecast
+from heterostep.engine.expert import Expert
+from heterostep.engine.generation import Branch, Generation
 from heterostep.errors import HeterostepError, first_line
+from heterostep.kv.cache import KVCache, StaticKV
 
 _log = logging.getLogger("heterostep")
 
@@ -68,3 +73,64 @@ def place(
         f"K and V do not fit: at the least they take {needed:.1f} GB of the device, where {free:.1f} are free, "
         f"and {least.host_bytes / 1e9:.1f} GB of host memory, where {host_room / 1e9:.1f} are"
     )
+
+
+def make_stores(
+    expert: Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]
+) -> list[KVCache | StaticKV]:
+    """Empty stores for one branch, of the kinds that fit."""
+    processors = [processor for _, processor in expert.seams.attentions]
+    kinds = [processor.store is KVCache for processor in processors]
+    if generation.stores is None:
+        place_for(expert, generation, inputs)
+    assert generation.stores is not None
+    generation.kv_store, generation.store_names = str(generation.stores), generation.stores.names
+    names, size = generation.stores.names, sum(kinds)
+    first = min(generation.branches.index(branch) * size, len(names) - size)
+    mine = iter(names[first : first + size])
+    stores = [p.make_store(next(mine) if tokens else "", generation.workspace) for p, tokens in zip(processors, kinds)]
+    for store, shape in zip((s for s in stores if isinstance(s, KVCache)), generation.stores.layers[first:]):
+        store.expected = shape
+    return stores
+
+
+def place_for(expert: Expert, generation: Generation, inputs: dict[str, Any]) -> None:
+    """Choose the stores.
+
+    Raises:
+        HeterostepError: none fits.
+    """
+    total = generation.total
+    # Where the plan is made anew, counts may yet come near to all.
+    largest = max((count for count in generation.counts if count < total), default=total)
+    share = 1 if generation.schedule.online else largest / total
+    attentions = sum(processor.store is KVCache for _, processor in expert.seams.attentions)
+    batches = [branch.batch for branch in generation.branches]
+    try:
+        generation.stores = place(generation.config, expert.model, inputs, batches, share, attentions)
+    except DoesNotFit as error:
+        advice = "make a smaller or shorter video or offload other models"
+        if not generation.schedule.run.tokens.least:
+            advice += ", or evaluate whole steps alone (policy='auto', between=0)"
+        raise HeterostepError(f"{error}: {advice}") from error
+
+
+def reserve(branch: Branch, device: torch.device) -> None:
+    """Allocate K and V in one go, in segments of their own: the forecast is of bytes, not of what lies between."""
+    empty = [store for store in branch.stores if isinstance(store, KVCache) and store.reserves]
+    if empty and device.type == "cuda":
+        torch.cuda.empty_cache()
+    for store in empty:
+        store.reserve(device)
+
+
+def fall_back(generation: Generation) -> None:
+    """Memory ran out: smaller stores from now on, for all branches. What was kept is gone."""
+    assert generation.stores is not None
+    before, after = generation.stores, forecast.smaller(generation.stores)
+    generation.drop_stores()
+    generation.stores, generation.kv_store, generation.fell_back = after, str(after), True
+    generation.store_names = after.names if after is not None else ()
+    _log.warning("out of memory with K and V in the store %s: going on with %s", before, after)
+    if generation.evaluated_at.is_cuda:
+        torch.cuda.empty_cache()

@@ -30,7 +30,7 @@ class Trajectory:
     At a dense step k the velocity is known at both ends of the gap that began at dense step j. Over it the sample was
     moved by extrapolated velocities; a line between the two known ones would have moved it by `missed` more:
 
-        missed = sum over i in j..k-1 of (sigma_i+1 - sigma_i) (line_i - given_i),  line over `drift_time`
+        missed = sum over i in j..k-1 of (sigma_i+1 - sigma_i) (line_i - given_i),  line over `log_alpha`
 
     A scheduler without memory (Euler) is then given, at step k alone, v_k + (1 - change) (1/dsigma + 1/sigma) missed:
     the first part moves the sample by what it lacks, the second keeps the prediction of the clean sample, made from the
@@ -38,7 +38,7 @@ class Trajectory:
 
     Args:
         sigmas: noise levels 1..0 of the run's steps, one more than steps.
-        times: `heterostep.engine.velocity.drift_time` of each.
+        times: `heterostep.sigmas.log_alpha` of each.
         corrects: whether velocities at a gap's end are corrected.
     """
 

@@ -8,22 +8,12 @@ Shapes: B batch, N tokens, C values a token.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-# Near pure noise log(1 - sigma) has no end, and velocities go straight over sigma itself (docs/method.md).
-MARGIN = 0.02
-
-
-def drift_time(sigma: torch.Tensor) -> torch.Tensor:
-    """What velocities, keys and values go nearly straight over: log(1 - sigma + 0.02), which rises as sigma falls.
-
-    1 - sigma is the part of the signal in the latents. Over sigma itself a line through two evaluations overshoots, the
-    more so the earlier and the farther it is followed: measured on the bundled model's dense runs (docs/method.md).
-
-    Args:
-        sigma: flow-matching noise levels, 0..1, of any shape.
-    """
-    return (1 - sigma + MARGIN).log()
+if TYPE_CHECKING:
+    from heterostep.engine.generation import Branch, Generation
 
 
 def velocity_change(new: torch.Tensor, old: torch.Tensor, elapsed: torch.Tensor) -> torch.Tensor:
@@ -42,12 +32,62 @@ def velocity_change(new: torch.Tensor, old: torch.Tensor, elapsed: torch.Tensor)
 
 
 def velocity_slope(new: torch.Tensor, old: torch.Tensor, stride: torch.Tensor) -> torch.Tensor:
-    """Change of each velocity per unit of `drift_time` between two evaluations, float32 [B, N, C].
+    """Change of each velocity per unit of `log_alpha` between two evaluations, float32 [B, N, C].
 
     Along it a held velocity goes on. Over sigma, the whole slope would be the second-order Adams-Bashforth update.
 
     Args:
         new, old: velocities [B, N, C].
-        stride: `drift_time` that passed between the two, > 0, [B, N].
+        stride: `log_alpha` that passed between the two, > 0, [B, N].
     """
     return (new.float() - old.float()) / stride.clamp_min(1e-6)[..., None]
+
+
+def held(generation: Generation, branch: Branch) -> torch.Tensor:
+    """Everyone's velocities at this step [b, N, C]: of the tokens evaluated at it, and extrapolated ones."""
+    velocity = branch.velocity
+    assert velocity is not None
+    if branch.slope is None:
+        return velocity
+    ahead = generation.weight[:, None] * generation.elapsed_log_alpha
+    ahead = ahead.repeat(velocity.shape[0] // generation.samples, 1)[..., None]
+    return (velocity.float() + ahead * branch.slope).to(velocity.dtype)
+
+
+def record(
+    generation: Generation, branch: Branch, rows: torch.Tensor, active: torch.Tensor | None, stale: bool, scored: bool
+) -> torch.Tensor:
+    """Keep the velocities that a call has evaluated.
+
+    Args:
+        rows: of the active tokens, [b, n, C]; n = N where `active` is None.
+        active: int64 [b, n].
+        stale: whether what the branch has is of a step too long ago, or of another model.
+        scored: whether a sparse step follows, which ranks by the change.
+
+    Returns:
+        everyone's velocities at this step, [b, N, C].
+    """
+    old = branch.velocity
+    if old is None or stale:
+        # Of a change over missed steps, or from another model's velocity, nothing follows.
+        branch.velocity, branch.slope = rows, None
+        return rows
+    copies = rows.shape[0] // generation.samples
+    elapsed, stride = generation.elapsed.repeat(copies, 1), generation.stride.repeat(copies, 1)
+    if active is None:
+        branch.velocity = rows
+        if scored:
+            branch.scores = velocity_change(rows, old, elapsed)
+        if generation.config.extrapolate != 0 and generation.skips_follow:
+            branch.slope = velocity_slope(rows, old, stride)
+        return rows
+    where = active[..., None].expand_as(rows)
+    branch.velocity, before = old.scatter(1, where, rows), old.gather(1, where)
+    if generation.config.extrapolate != 0:
+        slope = torch.zeros_like(old, dtype=torch.float32) if branch.slope is None else branch.slope
+        branch.slope = slope.scatter(1, where, velocity_slope(rows, before, stride.gather(1, active)))
+    if scored and branch.scores is not None:
+        change = velocity_change(rows, before, elapsed.gather(1, active))
+        branch.scores = branch.scores.scatter(1, active, change)
+    return held(generation, branch)

@@ -1,6 +1,6 @@
 """Keys and values of all tokens, kept over steps; active tokens overwrite their rows.
 
-Sleeping tokens' rows may *drift*: as they are read, they go on along the change between the token's last two
+skipped tokens' rows may *drift*: as they are read, they go on along the change between the token's last two
 evaluations, which is kept beside K and V in e4m3 codes. Rotated keys drift as plain ones do, for a token's rotation is
 the same at every step. Coded K and V are held: what codes lose is as much as changes between two steps.
 

@@ -29,12 +29,12 @@ from heterostep.errors import HeterostepError, first_line
 from heterostep.models import FAMILIES
 from heterostep.pipeline import supported, transformers
 
-# The parts that a rehearsal asks for anything; a pipeline takes None for the others.
+# The parts that a dry run asks for anything; a pipeline takes None for the others.
 NEEDED = ("transformer", "transformer_2", "vae", "audio_vae", "connectors")
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class DryRun:
     """One denoising step's transformer calls.
 
     Attributes:
@@ -48,7 +48,7 @@ class Rehearsal:
     calls: list[dict[str, Any]]
 
 
-def rehearse(
+def dry_run(
     configuration: Configuration,
     *,
     height: int,
@@ -60,7 +60,7 @@ def rehearse(
     dtype: torch.dtype = torch.bfloat16,
     batch: int = 1,
     **options: Any,
-) -> Rehearsal:
+) -> DryRun:
     """The first denoising step of a configuration's pipeline, or of its image-to-video sibling.
 
     Args:
@@ -89,7 +89,7 @@ def rehearse(
     pipe = cls(**parts, **{key: value for key, value in configuration.pipeline_config.items() if key in accepted})
     # A file holds only what differs from its class's defaults; built, the encoder has all of its configuration.
     image_encoder = None if configuration.image_encoder is None else configs.build(configuration.image_encoder).config
-    return _rehearse(
+    return _dry_run(
         pipe,
         image_encoder,
         dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps),
@@ -99,7 +99,7 @@ def rehearse(
     )
 
 
-def rehearse_pipeline(
+def dry_run_pipeline(
     pipe: Any,
     *,
     height: int,
@@ -110,11 +110,11 @@ def rehearse_pipeline(
     dtype: torch.dtype | None = None,
     batch: int = 1,
     **options: Any,
-) -> Rehearsal:
-    """As `rehearse`, of a pipeline as it is loaded; it is left as it was.
+) -> DryRun:
+    """As `dry_run`, of a pipeline as it is loaded; it is left as it was.
 
     Its models are rebuilt from their configurations: what was changed on them since (LoRA, quantisation, attention
-    backends) is not in the rehearsal. None for `dtype` is each model's own, None for `guidance_scale` the pipeline's
+    backends) is not in the dry run. None for `dtype` is each model's own, None for `guidance_scale` the pipeline's
     default or its guider's scale.
 
     Raises:
@@ -136,7 +136,7 @@ def rehearse_pipeline(
     twin.video_processor = copy.copy(pipe.video_processor)
     if getattr(pipe, "guider", None) is not None:
         twin.guider = copy.deepcopy(pipe.guider)
-    return _rehearse(
+    return _dry_run(
         twin,
         None if image_encoder is None else image_encoder.config,
         dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps),
@@ -172,14 +172,14 @@ class _StepDone(Exception):
     """The denoising step has made all its calls."""
 
 
-def _rehearse(
+def _dry_run(
     pipe: Any,
     image_encoder: Any,
     sizes: dict[str, int],
     guidance_scale: float | None,
     batch: int,
     options: dict[str, Any],
-) -> Rehearsal:
+) -> DryRun:
     """Call a meta pipeline. `image_encoder` is the configuration of the encoder that it goes without."""
     for name, value in {**sizes, "batch": batch}.items():
         if value < 1:
@@ -209,7 +209,7 @@ def _rehearse(
             raise HeterostepError(f"{type(pipe).__name__} refuses this: {first_line(error)}") from error
     if not calls:
         raise HeterostepError(f"{type(pipe).__name__} has no step to make: give it more steps or strength")
-    return Rehearsal(pipe, calls[0][0], [inputs for _, inputs in calls])
+    return DryRun(pipe, calls[0][0], [inputs for _, inputs in calls])
 
 
 def _arguments(

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 
 from heterostep import configs
+from heterostep.compat import use_backend
 from heterostep.config import HSAConfig
 from heterostep.engine import forecast
-from heterostep.engine.calls import use_backend
-from heterostep.engine.schedule import Schedule, nominal_sigmas
+from heterostep.engine.schedule import Schedule
 from heterostep.errors import HeterostepError
 from heterostep.kv.cache import STORES
 from heterostep.models import FAMILIES
 from heterostep.planning import timings
-from heterostep.planning.dry_run import Rehearsal, rehearse, rehearse_pipeline
+from heterostep.planning.dry_run import DryRun, dry_run, dry_run_pipeline
 from heterostep.policy import Run, Tokens
+from heterostep.sigmas import nominal_sigmas
 
 OFFLOADS = ("none", "model")
 UNLIMITED = sys.maxsize
@@ -156,13 +157,13 @@ def plan(
         raise HeterostepError(f"{type(model).__name__} has no default {' and '.join(missing)}: give it")
     if found:
         # The largest share of the weights is the same whichever pipeline uses them.
-        seen = rehearse(found, image_to_video=image_to_video, dtype=dtype, **sizes)
+        seen = dry_run(found, image_to_video=image_to_video, dtype=dtype, **sizes)
         weights = {
             name: configs.parameter_bytes(part, _precision(name, found.pipeline, dtype))
             for name, part in found.models().items()
         }
     else:
-        seen = rehearse_pipeline(model, **sizes)
+        seen = dry_run_pipeline(model, **sizes)
         modules = {name: part for name, part in model.components.items() if isinstance(part, torch.nn.Module)}
         weights = {name: sum(p.nbytes for p in module.parameters()) for name, module in modules.items()}
     transformer: Any = seen.model
@@ -182,7 +183,7 @@ def _precision(name: str, pipeline: str, dtype: torch.dtype) -> torch.dtype:
 
 def _plan(
     model: str,
-    seen: Rehearsal,
+    seen: DryRun,
     weights: dict[str, int],
     sizes: dict[str, Any],
     config: HSAConfig,

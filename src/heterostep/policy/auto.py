@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from heterostep.engine.velocity import MARGIN
 from heterostep.policy.base import Change, Policy, Run, spread
+from heterostep.sigmas import MARGIN
 
 if TYPE_CHECKING:
     from heterostep.config import HSAConfig

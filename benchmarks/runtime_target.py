@@ -4,7 +4,7 @@ The pipeline's own loop with guidance, 81 frames of 480 x 832 (Wan) or 121 of 51
 bf16, cuDNN attention. A dense loop before the first sparse one and after each (--dense 1: after the first alone);
 ratios are to the median of all. Prints JSON.
 
-python benchmarks/runtime_promise.py --model ltx-2 --frames 61
+python benchmarks/runtime_target.py --model ltx-2 --frames 61
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from heterostep.engine import forecast
 from heterostep.engine.calls import DirectCalls
 from heterostep.engine.forecast import GRAIN, LiveBytes, call_memory
 from heterostep.kv.cache import STORES, KVCache
-from heterostep.planning.dry_run import rehearse, rehearse_pipeline
+from heterostep.planning.dry_run import dry_run, dry_run_pipeline
 from small_ltx2 import small_ltx2
 from small_wan import small_wan
 
@@ -41,7 +41,7 @@ def first_call(name, layers=5, **sizes):
     component = {**found.transformer, "num_layers": layers}
     if "vace_layers" in component:
         component["vace_layers"] = [layer for layer in component["vace_layers"] if layer < layers]
-    seen = rehearse(found, num_inference_steps=10, guidance_scale=5.0, **{**BUNDLED.get(name, {}), **sizes})
+    seen = dry_run(found, num_inference_steps=10, guidance_scale=5.0, **{**BUNDLED.get(name, {}), **sizes})
     inputs = dict(seen.calls[0])
     if "vace_layers" in component:
         inputs["control_hidden_states_scale"] = inputs["control_hidden_states_scale"][: len(component["vace_layers"])]
@@ -49,7 +49,7 @@ def first_call(name, layers=5, **sizes):
 
 
 def real_like(name, value):
-    """A real tensor for one of a rehearsal's, which have no values; anything else as it is."""
+    """A real tensor for one of a dry run's, which have no values; anything else as it is."""
     if isinstance(value, torch.Tensor):
         if "timestep" in name or "sigma" in name:
             return torch.full(value.shape, 500, dtype=value.dtype)
@@ -144,7 +144,7 @@ def test_vaces_layers_are_not_cut(monkeypatch):
 @pytest.mark.parametrize("name", SMALL)
 def test_kept_k_and_v_are_what_a_real_call_keeps(name):
     pipe = SMALL[name]()
-    inputs = rehearse_pipeline(pipe, **SIZES).calls[0]
+    inputs = dry_run_pipeline(pipe, **SIZES).calls[0]
     forecast = call_memory(pipe.transformer, inputs)
     real = {key: real_like(key, value) for key, value in inputs.items()}
     calls = DirectCalls(pipe.transformer, real)
@@ -205,7 +205,7 @@ def test_fewer_tokens_hold_less():
 def test_the_model_is_left_as_it_was(name):
     pipe = SMALL[name]()
     model = pipe.transformer
-    inputs = rehearse_pipeline(pipe, **SIZES).calls[0]
+    inputs = dry_run_pipeline(pipe, **SIZES).calls[0]
     processors = {path: module.processor for path, module in model.named_modules() if hasattr(module, "processor")}
     weights = {key: (value.data_ptr(), value.clone()) for key, value in model.state_dict().items()}
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
@@ -224,7 +224,7 @@ def test_the_model_is_left_as_it_was(name):
 def test_nothing_is_allocated():
     # 14B at 720p: were a single layer's K made, it would be 774 MB.
     found = configs.load("wan2.1-t2v-14b")
-    seen = rehearse(found, height=720, width=1280, num_frames=81, num_inference_steps=10)
+    seen = dry_run(found, height=720, width=1280, num_frames=81, num_inference_steps=10)
     made = []
 
     class Watched(LiveBytes):

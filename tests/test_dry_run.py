@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_leaves
 from heterostep import configs
 from heterostep.errors import HeterostepError
 from heterostep.models import FAMILIES
-from heterostep.planning.dry_run import rehearse, rehearse_pipeline
+from heterostep.planning.dry_run import dry_run, dry_run_pipeline
 from rows import ROWS, transformers
 from small_ltx2 import small_ltx2
 from small_wan import FRAMES, SIZE, run_wan, small_wan
 
 STEPS = 4
 SIZES = dict(height=SIZE, width=SIZE, num_frames=FRAMES, num_inference_steps=STEPS)
-# What a rehearsal fills in for itself.
+# What a dry run fills in for itself.
 STAND_INS = ("prompt", "image", "last_image", "generator", "output_type", "return_dict")
 
 # At its default size: the pipeline, calls with guidance, hidden_states of the first.
@@ -92,9 +92,9 @@ def described(value):
 
 
 def rehearse_as(pipe, arguments, **options):
-    """Rehearse with the arguments of a real call but for what a rehearsal fills in."""
+    """Rehearse with the arguments of a real call but for what a dry run fills in."""
     kept = {name: value for name, value in arguments.items() if name not in STAND_INS}
-    return rehearse_pipeline(pipe, **{**SIZES, **kept, **options})
+    return dry_run_pipeline(pipe, **{**SIZES, **kept, **options})
 
 
 def assert_like(rehearsal, calls, outputs):
@@ -168,9 +168,9 @@ def test_guidance_off_and_another_size(name, monkeypatch):
 def test_a_guider_decides_where_there_is_one(scale, count):
     pipe = ROWS["hunyuan1.5-t2v"].build()
     pipe.guider.guidance_scale = scale
-    assert len(rehearse_pipeline(pipe, **SIZES).calls) == count
+    assert len(dry_run_pipeline(pipe, **SIZES).calls) == count
     # A given scale goes before the pipeline's own, which stays.
-    assert len(rehearse_pipeline(pipe, **SIZES, guidance_scale=4.0 - scale).calls) == 3 - count
+    assert len(dry_run_pipeline(pipe, **SIZES, guidance_scale=4.0 - scale).calls) == 3 - count
     assert pipe.guider.guidance_scale == scale
 
 
@@ -187,10 +187,10 @@ def test_a_schedule_that_starts_with_the_second_transformer():
     pipe = small_wan("wan2.2-t2v")
     pipe.register_to_config(boundary_ratio=1.0)
     # The first timestep is just below the last of all.
-    second = rehearse_pipeline(pipe, **SIZES, guidance_scale=3.0)
+    second = dry_run_pipeline(pipe, **SIZES, guidance_scale=3.0)
     assert second.model is second.pipe.transformer_2
     pipe.register_to_config(boundary_ratio=0.9)
-    first = rehearse_pipeline(pipe, **SIZES, guidance_scale=3.0)
+    first = dry_run_pipeline(pipe, **SIZES, guidance_scale=3.0)
     assert first.model is first.pipe.transformer
 
 
@@ -203,7 +203,7 @@ def test_bundled_configurations_at_their_default_size(name, image):
     pipeline, count, shape = BUNDLED[name, image]
     configuration = configs.load(name)
     with NothingLarge():
-        rehearsal = rehearse(configuration, **configuration.defaults, image_to_video=image)
+        rehearsal = dry_run(configuration, **configuration.defaults, image_to_video=image)
     assert type(rehearsal.pipe).__name__ == pipeline
     assert type(rehearsal.model).__name__ == configuration.transformer["class"]
     assert rehearsal.model is rehearsal.pipe.transformer
@@ -227,7 +227,7 @@ def test_bundled_configurations_at_their_default_size(name, image):
 
 def test_one_call_without_guidance():
     configuration = configs.load("wan2.1-t2v-1.3b")
-    assert len(rehearse(configuration, **{**configuration.defaults, "guidance_scale": 1.0}).calls) == 1
+    assert len(dry_run(configuration, **{**configuration.defaults, "guidance_scale": 1.0}).calls) == 1
 
 
 def test_a_folder_rehearses_as_its_pipeline_does(tmp_path, monkeypatch):
@@ -236,7 +236,7 @@ def test_a_folder_rehearses_as_its_pipeline_does(tmp_path, monkeypatch):
     pipe.save_pretrained(tmp_path)
     arguments, calls, outputs = first_step(row, pipe, monkeypatch)
     sizes = {**SIZES, "guidance_scale": arguments["guidance_scale"]}
-    assert_like(rehearse(configs.load(tmp_path), **sizes, dtype=torch.float32), calls, outputs)
+    assert_like(dry_run(configs.load(tmp_path), **sizes, dtype=torch.float32), calls, outputs)
 
 
 def refusal(attempt):
@@ -262,12 +262,12 @@ def refusal(attempt):
 )
 def test_what_a_pipeline_refuses_is_said_in_one_line(name, options, said):
     configuration = configs.load(name)
-    assert said in refusal(lambda: rehearse(configuration, **{**configuration.defaults, **options}))
+    assert said in refusal(lambda: dry_run(configuration, **{**configuration.defaults, **options}))
 
 
 def test_nothing_left_to_make_is_refused():
     pipe = small_wan("wan2.1-v2v")
-    assert "more steps or strength" in refusal(lambda: rehearse_pipeline(pipe, **SIZES, strength=0.1))
+    assert "more steps or strength" in refusal(lambda: dry_run_pipeline(pipe, **SIZES, strength=0.1))
 
 
 def test_an_unsupported_pipeline_is_refused():
@@ -275,19 +275,19 @@ def test_an_unsupported_pipeline_is_refused():
     other = diffusers.WanAnimatePipeline
     pipe.__class__ = other
     assert "WanAnimatePipeline with WanTransformer3DModel is not supported" in refusal(
-        lambda: rehearse_pipeline(pipe, **SIZES)
+        lambda: dry_run_pipeline(pipe, **SIZES)
     )
 
 
 def test_a_refusal_leaves_the_pipeline_usable():
     pipe = small_wan("wan2.1-vace")
-    assert "divisible" in refusal(lambda: rehearse_pipeline(pipe, **{**SIZES, "height": SIZE + 1}))
+    assert "divisible" in refusal(lambda: dry_run_pipeline(pipe, **{**SIZES, "height": SIZE + 1}))
     assert run_wan("wan2.1-vace", pipe, steps=1).isfinite().all()
 
 
 def test_no_progress_bar_and_nothing_said(capfd):
     pipe = small_ltx2()
     pipe.set_progress_bar_config(disable=False)
-    rehearse_pipeline(pipe, **{**SIZES, "num_frames": 17}, max_sequence_length=16)
+    dry_run_pipeline(pipe, **{**SIZES, "num_frames": 17}, max_sequence_length=16)
     assert capfd.readouterr() == ("", "")
     assert pipe._progress_bar_config == {"disable": False}

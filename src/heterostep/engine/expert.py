@@ -1,0 +1,82 @@
+"""A transformer of the pipeline, and what was changed on it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from heterostep import compat
+from heterostep.engine.wrapping import WrappedForward
+from heterostep.errors import HeterostepError
+from heterostep.models.base import Seams
+
+
+class Expert:
+    """One transformer of the pipeline, and what was changed on it.
+
+    Args:
+        model: the transformer.
+        answer: called in place of its forward.
+        install: sets hooks and processors on it.
+    """
+
+    def __init__(self, model: torch.nn.Module, answer: Callable[..., Any], install: Callable[[Any], Seams]) -> None:
+        self.model, self._install = model, install
+        self.seams = install(model)
+        self.wrapped = WrappedForward(model, answer)
+        self.signature = inspect.signature(type(model).forward)
+        self._note_places()
+
+    def _note_places(self) -> None:
+        self._names = {name: module for name, module in self.model.named_modules() if module in self.seams.touched}
+        self.adapters = compat.adapter_layers(self.model)
+
+    def follow(self) -> None:
+        """Set hooks and processors anew where modules were replaced since: by a LoRA, by quantisation.
+
+        Raises:
+            HeterostepError: somebody has set other attention processors, so active tokens would attend to each other
+                alone.
+        """
+        modules = dict(self.model.named_modules())
+        if any(modules.get(name) is not module for name, module in self._names.items()):
+            self.undo()
+            self.seams = self._install(self.model)
+        elif any(attn.processor is not processor for attn, processor in self.seams.attentions):
+            raise HeterostepError("the attention processors were replaced: call heterostep.enable again")
+        self._note_places()
+
+    @property
+    def foreign(self) -> str | None:
+        """The name of an attention processor that is not diffusers' own; None where there is none."""
+        names = (type(p.original).__name__ for _, p in self.seams.attentions if not compat.is_own_processor(p.original))
+        return next(names, None)
+
+    def undo(self) -> None:
+        """Take hooks and processors back."""
+        for undo in reversed(self.seams.undo):
+            undo()
+
+
+def compile_kernels(attentions: Iterable[tuple[Any, Any]], hidden_states: torch.Tensor) -> None:
+    """Compile what sparse calls of these (attention, processor) will use."""
+    for attn, processor in attentions:
+        processor.prepare(attn, hidden_states)
+
+
+def in_background(work: Callable[[], Any]) -> threading.Thread:
+    """Run `work` beside the caller; where it fails, whoever needs it tries again and gets the error."""
+
+    def run() -> None:
+        # Each thread records gradients unless told otherwise.
+        with contextlib.suppress(Exception), torch.no_grad():
+            work()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread

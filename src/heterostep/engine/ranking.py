@@ -1,0 +1,54 @@
+"""Which tokens a sparse step evaluates: the policy's order of the scores, given frames last.
+
+Shapes: B samples, N tokens, n active tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from heterostep.engine.generation import Generation
+from heterostep.policy import allocation
+
+
+def rank(generation: Generation) -> None:
+    """Rank the tokens for a sparse step, the same for all branches."""
+    policy = generation.schedule.policy
+    if generation.unranked or policy.ranks_each_step:
+        again = generation.ranking is None or generation.rankings % generation.config.regroup_every == 0
+        generation.rankings += generation.unranked
+        generation.unranked = False
+        if again or policy.ranks_each_step:
+            scores = scores_of(generation)
+            set_ranking(generation, policy.rank(scores, generation.elapsed, generation.step))
+
+
+def scores_of(generation: Generation) -> torch.Tensor:
+    """How urgent each token is [B, N], from what all branches know of it."""
+    scores = torch.zeros_like(generation.elapsed)
+    known = [branch.scores for branch in generation.branches if branch.scores is not None]
+    if generation.config.score == "random":
+        generator = torch.Generator().manual_seed(generation.step)
+        scores = torch.rand(scores.shape, generator=generator).to(scores.device)
+    elif known:
+        scores = torch.cat([scores.view(-1, *generation.elapsed.shape) for scores in known]).mean(0)
+    return scores
+
+
+def set_ranking(generation: Generation, scores: torch.Tensor) -> None:
+    """The tokens by these scores [B, N], the highest first."""
+    if generation.clean is not None:
+        # What is given needs no velocity, so it comes last; it runs at dense steps and where its turn has come, for
+        # its K/V change with the other tokens'.
+        scores = torch.where(generation.clean & scores.isfinite(), -1.0, scores)
+    generation.ranking = allocation.rank(scores)
+
+
+def activate(generation: Generation) -> None:
+    """The tokens ranked first are this step's active ones."""
+    assert generation.ranking is not None
+    generation.index = index = allocation.active_tokens(generation.ranking, generation.counts[generation.step])
+    sigma = generation.schedule.run.sigmas[generation.step]
+    generation.stride = generation.stride.scatter(1, index, generation.elapsed_log_alpha.gather(1, index))
+    generation.evaluated_at = generation.evaluated_at.scatter(1, index, sigma)
+    generation.evaluations.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
