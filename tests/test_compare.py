@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 
 from heterostep.compare import summary, table
-from heterostep.compare.catalogue import METHODS
 from heterostep.compare.judging import Judges, judge, world_scores
 from heterostep.compare.measure import Prompt, counted, generate, likeness, refuses_batch
-from heterostep.compare.method import Method
-from heterostep.compare.own import OWN
+from heterostep.compare.methods import METHODS
+from heterostep.compare.methods.method import Method
+from heterostep.compare.methods.own import OWN
 from heterostep.compare.prompts import NEXT_SEED, held_out, read_prompts, with_seeds
 from heterostep.compare.run import CHANCE, DENSE, Comparison, Settings, sweep
 from heterostep.errors import HeterostepError

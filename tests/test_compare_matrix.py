@@ -15,7 +15,7 @@ from PIL import Image
 
 from heterostep.compare import matrix as module
 from heterostep.compare.matrix import matrix, read, table, write_matrix
-from heterostep.compare.peers import PEERS
+from heterostep.compare.methods import PEERS
 from heterostep.errors import HeterostepError
 
 CAPTIONS = ("a <b>red</b> circle", "a square", "a triangle")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import heterostep
-from heterostep.compare.own import BUDGETS, in_rotation
+from heterostep.compare.methods.own import BUDGETS, in_rotation
 from heterostep.config import HSAConfig
 from heterostep.engine.forecast import choose
 from heterostep.engine.generation import Generation

@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from heterostep.compare import peers
-from heterostep.compare.method import Method
+from heterostep.compare.methods import PEERS, calibration, magcache, teacache
+from heterostep.compare.methods.calibration import calibrate_with
+from heterostep.compare.methods.calls import Calls
+from heterostep.compare.methods.easycache import easycache_error
+from heterostep.compare.methods.method import Method
+from heterostep.compare.methods.teacache import teacache_polynomial
 from heterostep.compare.regimes import REGIMES, in_regime
 from rows import ROWS, equal, transformers
 
@@ -34,7 +38,7 @@ FASTEST = {
     "seacache-hold": 9.0,
     "cache-dit": 2.0,
 }
-METHODS = {method.name: method for method in peers.PEERS}
+METHODS = {method.name: method for method in PEERS}
 # What diffusers' and cache-dit's code cannot do, tried; the others run everywhere.
 SEA = ("seacache", "seacache-hold")
 REFUSED = {(name, "ltx2.0-t2v") for name in ("first-block-cache", "magcache", "cache-dit", *SEA)}
@@ -47,7 +51,7 @@ def pipelines() -> dict[str, Any]:
     built = {}
     for kind in PIPELINES:
         pipe = ROWS[kind].build()
-        peers.calibrate_with(pipe, height=64, width=64, num_frames=9)
+        calibrate_with(pipe, height=64, width=64, num_frames=9)
         built[kind] = pipe, ROWS[kind].run(pipe, steps=STEPS)
     return built
 
@@ -178,14 +182,15 @@ def test_cache_dit_is_quiet_while_it_is_applied(capfd: pytest.CaptureFixture[str
 def test_calibration_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = ROWS["wan2.1-t2v"].build()
     runs = []
-    dense_run = peers._dense_run
-    monkeypatch.setattr(peers, "_dense_run", lambda *args: (runs.append(args), dense_run(*args)))
-    peers.calibrate_with(pipe, height=64, width=64, num_frames=9)
+    dense_run = calibration.dense_run
+    for module in (teacache, magcache):
+        monkeypatch.setattr(module, "dense_run", lambda *args: (runs.append(args), dense_run(*args)))
+    calibrate_with(pipe, height=64, width=64, num_frames=9)
     for num_steps in (4, 4, 6):
         for name in ("teacache", "magcache"):
             METHODS[name].apply(pipe, 0.1, num_steps)
     assert len(runs) == 4
-    peers.calibrate_with(pipe, height=64, width=64, num_frames=9)
+    calibrate_with(pipe, height=64, width=64, num_frames=9)
     METHODS["teacache"].apply(pipe, 0.1, 4)
     assert len(runs) == 4
     # In another regime with the same options it is another one; the first is not forgotten.
@@ -221,7 +226,7 @@ def test_calls_of_another_thread_are_not_its_own(pipelines: dict[str, Any], name
         if diffusers_own:
             # Their hooks answer every call, and know of no threads; ours that tell of a call's place must not count it.
             calls = []
-            with mock.patch.object(peers._Calls, "enter", lambda self: calls.append(threading.get_ident()) or False):
+            with mock.patch.object(Calls, "enter", lambda self: calls.append(threading.get_ident()) or False):
                 run("wan2.1-t2v", pipe, callback_on_step_end=between, **options)
             assert calls and set(calls) == {threading.get_ident()}
             return
@@ -252,12 +257,12 @@ def test_cache_dit_is_told_that_there_is_no_guidance(monkeypatch: pytest.MonkeyP
     told, plain = [], cache_dit.DBCacheConfig
     monkeypatch.setattr(cache_dit, "DBCacheConfig", lambda **options: told.append(options) or plain(**options))
     for options in ({}, {"guidance_scale": 5.0}, {"guidance_scale": 1}, {"guidance_scale": None}):
-        peers.calibrate_with(pipe, **options)
+        calibrate_with(pipe, **options)
         with METHODS["cache-dit"].apply(pipe, 0.1, STEPS):
             pass
     assert [options["enable_separate_cfg"] for options in told] == [None, None, False, None]
     # Calls of a kind are compared with each other: at a threshold that is never reached only the warm-up is evaluated.
-    peers.calibrate_with(pipe, guidance_scale=1)
+    calibrate_with(pipe, guidance_scale=1)
     with METHODS["cache-dit"].apply(pipe, 1e9, STEPS), evaluations(pipe) as rows:
         run("wan2.1-t2v", pipe, guidance_scale=1.0)
     assert len(rows) == 1
@@ -267,17 +272,17 @@ def test_easycache_expects_what_a_linear_model_does() -> None:
     x, before = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 4, 3, 8, 8)
     v = 3 * before
     expected = (3 * x - v).abs().mean() / v.abs().mean()
-    assert peers.easycache_error(3.0, x, before, v) == pytest.approx(float(expected))
+    assert easycache_error(3.0, x, before, v) == pytest.approx(float(expected))
     # Of two samples, each in two guidance branches, each has its own.
     pairs = (torch.cat([each, 2 * each] * 2) for each in (x, before, v))
-    assert peers.easycache_error(np.array([3.0, 6.0]), *pairs, 2) == pytest.approx(float(expected) * np.array([1, 2]))
+    assert easycache_error(np.array([3.0, 6.0]), *pairs, 2) == pytest.approx(float(expected) * np.array([1, 2]))
 
 
 def test_teacache_fits_what_it_was_shown() -> None:
     inputs = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
-    fitted = peers.teacache_polynomial(inputs, [x + 2 * x**3 for x in inputs])
+    fitted = teacache_polynomial(inputs, [x + 2 * x**3 for x in inputs])
     torch.testing.assert_close(torch.tensor(fitted), torch.tensor([0, 2, 0, 1, 0]).double(), atol=1e-6, rtol=0)
-    assert peers.teacache_polynomial([], []).tolist() == [1, 0]
+    assert teacache_polynomial([], []).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from heterostep.compare import regimes
 from heterostep.compare.measure import Prompt
-from heterostep.compare.own import OWN
+from heterostep.compare.methods.own import OWN
 from heterostep.compare.regimes import REGIMES, Regime, in_regime, refuses, suited
 from heterostep.compare.run import Settings
 from heterostep.errors import HeterostepError

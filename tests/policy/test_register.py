@@ -6,7 +6,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 
 import heterostep
 from heterostep.compare.measure import Prompt, generate
-from heterostep.compare.own import heterostep_method
+from heterostep.compare.methods.own import heterostep_method
 from heterostep.errors import HeterostepError
 from heterostep.models import FAMILIES
 from heterostep.models.wan import WanAdapter

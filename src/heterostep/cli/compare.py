@@ -81,9 +81,10 @@ def compare(
 
         scores.command()
     from heterostep import checkpoints
-    from heterostep.compare import matrix, page, peers, regimes, table
+    from heterostep.compare import matrix, page, regimes, table
     from heterostep.compare import prompts as source
-    from heterostep.compare.catalogue import METHODS
+    from heterostep.compare.methods import METHODS
+    from heterostep.compare.methods.calibration import calibrate_with
     from heterostep.compare.run import Comparison, Settings
 
     task = "image" if image_to_video else "text"
@@ -127,7 +128,7 @@ def compare(
                 todo_regimes = [each for each in todo_regimes if regimes.refuses(pipe, each) is None]
             written = matrix.compare_regimes(pipe, todo, chosen, todo_regimes, settings, out, command, tell, known)
         else:
-            peers.calibrate_with(pipe, **{name: options[name] for name in asked})
+            calibrate_with(pipe, **{name: options[name] for name in asked})
             results = Comparison(pipe, todo, chosen, settings, out, command, tell, known).run()
             if vbench:
                 import torch

@@ -15,11 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from heterostep.compare import peers, summary
+from heterostep.compare import summary
 from heterostep.compare.measure import Prompt
-from heterostep.compare.method import Method
+from heterostep.compare.methods import PEERS
+from heterostep.compare.methods.calibration import calibrate_with
+from heterostep.compare.methods.method import Method
 from heterostep.compare.page import write_page
-from heterostep.compare.peers import PEERS
 from heterostep.compare.regimes import REGIMES, Regime, in_regime, refuses
 from heterostep.compare.run import Comparison, Settings
 from heterostep.compare.style import STYLE
@@ -72,7 +73,7 @@ def compare_regimes(
         tell(f"regime {number} of {len(regimes)}: {regime.name} ({regime.text})")
         with in_regime(pipe, regime) as changed:
             options = {**settings.options, **changed}
-            peers.calibrate_with(pipe, **{name: x for name, x in options.items() if name != "num_inference_steps"})
+            calibrate_with(pipe, **{name: x for name, x in options.items() if name != "num_inference_steps"})
             own = replace(settings, options=options, regime=regime.name)
             Comparison(pipe, prompts, methods, own, folder / regime.name, command, tell, known).run()
         with writing(folder / regime.name / "index.html"):

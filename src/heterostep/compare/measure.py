@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import heterostep
-from heterostep.compare.method import Method
+from heterostep.compare.methods.method import Method
 from heterostep.errors import HeterostepError
 from heterostep.pipeline import transformers
 

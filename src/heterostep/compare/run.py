@@ -23,7 +23,7 @@ from heterostep.compare import summary
 from heterostep.compare.folder import Folder
 from heterostep.compare.judging import Judges, free_cores
 from heterostep.compare.measure import Prompt, Record, generate, likeness, refuses_batch
-from heterostep.compare.method import Method
+from heterostep.compare.methods.method import Method
 from heterostep.errors import HeterostepError, first_line
 from heterostep.files import replacing, writing
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from heterostep.compare.method import Method
+from heterostep.compare.methods.method import Method
 from heterostep.pipeline import enabled, first_order
 
 BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2)
