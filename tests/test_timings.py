@@ -109,8 +109,8 @@ def test_with_a_gpu_only_its_own_are_found(monkeypatch):
 
 def test_the_users_cache_folder_where_none_is_named(monkeypatch, tmp_path):
     monkeypatch.delenv("HETEROSTEP_CACHE")
-    monkeypatch.setattr(timings.Path, "home", lambda: tmp_path)
-    assert timings.keep(made()) == tmp_path / ".cache" / "heterostep" / "timings.jsonl"
+    monkeypatch.setattr(timings.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    assert timings.keep(made()) == tmp_path / "heterostep" / "timings.jsonl"
     assert find() == made()
 
 

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
 
 from heterostep.errors import HeterostepError, first_line
+from heterostep.models import kinds
 from heterostep.models.wan import TEXT_STATES
 
 SIZES = ("height", "width", "num_frames", "guidance_scale")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """The pipelines that make a video from text alone and from a first frame; None where a checkpoint cannot."""
-
-    text: str | None
-    image: str | None
-    fps: float
-
-
-# By the pipeline that a checkpoint was saved as.
-KINDS = {
-    "WanPipeline": Kind("WanPipeline", "WanImageToVideoPipeline", 16),
-    "WanImageToVideoPipeline": Kind(None, "WanImageToVideoPipeline", 16),
-    "LTX2Pipeline": Kind("LTX2Pipeline", "LTX2ImageToVideoPipeline", 24),
-    "LTX2ImageToVideoPipeline": Kind("LTX2Pipeline", "LTX2ImageToVideoPipeline", 24),
-}
 
 
 def load(model: str, with_image: bool, precision: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -45,12 +27,13 @@ def load(model: str, with_image: bool, precision: torch.dtype) -> tuple[Any, dic
     except Exception as error:
         # A folder, the hub and the network fail in many ways.
         raise HeterostepError(f"{model} is no diffusers model folder or hub id: {first_line(error)}") from error
-    if name not in KINDS:
+    known = kinds()
+    if name not in known:
         raise HeterostepError(
-            f"{model} is a {name}, which this command does not run; it runs {', '.join(KINDS)}. More pipelines are "
+            f"{model} is a {name}, which this command does not run; it runs {', '.join(known)}. More pipelines are "
             "supported in Python: see heterostep.enable"
         )
-    kind = KINDS[name]
+    kind = known[name]
     wanted = kind.image if with_image else kind.text
     if wanted is None:
         raise HeterostepError(f"{model} makes videos from a first frame: give it with --image")

@@ -1,4 +1,4 @@
-"""What the runner needs to know of a model family. A family is one file beside this one and a row in `FAMILIES`.
+"""What the runner needs to know of a model family. A family is one file beside this one, with its `FAMILIES`.
 
 Shapes: B batch of a call, N tokens, n active tokens, C values a token.
 """
@@ -6,7 +6,7 @@ Shapes: B batch of a call, N tokens, n active tokens, C values a token.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,35 @@ class Seams:
 def _per_token(timestep: torch.Tensor) -> bool:
     """Whether there is one timestep a token, [B, N]; [B, 1] is one for all."""
     return timestep.ndim == 2 and timestep.shape[1] > 1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the command makes of a checkpoint: the pipelines that make a video from text alone and from a first frame.
+
+    Attributes:
+        text, image: class names of pipelines; None where the checkpoint cannot.
+        fps: frames per second of its videos.
+    """
+
+    text: str | None
+    image: str | None
+    fps: float
+
+
+@dataclass(frozen=True)
+class Family:
+    """A transformer's adapter, and where it is known to work.
+
+    Attributes:
+        adapter: what is special about the transformer.
+        pipelines: class names of the pipelines that it works in.
+        kinds: by the pipeline that a checkpoint was saved as; the command and forecasts know these.
+    """
+
+    adapter: Adapter
+    pipelines: tuple[str, ...]
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
 
 
 class Adapter(abc.ABC):

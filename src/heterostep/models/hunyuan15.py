@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from heterostep.kernels import gather_rows, rotate
 from heterostep.models.attention import CachedAttention
-from heterostep.models.base import Adapter, Call, Seams, TokenGrid
+from heterostep.models.base import Adapter, Call, Family, Seams, TokenGrid
 
 
 class JointAttention(CachedAttention):
@@ -87,3 +87,11 @@ class HunyuanVideo15Adapter(Adapter):
         for block in model.transformer_blocks:
             seams.replace_processor(block.attn, JointAttention(block.attn.processor, call))
         return seams
+
+
+FAMILIES = {
+    "HunyuanVideo15Transformer3DModel": Family(
+        HunyuanVideo15Adapter(),
+        ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline", "HunyuanVideo15ModularPipeline"),
+    ),
+}

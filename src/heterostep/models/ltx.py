@@ -16,7 +16,7 @@ import torch
 from heterostep.kernels import gather_rows
 from heterostep.kv.cache import StaticKV
 from heterostep.models.attention import CachedAttention
-from heterostep.models.base import Adapter, Call, Seams, TokenGrid
+from heterostep.models.base import Adapter, Call, Family, Seams, TokenGrid
 
 
 def _rotate(x: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -83,3 +83,10 @@ class LTXAdapter(Adapter):
             for attn, processor in ((block.attn1, SelfAttention), (block.attn2, TextAttention)):
                 seams.replace_processor(attn, processor(attn.processor, call))
         return seams
+
+
+FAMILIES = {
+    "LTXVideoTransformer3DModel": Family(
+        LTXAdapter(), ("LTXPipeline", "LTXImageToVideoPipeline", "LTXModularPipeline")
+    ),
+}

@@ -17,7 +17,7 @@ import torch
 from heterostep.kernels import gather_rows
 from heterostep.kv.cache import StaticKV
 from heterostep.models.attention import CachedAttention, is_plain, normed_and_rotated
-from heterostep.models.base import Adapter, Call, Seams, TokenGrid
+from heterostep.models.base import Adapter, Call, Family, Kind, Seams, TokenGrid
 
 
 def _normed_and_rotated(attn: Any, norm: Any, x: torch.Tensor, rotary_emb: Any, by_head: bool = False) -> torch.Tensor:
@@ -169,3 +169,15 @@ class LTX2Adapter(Adapter):
             if text_is_static:
                 seams.replace_processor(block.attn2, TextAttention(block.attn2.processor, call))
         return seams
+
+
+FAMILIES = {
+    "LTX2VideoTransformer3DModel": Family(
+        LTX2Adapter(),
+        ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline", "LTX2ModularPipeline"),
+        {
+            "LTX2Pipeline": Kind("LTX2Pipeline", "LTX2ImageToVideoPipeline", 24),
+            "LTX2ImageToVideoPipeline": Kind("LTX2Pipeline", "LTX2ImageToVideoPipeline", 24),
+        },
+    ),
+}

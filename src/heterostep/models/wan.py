@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from heterostep.kernels import gather_rows
 from heterostep.kv.cache import StaticKV
 from heterostep.models.attention import CachedAttention, is_plain, normed_and_rotated
-from heterostep.models.base import Adapter, Call, Seams, TokenGrid
+from heterostep.models.base import Adapter, Call, Family, Kind, Seams, TokenGrid
 
 # WanAttention gives the text this many states; what comes before them is the image's.
 TEXT_STATES = 512
@@ -134,3 +134,25 @@ class WanAdapter(Adapter):
             for attn, processor in ((block.attn1, SelfAttention), (block.attn2, CrossAttention)):
                 seams.replace_processor(attn, processor(attn.processor, call))
         return seams
+
+
+# By the class name of the transformer: nothing of diffusers is imported for a family that is not used.
+FAMILIES = {
+    "WanTransformer3DModel": Family(
+        WanAdapter(),
+        (
+            "WanPipeline",
+            "WanImageToVideoPipeline",
+            "WanVideoToVideoPipeline",
+            "WanModularPipeline",
+            "WanImage2VideoModularPipeline",
+            "Wan22ModularPipeline",
+            "Wan22Image2VideoModularPipeline",
+        ),
+        {
+            "WanPipeline": Kind("WanPipeline", "WanImageToVideoPipeline", 16),
+            "WanImageToVideoPipeline": Kind(None, "WanImageToVideoPipeline", 16),
+        },
+    ),
+    "WanVACETransformer3DModel": Family(WanAdapter(), ("WanVACEPipeline", "Wan22VaceModularPipeline")),
+}

@@ -23,10 +23,9 @@ import torch
 from PIL import Image
 
 from heterostep import configs
-from heterostep.checkpoints import KINDS
 from heterostep.configs import Configuration
 from heterostep.errors import HeterostepError, first_line
-from heterostep.models import FAMILIES
+from heterostep.models import FAMILIES, kinds
 from heterostep.pipeline import supported, transformers
 
 # The parts that a dry run asks for anything; a pipeline takes None for the others.
@@ -148,7 +147,7 @@ def dry_run_pipeline(
 
 def _pipeline_name(configuration: Configuration, image_to_video: bool) -> str:
     name = configuration.pipeline
-    kind = KINDS.get(name)
+    kind = kinds().get(name)
     if not image_to_video:
         return name if kind is None else kind.text or name
     if kind is not None and kind.image is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import torch
 
 
@@ -58,7 +59,7 @@ def identity(kind: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def _path() -> Path:
     folder = os.environ.get("HETEROSTEP_CACHE")
-    return (Path(folder) if folder else Path.home() / ".cache" / "heterostep") / "timings.jsonl"
+    return (Path(folder) if folder else platformdirs.user_cache_path("heterostep")) / "timings.jsonl"
 
 
 def _lines() -> list[dict[str, Any]]:
