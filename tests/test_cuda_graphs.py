@@ -10,6 +10,7 @@ from peft import LoraConfig
 import heterostep
 from heterostep.engine import cuda_graphs
 from heterostep.engine.cuda_graphs import ReplayedCalls
+from heterostep.pipeline import inspect
 from rows import ROWS, equal
 
 CPU = torch.device("cpu")
@@ -176,5 +177,5 @@ def test_nothing_recorded_outlives_the_generation(replays):
     heterostep.enable(pipe, share=0.5, dense_start=2, rotation=4)
     row.run(pipe, steps=12)
     assert replays
-    assert all(not branch.replays for branch in heterostep.pipeline._open[pipe].runner.generation.branches)
+    assert all(not branch.replays for branch in inspect(pipe).generation.branches)
     heterostep.disable(pipe)

@@ -15,6 +15,7 @@ from heterostep.engine.generation import Generation
 from heterostep.engine.runner import Runner
 from heterostep.engine.schedule import Schedule
 from heterostep.errors import HeterostepError
+from heterostep.pipeline import inspect
 from heterostep.policy import Run, Tokens
 from heterostep.policy.rotation import by_rotation, probes, with_probes
 from heterostep.sigmas import log_alpha, nominal_sigmas
@@ -74,7 +75,7 @@ def test_kv_are_kept_for_the_changes_of_those_before(pipe):
     """A change needs two evaluations, and which they are may change; after the last step that reads nothing is kept."""
     kept = []
     heterostep.enable(pipe, share=[1, 1, 0, 1, 0, 1, 0.5, 0, 1, 1], sync="drift")
-    runner = heterostep.pipeline._open[pipe].runner
+    runner = inspect(pipe)
     hook = pipe.transformer.register_forward_hook(
         lambda *args: kept.append(sum(branch.kv_bytes for branch in runner.generation.branches) > 0)
     )

@@ -8,6 +8,7 @@ import torch
 
 import heterostep
 from heterostep.kv.cache import KVCache
+from heterostep.pipeline import inspect as look_at
 from rows import ROWS, equal, transformers
 from seams import Seamed
 
@@ -103,14 +104,14 @@ def test_half_of_the_evaluations_are_spent_and_reported(row):
     # A video's grid may have given tokens behind it, which the map does not show.
     assert report.steps_map.shape == row.grid
     assert report.steps.mean == pytest.approx(report.share.achieved * steps)
-    tokens = heterostep.pipeline._open[pipe].runner.generation.total
+    tokens = look_at(pipe).generation.total
     assert abs(report.share.achieved - 0.5) <= 1 / (tokens * steps)
     assert report.steps_maps.min() < report.steps_maps.max() <= steps
     assert sum(report.active_share) / steps == pytest.approx(report.share.achieved)
     assert all(x.isfinite().all() and not torch.equal(x, y) for x, y in zip(half, dense))
     assert equal(row.run(pipe, steps=STEPS), half), "a new generation starts with nothing of the last"
     assert heterostep.report(pipe).memory.kv_cache_bytes == report.memory.kv_cache_bytes > 0
-    assert not heterostep.pipeline._open[pipe].runner.generation.branches
+    assert not look_at(pipe).generation.branches
 
 
 def test_a_runtime_run_ends_and_is_replayed(row):

@@ -15,6 +15,7 @@ import heterostep
 from heterostep import compat
 from heterostep.engine.runner import Runner
 from heterostep.errors import HeterostepError
+from heterostep.pipeline import inspect
 from rows import ROWS, equal, transformers
 from small import run, small_pipeline
 
@@ -262,7 +263,7 @@ def test_a_run_that_was_cancelled_keeps_no_memory(cause):
             raise Cancelled
 
     heterostep.enable(pipe, **SINGLE, on_step=fail if cause == "on_step" else None)
-    runner = heterostep.pipeline._open[pipe].runner
+    runner = inspect(pipe)
     with pytest.raises(Cancelled):
         run(pipe, callback_on_step_end=cancel_after(5))
     assert not runner.generation.branches and runner.generation.workspace.nbytes == 0

@@ -8,6 +8,7 @@ from diffusers.models.transformers import transformer_ltx2
 import heterostep
 from heterostep.engine.clock import StepClock
 from heterostep.kv.cache import KVCache
+from heterostep.pipeline import inspect
 from rows import ROWS
 from seams import Seamed
 from small_ltx2 import run_ltx2, small_ltx2
@@ -145,7 +146,7 @@ def test_guidance_rescale_moves_a_skipped_tokens_velocity_a_little(rescale, leas
     """Without rescale the guided velocity is linear in the branches' held ones, so it is held too; with it, nearly."""
     pipe = small_ltx2("text", "2.0")
     heterostep.enable(pipe, share=0.4, between=0.3, dense_start=2, extrapolate=0)
-    runner = heterostep.pipeline._open[pipe].runner
+    runner = inspect(pipe)
     guided, skipped = [], []
     plain_step = FlowMatchEulerDiscreteScheduler.step
 
@@ -172,7 +173,7 @@ def test_slow_first_calls_do_not_take_from_the_target(monkeypatch, target):
     """Seconds as an H100 took them: the first calls with one video token are compiled, and recorded as CUDA graphs."""
     pipe, steps = small_ltx2(), 40
     heterostep.enable(pipe, runtime=target)
-    runner = heterostep.pipeline._open[pipe].runner
+    runner = inspect(pipe)
 
     def seconds(clock):
         made, sparse = [], iter([2.55, 0.39, 0.49])

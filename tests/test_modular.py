@@ -14,6 +14,7 @@ from diffusers import (
 
 import heterostep
 from heterostep.errors import HeterostepError
+from heterostep.pipeline import inspect
 from rows import equal
 from small_modular import MODULAR, run_modular, small_modular
 
@@ -83,7 +84,7 @@ def test_a_call_that_becomes_another_starts_anew():
     pipe = small_modular("WanModularPipeline", guider=Handover(3.0))
     calls = []
     with heterostep.enabled(pipe, share=[1.0] * 4 + [0.0] * 6 + [1.0] * 2):
-        wrapped = heterostep.pipeline._open[pipe].runner._experts[0].wrapped
+        wrapped = inspect(pipe).experts[0].wrapped
         inner = wrapped.inner
         wrapped.inner = lambda **inputs: calls.append(inputs["encoder_hidden_states"]) or inner(**inputs)
         run_modular(pipe, steps=STEPS)

@@ -13,6 +13,7 @@ import heterostep
 from heterostep.errors import HeterostepError
 from heterostep.kernels import reference
 from heterostep.models.wan import SelfAttention
+from heterostep.pipeline import inspect
 from heterostep.sigmas import log_alpha
 from rows import ROWS
 from small import run, small_pipeline
@@ -109,7 +110,7 @@ def test_whole_steps_keep_no_kv(pipe):
     assert heterostep.report(pipe).memory.kv_cache_bytes == 0
     kept = []
     heterostep.enable(pipe, share=[1, 1, 0, 0.5, 0, 1, 0, 1])
-    runner = heterostep.pipeline._open[pipe].runner
+    runner = inspect(pipe)
 
     def look(model, args, output):
         kept.append(sum(branch.kv_bytes for branch in runner.generation.branches) > 0)
@@ -257,7 +258,7 @@ def test_memory_is_counted_and_given_back(pipe):
     kv = 2 * layers * TOKENS * width * 4 * branches
     text = 2 * layers * 512 * width * 4 * branches
     assert heterostep.report(pipe).memory.kv_cache_bytes == kv + text
-    assert not heterostep.pipeline._open[pipe].runner.generation.branches
+    assert not inspect(pipe).generation.branches
 
 
 def test_given_first_frame_costs_only_the_meetings():
@@ -371,7 +372,7 @@ def test_fresh_keys_are_those_of_a_dense_step(pipe):
     outputs, plain = [], []
     heterostep.enable(pipe, share=[1, 1, 0.5, 1, 1, 1], sync="fresh", extrapolate=0)
     hook = pipe.transformer.register_forward_hook(lambda m, args, out: outputs.append(out[0]))
-    inner = heterostep.pipeline._open[pipe].runner._experts[0].wrapped.inner
+    inner = inspect(pipe).experts[0].wrapped.inner
     inputs = []
     look = pipe.transformer.register_forward_pre_hook(lambda m, a, kwargs: inputs.append(kwargs), with_kwargs=True)
     run(pipe, steps=6, guidance_scale=1.0)
@@ -416,7 +417,7 @@ def test_kernels_are_prepared_as_they_will_be_called(name, monkeypatch):
         in_run = set(called)
         called.clear()
         states = SimpleNamespace(is_cuda=True, dtype=torch.float32, new_zeros=torch.zeros)
-        (expert,) = heterostep.pipeline._open[pipe].runner._experts
+        (expert,) = inspect(pipe).experts
         for attn, processor in expert.seams.attentions:
             processor.prepare(attn, states)
     assert in_run and in_run <= called

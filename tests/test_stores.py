@@ -10,6 +10,7 @@ from heterostep.engine import forecast
 from heterostep.engine.generation import Generation
 from heterostep.errors import HeterostepError
 from heterostep.kv.cache import STORES, KVCache, KVShape, Workspace
+from heterostep.pipeline import inspect
 from rows import ROWS, equal
 from small import run, small_pipeline
 
@@ -124,7 +125,7 @@ def test_auto_mixes_stores_and_reports_it(room):
     room(10**12)
     with heterostep.enabled(pipe, **SPARSE):
         run(pipe)
-        needed = heterostep.pipeline._open[pipe].runner.generation.stores.device_bytes
+        needed = inspect(pipe).generation.stores.device_bytes
     room(needed - 1)
     with heterostep.enabled(pipe, **SPARSE):
         mixed = run(pipe)
@@ -187,7 +188,7 @@ def test_memory_is_forecast_before_the_step_that_needs_it(room, monkeypatch):
     measured = forecast.call_memory
 
     def counted(*args):
-        asked.append(heterostep.pipeline._open[pipe].runner.generation.step)
+        asked.append(inspect(pipe).generation.step)
         return measured(*args)
 
     monkeypatch.setattr(forecast, "call_memory", counted)
@@ -239,6 +240,6 @@ def test_nothing_is_kept_after_a_run_or_outside_the_window():
     pipe = small_pipeline()
     with heterostep.enabled(pipe, kv_store="fp8-offload", **SPARSE) as enabled:
         run(enabled)
-        generation = heterostep.pipeline._open[pipe].runner.generation
+        generation = inspect(pipe).generation
         assert generation.workspace.nbytes == 0
         assert all(store.nbytes + store.host_nbytes == 0 for branch in generation.branches for store in branch.stores)

@@ -17,6 +17,7 @@ from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
 import heterostep
 from heterostep.errors import HeterostepError
+from heterostep.pipeline import inspect
 from rows import ROWS, equal
 from small_ltx2 import run_ltx2, small_ltx2
 from small_wan import moving_square, run_wan, small_wan
@@ -99,7 +100,7 @@ def test_guidance_switched_off_on_the_way(pipe, off_after):
     report = heterostep.report(pipe)
     assert report.finished and report.runtime.achieved is not None
     assert [info.step for info in seen] == list(range(12))
-    runner = heterostep.pipeline._open[pipe].runner
+    runner = inspect(pipe)
     assert all(branch.kv_bytes == 0 for branch in runner.generation.branches)
 
 
@@ -119,7 +120,7 @@ def test_the_first_experts_keys_are_freed_when_the_second_takes_over():
     row = ROWS["wan2.2-t2v"]
     pipe = row.build()
     heterostep.enable(pipe, share=0.5, between=0.3)
-    runner, held = heterostep.pipeline._open[pipe].runner, []
+    runner, held = inspect(pipe), []
 
     def look(model, args):
         # Before the second expert's first block computes anything, no K/V of the first are left in this branch.

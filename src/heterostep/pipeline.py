@@ -253,3 +253,16 @@ def report(pipe: Pipeline) -> Report:
         first = "" if known else "heterostep.enable(pipe, ...) first, then "
         raise HeterostepError(f"nothing to report yet: call {first}the pipeline")
     return session.runner.report(session.name)
+
+
+def inspect(pipe: Pipeline) -> Runner:
+    """What an enabled pipeline runs on: `.generation` is the run under way or the last, `.experts` its transformers.
+
+    For tests, and to look at a run from `on_step` or a callback. What is in them may change from version to version.
+
+    Raises:
+        HeterostepError: the pipeline is not enabled.
+    """
+    if not isinstance(pipe, _PIPELINES) or pipe not in _open:
+        raise HeterostepError("nothing to inspect: call heterostep.enable(pipe, ...) first")
+    return _open[pipe].runner

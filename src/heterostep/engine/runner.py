@@ -82,7 +82,7 @@ class Runner:
         self._thread: int | None = None  # whose pipeline call is under way
         self._memoryless = False
         self._compiling: threading.Thread | None = None
-        self._experts = [self._wrap(position, model) for position, model in enumerate(models)]
+        self.experts = [self._wrap(position, model) for position, model in enumerate(models)]
 
     def begin(self, memoryless: bool) -> None:
         """The pipeline is being called: what the transformers are asked for in this thread is its generation.
@@ -115,10 +115,10 @@ class Runner:
 
     def uninstall(self) -> None:
         """Give the models back as they were, and the memory. The report stays."""
-        for expert in self._experts:
+        for expert in self.experts:
             expert.undo()
             expert.wrapped.restore()
-        self._experts = []
+        self.experts = []
         if id(self) in self._compiled:
             self._compiled.remove(id(self))
             if not self._compiled:
@@ -127,7 +127,7 @@ class Runner:
             self.generation.release()
 
     def _forward(self, position: int, args: tuple, kwargs: dict[str, Any]):
-        expert = self._experts[position]
+        expert = self.experts[position]
         with self._lock:
             if self._thread != threading.get_ident():
                 return expert.wrapped.inner(*args, **kwargs)
@@ -330,7 +330,7 @@ class Runner:
             if same and not old.over:
                 return old
             old.release()
-        for each in self._experts:
+        for each in self.experts:
             each.follow()
             self._allow_recompiles(each.model)
         samples = batch // self.adapter.guidance_copies(pipe)
@@ -346,7 +346,7 @@ class Runner:
         tokens = Tokens(grid.num_tokens, self.adapter.least_active)
         schedule = Schedule(self.config, Run(tuple(sigmas.tolist()), tokens, restarts))
         schedule.check()
-        foreign = next((each.foreign for each in self._experts if each.foreign), None)
+        foreign = next((each.foreign for each in self.experts if each.foreign), None)
         if schedule.sparse and foreign is not None:
             raise HeterostepError(
                 f"the attention processor {foreign} is not diffusers' own, so single tokens cannot run through it: "
@@ -380,7 +380,7 @@ class Runner:
             rows = generation.branches[0].velocity
             assert rows is not None
             everyone = generation.clean[..., None].expand(-1, -1, rows.shape[2])
-            model = self._experts[generation.expert].model
+            model = self.experts[generation.expert].model
             generation.ignored = self.adapter.arrange(model, generation.grid, everyone)
         # Some pipelines leave given frames out of what they step.
         return generation.ignored if generation.ignored.shape == velocity.shape else None
