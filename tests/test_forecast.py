@@ -157,12 +157,12 @@ def test_kept_k_and_v_are_what_a_real_call_keeps(name):
     calls.restore()
 
 
-def check_kept(calls, store, forecast):
+def check_kept(calls, store, needed):
     caches = [kept for kept in calls.stores if isinstance(kept, KVCache)]
-    assert sum(cache.nbytes + cache.host_nbytes for cache in caches) == sum(x.nbytes(store) for x in forecast.layers)
-    assert len(caches) == len(forecast.layers)
-    assert sum(kept.nbytes for kept in calls.stores if not isinstance(kept, KVCache)) == forecast.static
-    stores = forecast.uniform(store, forecast.layers)
+    assert sum(cache.nbytes + cache.host_nbytes for cache in caches) == sum(x.nbytes(store) for x in needed.layers)
+    assert len(caches) == len(needed.layers)
+    assert sum(kept.nbytes for kept in calls.stores if not isinstance(kept, KVCache)) == needed.static
+    stores = forecast.uniform(store, needed.layers)
     on_device = sum(cache.nbytes for cache in caches) + calls.workspace.nbytes
     if "offload" not in store:
         assert on_device == stores.device_bytes
@@ -171,11 +171,11 @@ def check_kept(calls, store, forecast):
         # sizes take turns, one of its two places is of the smaller size.
         assert on_device - stores.device_bytes < 2 * 4 * 256
         assert on_device >= stores.device_bytes / 2
-        assert on_device >= stores.device_bytes or len(set(forecast.layers)) > 1
+        assert on_device >= stores.device_bytes or len(set(needed.layers)) > 1
     assert stores.host_bytes == sum(cache.host_nbytes for cache in caches)
     rows = calls.held
     # Velocity, output, and a slope in float32.
-    assert forecast.held == rows.numel() * (rows.element_size() * 2 + 4)
+    assert needed.held == rows.numel() * (rows.element_size() * 2 + 4)
 
 
 @pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "ltx-2"])

@@ -226,9 +226,11 @@ def test_without_triton(monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="this process runs Triton's kernels itself")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_triton_kernels_interpreted():
+@pytest.mark.parametrize("which", ["fused and not dtype1", pytest.param("fused", marks=pytest.mark.slow)])
+def test_triton_kernels_interpreted(which):
+    """Where time is short without float16, the second of `DTYPES`."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "fused", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", which, __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout + done.stderr
 

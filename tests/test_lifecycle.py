@@ -74,13 +74,15 @@ def row(request):
 
 
 # Single tokens touch more than whole steps do, so most kinds show those alone when there is little time.
-BOTH = ("wan2.1-t2v", "ltx0.9-t2v")
+BOTH = ("wan2.1-t2v",)
+# Its text and video in one sequence take longest, and nothing of a pipeline's life is special to it.
+SHOWN = REPRESENTATIVE - {"hunyuan1.5-t2v"}
 TABLE = [
     pytest.param(
         name,
         options,
         id=f"{name}-{kind}",
-        marks=[] if name in BOTH or (name in REPRESENTATIVE and options is SINGLE) else pytest.mark.slow,
+        marks=[] if name in BOTH or (name in SHOWN and options is SINGLE) else pytest.mark.slow,
     )
     for name in ROWS
     for kind, options in (("whole", WHOLE), ("single", SINGLE))
