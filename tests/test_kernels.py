@@ -226,7 +226,11 @@ def test_without_triton(monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="this process runs Triton's kernels itself")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize("which", ["fused and not dtype1", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "which",
+    # Their ids must not have the word.
+    [pytest.param("fused and not dtype1", id="most"), pytest.param("fused", id="all", marks=pytest.mark.slow)],
+)
 def test_triton_kernels_interpreted(which):
     """Where time is short without float16, the second of `DTYPES`."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}

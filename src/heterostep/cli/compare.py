@@ -74,8 +74,8 @@ def compare(
         raise HeterostepError(f"there is no file {prompts}")
     if prompts is None and model is not None:
         raise HeterostepError("give --prompts: the held-out captions are the bundled model's")
-    if importlib.util.find_spec("torchmetrics") is None:
-        raise HeterostepError("the comparison wants torchmetrics: pip install 'heterostep[compare]'")
+    if missing := [name for name in ("torchmetrics", "jinja2") if importlib.util.find_spec(name) is None]:
+        raise HeterostepError(f"the comparison wants {' and '.join(missing)}: pip install 'heterostep[compare]'")
     if vbench:
         from heterostep.compare import vbench as scores
 
