@@ -12,8 +12,8 @@ from heterostep.pipeline import transformers
 
 @contextlib.contextmanager
 def as_found(models: Sequence[Any]) -> Iterator[None]:
-    """Take away the empty registries and bound forwards that diffusers' hooks and cache-dit leave on modules."""
-    names = ("forward", "_diffusers_hook")
+    """Take away empty registries, bound forwards and settings that diffusers' hooks and cache-dit leave on modules."""
+    names = ("forward", "_diffusers_hook", "_cache_config")
     modules = [module for model in models for module in model.modules()]
     found = [{name for name in names if name in module.__dict__} for module in modules]
     try:
