@@ -375,7 +375,14 @@ def pictures():
     return [rng.integers(0, 255, (64, 64, 3), np.uint8) for _ in PROMPTS]
 
 
-@pytest.mark.parametrize("kind", ["wan2.2-ti2v-t2v", "wan2.2-ti2v-i2v", "wan2.2-i2v", "ltx2.0-t2v"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "wan2.2-ti2v-t2v",
+        "wan2.2-ti2v-i2v",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("wan2.2-i2v", "ltx2.0-t2v")),
+    ],
+)
 @pytest.mark.parametrize("name", ["dense", "heterostep", "steps"])
 def test_a_batch_gives_each_prompt_the_video_that_it_has_alone(kind, name):
     pipe, method = ROWS[kind].build(), BY_NAME.get(name)
@@ -448,6 +455,7 @@ def str_of(record):
     return f"{record['method']} {record['value']} {record['prompt']}"
 
 
+@pytest.mark.slow
 def test_half_a_batch_is_made_again(pipe, methods, tmp_path, monkeypatch):
     from heterostep.compare import run as module
 

@@ -290,8 +290,8 @@ def test_teacache_fits_what_it_was_shown() -> None:
     [
         ("easycache", "wan2.1-t2v", 4.0),
         ("teacache", "wan2.1-t2v", 5.0),
-        ("easycache", "ltx2.0-t2v", 1.0),
-        ("teacache", "ltx2.0-t2v", 1.0),
+        pytest.param("easycache", "ltx2.0-t2v", 1.0, marks=pytest.mark.slow),
+        pytest.param("teacache", "ltx2.0-t2v", 1.0, marks=pytest.mark.slow),
     ],
 )
 def test_each_sample_of_a_batch_is_decided_by_itself(

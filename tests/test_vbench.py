@@ -146,6 +146,7 @@ def test_scores_come_into_the_results_the_table_and_the_page(install, tmp_path, 
     assert sorted(path.suffix for path in (folder / "work" / "vbench").iterdir()) == [".json"] * 4 + [".log"] * 4
 
 
+@pytest.mark.slow
 def test_batches_and_seeds_are_scored_too(install, tmp_path):
     calls = install()
     assert cli.main([*ARGUMENTS, str(tmp_path / "report"), "--batch", "2", "--seeds", "2"]) == 0
