@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["text", "image"])
     parser.add_argument("--dense", action="store_true", help="print how far both are from dense too")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.25])
-    parser.add_argument("--between", type=float, default=0.2)
+    parser.add_argument("--sparse-share", type=float, default=0.2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
@@ -44,7 +44,9 @@ def main() -> None:
             found = []
             for prompt in held_out(args.count, args.first, image):
                 clips = {}
-                stores = {store: {"share": share, "between": args.between, "kv_store": store} for store in STORES}
+                stores = {
+                    store: {"share": share, "sparse_share": args.sparse_share, "kv_store": store} for store in STORES
+                }
                 for store, options in (stores | ({"dense": {"share": 1.0}} if args.dense else {})).items():
                     given = {"image": Image.fromarray(prompt.image)} if image else {}
                     noise = torch.Generator().manual_seed(prompt.seed)
@@ -57,7 +59,7 @@ def main() -> None:
                 print(f"{task} {share:g} {prompt.text!r}: {found[-1]:.1f} dB", flush=True)
             mean = statistics.mean(found)
             rows.append({"task": task, "share": share, "psnr": found, "mean": mean})
-    line = {"between": args.between, "torch": torch.__version__, "device": "cpu", "rows": rows}
+    line = {"sparse_share": args.sparse_share, "torch": torch.__version__, "device": "cpu", "rows": rows}
     print(json.dumps(line))
     if args.json:
         args.json.write_text(json.dumps(line, indent=1) + "\n")

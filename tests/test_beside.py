@@ -15,7 +15,7 @@ import heterostep
 from rows import ROWS, equal, transformers
 
 STEPS = 8
-WHOLE, SINGLE = {"share": 0.5}, {"share": 0.6, "between": 0.4}
+WHOLE, SINGLE = {"share": 0.5}, {"share": 0.6, "sparse_share": 0.4}
 FAMILIES = ("wan2.1-t2v", "wan2.1-vace", "wan2.2-i2v", "ltx2.3-t2v", "ltx0.9-t2v", "hunyuan1.5-t2v")
 QUICK = ("wan2.1-t2v", "ltx0.9-t2v")
 

@@ -188,7 +188,7 @@ def test_two_experts_through_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small_wan("wan2.2-i2v").save_pretrained("model")
     Image.new("RGB", (64, 64), "teal").save("first.png")
-    arguments = ["--model", "model", "--image", "first.png", "--share", "0.6", "--between", "0.2"]
+    arguments = ["--model", "model", "--image", "first.png", "--share", "0.6", "--sparse-share", "0.2"]
     assert cli.main(["generate", PROMPT, *SMALL, *arguments, "--report", "report.json", "--quiet"]) == 0
     assert json.loads(Path("report.json").read_text())["share"]["achieved"] == pytest.approx(0.6, abs=0.01)
 
@@ -226,7 +226,7 @@ def test_scene_without_a_shape_fails_in_one_line(no_model, capsys):
         (["--share", "0.01"], "lowest possible"),
         (["--runtime", "0.2", "--steps", "4"], "lowest possible"),
         (["--policy", "best"], "policy must be one of auto, hsa"),
-        (["--policy", "hsa", "--between", "0.2"], "between belongs to policy='auto'"),
+        (["--policy", "hsa", "--sparse-share", "0.2"], "sparse_share belongs to policy='auto'"),
         (["--steps", "0"], "--steps"),
         (["--image", "missing.png"], "no image missing.png"),
         (["--out", "nowhere/video.mp4"], "no folder nowhere"),
@@ -337,7 +337,7 @@ def _interrupt_at(monkeypatch, step, error):
 )
 def test_out_of_memory_says_what_to_lower(pipes, capsys, monkeypatch, error):
     _interrupt_at(monkeypatch, 3, error)
-    line = only_line(fails(capsys, *SMALL, "--between", "0.3", "--quiet"))
+    line = only_line(fails(capsys, *SMALL, "--sparse-share", "0.3", "--quiet"))
     assert "out of memory" in line and "kB" in line and "--height" in line
     assert "forward" not in vars(pipes[0].transformer)
 
@@ -353,7 +353,7 @@ def test_out_of_memory_of_whole_steps_does_not_blame_it_either(pipes, capsys, mo
 
 
 def test_the_k_v_cache_needs_what_it_was_said_to(pipes):
-    arguments = ["--share", "0.72", "--between", "0.2", "--report", "report.json", "--quiet"]
+    arguments = ["--share", "0.72", "--sparse-share", "0.2", "--report", "report.json", "--quiet"]
     assert cli.main(["generate", PROMPT, *SMALL, *arguments]) == 0
     sizes = {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": tiny.DEFAULTS["guidance_scale"]}
     report = json.loads(Path("report.json").read_text())
@@ -365,11 +365,11 @@ def test_whole_steps_alone_need_no_k_v_cache(pipes, capsys):
     assert cli.main(arguments) == 0
     report = json.loads(Path("report.json").read_text())
     assert report["memory"]["kv_cache_bytes"] == 0 and set(report["active_share"]) == {0.0, 1.0}
-    assert "not both" in only_line(fails(capsys, *SMALL, "--no-kv", "--between", "0.2"))
+    assert "not both" in only_line(fails(capsys, *SMALL, "--no-kv", "--sparse-share", "0.2"))
 
 
 def test_the_k_v_store_is_chosen_and_told(pipes, capsys):
-    arguments = ["generate", PROMPT, *SMALL, "--share", "0.72", "--between", "0.2", "--kv-store", "fp8-offload"]
+    arguments = ["generate", PROMPT, *SMALL, "--share", "0.72", "--sparse-share", "0.2", "--kv-store", "fp8-offload"]
     assert cli.main([*arguments, "--report", "report.json"]) == 0
     out = capsys.readouterr().out
     assert "(fp8-offload)" in out and "in host memory" in out

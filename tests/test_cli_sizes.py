@@ -60,8 +60,8 @@ def rows(out, first):
 
 
 def test_plan_shows_every_store(capsys):
-    out, err = works(capsys, *PLAN, "--offload", "model", "--vram", "80", "--between", "0.2")
-    made = plan("wan2.1-t2v-1.3b", runtime=0.5, offload="model", vram=80, between=0.2)
+    out, err = works(capsys, *PLAN, "--offload", "model", "--vram", "80", "--sparse-share", "0.2")
+    made = plan("wan2.1-t2v-1.3b", runtime=0.5, offload="model", vram=80, sparse_share=0.2)
     assert err == ""
     assert "32,760 tokens (21 x 30 x 52), 2 transformer calls a step" in out
     assert "50; runtime 0.5: 0.500 of the dense token evaluations" in out
@@ -74,19 +74,28 @@ def test_plan_shows_every_store(capsys):
     assert f"chosen       device: peak {made.peak_bytes / 1e9:.1f} GB" in out
 
 
+def test_an_option_goes_on_working_under_its_old_name(capsys):
+    out, _ = works(capsys, *PLAN, "--vram", "80", "--sparse-share", "0.2")
+    for old in (["--between", "0.2"], ["--between=0.2"]):
+        assert works(capsys, *PLAN, "--vram", "80", *old) == (
+            out,
+            "heterostep: --between is called --sparse-share now\n",
+        )
+
+
 def test_plan_says_what_does_not_fit(capsys):
     out, _ = works(capsys, *PLAN, "--vram", "6", "--policy", "hsa")
-    assert "chosen       nothing fits" in out and "--offload model, or leave out --between and --policy" in out
+    assert "chosen       nothing fits" in out and "--offload model, or leave out --sparse-share and --policy" in out
     assert {row[-1] for row in rows(out, STORES)} == {"no"}
     out, _ = works(capsys, *PLAN, "--vram", "6")
     assert "chosen       none: peak" in out and "this does not fit" in out
-    out, _ = works(capsys, *PLAN, "--vram", "6", "--kv-store", "fp8", "--share", "0.55", "--between", "0.2")
+    out, _ = works(capsys, *PLAN, "--vram", "6", "--kv-store", "fp8", "--share", "0.55", "--sparse-share", "0.2")
     assert "chosen       fp8: peak" in out and "this does not fit" in out and "share 0.55" in out
 
 
 def test_plan_without_known_memory(capsys):
     arguments = ["plan", "--model", "model", *SIZE, "--steps", "12"]
-    out, _ = works(capsys, *arguments, "--kv-store", "offload", "--between", "0.2")
+    out, _ = works(capsys, *arguments, "--kv-store", "offload", "--sparse-share", "0.2")
     assert {row[-1] for row in rows(out, STORES)} == {"?"} and "may use" not in out
     assert "chosen       offload: peak" in out and "in host memory" in out and "fit" not in out.split("chosen")[1]
     out, _ = works(capsys, *arguments)
@@ -95,10 +104,10 @@ def test_plan_without_known_memory(capsys):
 
 def test_plan_as_json(capsys):
     arguments = [*SIZE, "--steps", "12", "--runtime", "0.6", "--guidance", "3", "--vram", "1", "--kv-store", "fp8"]
-    out, err = works(capsys, "plan", "--model", "model", *arguments, "--between", "0.2", "--json")
+    out, err = works(capsys, "plan", "--model", "model", *arguments, "--sparse-share", "0.2", "--json")
     assert err == "" and out.count("\n") == 1
     options = dict(height=64, width=64, num_frames=9, num_inference_steps=12, guidance_scale=3.0)
-    made = plan("model", runtime=0.6, between=0.2, vram=1.0, kv_store="fp8", **options)
+    made = plan("model", runtime=0.6, sparse_share=0.2, vram=1.0, kv_store="fp8", **options)
     assert json.loads(out) == json.loads(made.to_json())
 
 
@@ -119,7 +128,7 @@ def test_the_known_models_are_listed(capsys):
         (["plan"], "give --model: a hub id, a folder, or one of ltx-2, "),
         (["plan", "--model", "magic"], "magic is neither"),
         ([*PLAN, "--runtime", "0.5", "--share", "0.5"], "give --runtime or --share, not both"),
-        ([*PLAN, "--no-kv", "--between", "0.5"], "give --between or --no-kv, not both"),
+        ([*PLAN, "--no-kv", "--sparse-share", "0.5"], "give --sparse-share or --no-kv, not both"),
         ([*PLAN, "--runtime", "0.01"], "runtime=0.01 is below the lowest possible"),
         ([*PLAN, "--runtime", "0"], "runtime must be above 0"),
         ([*PLAN, "--share", "nan"], "share must be above 0"),
@@ -129,7 +138,7 @@ def test_the_known_models_are_listed(capsys):
         ([*PLAN, "--vram", "much"], "--vram"),
         ([*PLAN, "--kv-store", "tape"], "kv_store must be one of auto, device, fp8, offload, fp8-offload, not 'tape'"),
         ([*PLAN, "--offload", "disk"], "offload must be one of none, model"),
-        ([*PLAN, "--between", "2"], "--between"),
+        ([*PLAN, "--sparse-share", "2"], "--sparse-share"),
         ([*PLAN, "--steps", "0"], "--steps"),
         ([*PLAN, "--height", "0"], "--height"),
         ([*PLAN, "--height", "100"], "divisible by 16"),

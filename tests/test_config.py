@@ -19,8 +19,8 @@ from heterostep.errors import HeterostepError
         {"share": [1, 1, 2]},
         {"share": 0.5, "divisors": (2, 3)},
         {"share": 0.5, "divisors": ()},
-        {"share": 0.5, "between": 1.5},
-        {"share": 0.5, "between": "0.2"},
+        {"share": 0.5, "sparse_share": 1.5},
+        {"share": 0.5, "sparse_share": "0.2"},
         {"share": 0.5, "extrapolate": -0.5},
         {"share": 0.5, "dense_start": 0},
         {"share": 0.5, "dense_end": -1},
@@ -53,11 +53,11 @@ def test_wrong_options_are_refused_in_one_line(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "auto", "rotation": 4, "divisors": (1, 2)}, "leave out divisors"),
-        ({"policy": "hsa", "between": 0.2}, "between belongs to policy='auto'"),
-        ({"policy": "rotation"}, "wants rotation="),
-        ({"policy": "rotation", "rotation": 3, "divisors": (1, 2)}, "leave out divisors"),
-        ({"policy": "hsa", "rotation": 3}, "rotation belongs to policy='rotation'"),
+        ({"policy": "auto", "round_robin": 4, "divisors": (1, 2)}, "leave out divisors"),
+        ({"policy": "hsa", "sparse_share": 0.2}, "sparse_share belongs to policy='auto'"),
+        ({"policy": "round-robin"}, "wants round_robin="),
+        ({"policy": "round-robin", "round_robin": 3, "divisors": (1, 2)}, "leave out divisors"),
+        ({"policy": "hsa", "round_robin": 3}, "round_robin belongs to policy='round-robin'"),
     ],
 )
 def test_options_of_one_policy_do_not_go_with_another(options, message):
@@ -65,15 +65,36 @@ def test_options_of_one_policy_do_not_go_with_another(options, message):
         HSAConfig(share=0.5, **options)
 
 
-def test_the_former_name_of_the_default_still_works():
-    with pytest.warns(DeprecationWarning, match="between=None is the default now"):
-        assert HSAConfig(share=0.5, between=None).between == 0
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"between": 0.2}, {"sparse_share": 0.2}),
+        ({"between": None}, {}),
+        ({"rotation": 3}, {"round_robin": 3}),
+        ({"policy": "rotation", "rotation": 3}, {"policy": "round-robin", "round_robin": 3}),
+    ],
+)
+def test_options_go_on_working_under_their_old_names(old, new):
+    with pytest.warns(DeprecationWarning, match="is called") as caught:
+        assert HSAConfig.of(None, {"share": 0.5, **old}) == HSAConfig(share=0.5, **new)
+    # Python shows it where the line to be changed is.
+    assert all(warning.filename == __file__ for warning in caught)
+
+
+def test_old_names_can_be_read_but_not_given_beside_the_new_ones():
+    with pytest.warns(DeprecationWarning, match="sparse_share now"):
+        assert HSAConfig(share=0.5, sparse_share=0.2).between == 0.2
+    with (
+        pytest.warns(DeprecationWarning, match="sparse_share= now"),
+        pytest.raises(HeterostepError, match="give sparse_share without between"),
+    ):
+        HSAConfig(share=0.5, sparse_share=0.2, between=0.3)
 
 
 def test_numbers_of_any_kind_are_taken():
-    config = HSAConfig(share=np.float32(0.5), between=torch.tensor(0.25), dense_start=np.int64(2), vram=16)
-    assert (config.share, config.between, config.dense_start, config.vram) == (0.5, 0.25, 2, 16.0)
-    assert all(type(value) in (int, float) for value in (config.share, config.between, config.dense_start))
+    config = HSAConfig(share=np.float32(0.5), sparse_share=torch.tensor(0.25), dense_start=np.int64(2), vram=16)
+    assert (config.share, config.sparse_share, config.dense_start, config.vram) == (0.5, 0.25, 2, 16.0)
+    assert all(type(value) in (int, float) for value in (config.share, config.sparse_share, config.dense_start))
     for shares in (np.ones(4), torch.ones(4), [1, True + 0, 1.0, np.float16(1)]):
         assert HSAConfig(share=shares).share == (1.0,) * 4
 

@@ -127,7 +127,9 @@ def test_what_cannot_be_recorded_says_why():
 @pytest.mark.parametrize(
     "name", ["wan2.1-i2v", "wan2.1-vace", "wan2.2-t2v", "wan2.2-ti2v-i2v", "ltx2.3-t2v", "ltx0.9-t2v"]
 )
-@pytest.mark.parametrize("options", [{"between": 0.5}, {"rotation": 4, "sync": "drift"}], ids=["between", "drift"])
+@pytest.mark.parametrize(
+    "options", [{"sparse_share": 0.5}, {"round_robin": 4, "sync": "drift"}], ids=["sparse", "drift"]
+)
 def test_replayed_runs_are_bit_identical(name, options, replays):
     row = ROWS[name]
     pipe = row.build()
@@ -158,7 +160,7 @@ def test_only_calls_of_few_tokens_are_replayed(replays, monkeypatch):
     row = ROWS["wan2.1-t2v"]
     pipe = row.build()
     monkeypatch.setattr("heterostep.engine.runner.MOST_ROWS", 8)
-    with heterostep.enabled(pipe, share=0.5, dense_start=2, rotation=4):
+    with heterostep.enabled(pipe, share=0.5, dense_start=2, round_robin=4):
         row.run(pipe, steps=12)
     assert not replays
 
@@ -166,7 +168,7 @@ def test_only_calls_of_few_tokens_are_replayed(replays, monkeypatch):
 def test_coded_keys_and_values_are_not_replayed(replays):
     row = ROWS["wan2.1-t2v"]
     pipe = row.build()
-    with heterostep.enabled(pipe, share=0.5, dense_start=2, rotation=4, kv_store="fp8"):
+    with heterostep.enabled(pipe, share=0.5, dense_start=2, round_robin=4, kv_store="fp8"):
         row.run(pipe, steps=12)
     assert not replays
 
@@ -174,7 +176,7 @@ def test_coded_keys_and_values_are_not_replayed(replays):
 def test_nothing_recorded_outlives_the_generation(replays):
     row = ROWS["wan2.1-t2v"]
     pipe = row.build()
-    heterostep.enable(pipe, share=0.5, dense_start=2, rotation=4)
+    heterostep.enable(pipe, share=0.5, dense_start=2, round_robin=4)
     row.run(pipe, steps=12)
     assert replays
     assert all(not branch.replays for branch in inspect(pipe).generation.branches)

@@ -1,4 +1,4 @@
-"""skipped tokens whose K/V go on along their change, and steps that evaluate tokens in rotation."""
+"""skipped tokens whose K/V go on along their change, and steps that evaluate each token in its turn."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import heterostep
-from heterostep.compare.methods.own import BUDGETS, in_rotation
+from heterostep.compare.methods.own import BUDGETS, round_robin_options
 from heterostep.config import HSAConfig
 from heterostep.engine.forecast import choose
 from heterostep.engine.generation import Generation
@@ -17,14 +17,14 @@ from heterostep.engine.schedule import Schedule
 from heterostep.errors import HeterostepError
 from heterostep.pipeline import inspect
 from heterostep.policy import Run, Tokens
-from heterostep.policy.rotation import by_rotation, probes, with_probes
+from heterostep.policy.round_robin import by_round_robin, probes, with_probes
 from heterostep.sigmas import log_alpha, nominal_sigmas
 from rows import ROWS, equal
 from small import run, small_pipeline
 from test_stores import LAYERS
 
-DRIFT = {"share": 0.55, "between": 0.4, "dense_start": 2, "sync": "drift"}
-TURNS = {"share": 0.5, "rotation": 4, "dense_start": 2, "sync": "drift"}
+DRIFT = {"share": 0.55, "sparse_share": 0.4, "dense_start": 2, "sync": "drift"}
+TURNS = {"share": 0.5, "round_robin": 4, "dense_start": 2, "sync": "drift"}
 
 
 @pytest.fixture
@@ -109,13 +109,13 @@ def sleeps(pipe, **options):
     return longest
 
 
-@pytest.mark.parametrize("rotation", [3, 5, 9])
+@pytest.mark.parametrize("length", [3, 5, 9])
 @pytest.mark.parametrize("score", ["velocity", "random", "oracle"])
-def test_no_token_sleeps_longer_than_a_rotation(pipe, rotation, score):
-    with heterostep.enabled(pipe, share=0.75, rotation=rotation, score=score, sync="drift"):
+def test_no_token_sleeps_longer_than_a_round_robin(pipe, length, score):
+    with heterostep.enabled(pipe, share=0.75, round_robin=length, score=score, sync="drift"):
         longest = sleeps(pipe)
         report = heterostep.report(pipe)
-    assert longest.max() < rotation
+    assert longest.max() < length
     assert report.share.achieved == pytest.approx(0.75, abs=0.001)
     # Not all are alike: those that change fastest have more.
     assert report.steps.min < report.steps.mean < report.steps.max
@@ -125,50 +125,50 @@ def test_given_tokens_come_round_too():
     """A clean first frame needs no velocity, but its K and V change with the others."""
     pipe = small_pipeline(image_to_video=True)
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    with heterostep.enabled(pipe, share=0.75, rotation=4):
+    with heterostep.enabled(pipe, share=0.75, round_robin=4):
         assert sleeps(pipe, image=Image.fromarray(pixels)).max() < 4
         report = heterostep.report(pipe)
     assert report.steps_map[0].mean() < report.steps_map[1:].mean()
 
 
-def test_a_rotation_with_two_experts_and_with_a_target_in_seconds():
+def test_a_round_robin_with_two_experts_and_with_a_target_in_seconds():
     row = ROWS["wan2.2-t2v"]
     pipe = row.build()
-    with heterostep.enabled(pipe, share=0.6, rotation=4, sync="drift"):
+    with heterostep.enabled(pipe, share=0.6, round_robin=4, sync="drift"):
         row.run(pipe, steps=12)
     report = heterostep.report(pipe)
     assert report.share.achieved == pytest.approx(0.6, abs=0.002) and report.active_share.count(1.0) >= 4
-    with heterostep.enabled(pipe, runtime=0.8, rotation=4, sync="drift"):
+    with heterostep.enabled(pipe, runtime=0.8, round_robin=4, sync="drift"):
         row.run(pipe, steps=20)
     assert any(0 < share < 1 for share in heterostep.report(pipe).active_share)
 
 
-def test_counts_of_a_rotation_spend_every_budget():
+def test_counts_of_a_round_robin_spend_every_budget():
     tokens = Tokens(1296)
     for evaluations in range(1296 * 4, 1296 * 20, 777):
-        counts = by_rotation(evaluations, tokens, range(3, 23), 8, dense=(3,))
+        counts = by_round_robin(evaluations, tokens, range(3, 23), 8, dense=(3,))
         assert len(counts) == 20 and counts[0] == 1296 and min(counts) >= 162
         assert sum(counts) == evaluations
         assert max(counts[1:]) - min(counts[1:]) <= 2 * tokens.unit
-    # Behind the window's first step there is no meeting, and with too little each step has its probes.
-    assert by_rotation(0, tokens, range(5, 9), 8, dense=(3,)) == [162] * 4
+    # Behind the window's first step there is no dense one, and with too little each step has its probes.
+    assert by_round_robin(0, tokens, range(5, 9), 8, dense=(3,)) == [162] * 4
 
 
-@pytest.mark.parametrize(("total", "rotation"), [(48, 5), (7, 3), (3, 9)])
-def test_each_token_has_one_turn(total, rotation):
+@pytest.mark.parametrize(("total", "length"), [(48, 5), (7, 3), (3, 9)])
+def test_each_token_has_one_turn(total, length):
     scores = torch.zeros(2, total)
-    turns = torch.stack([with_probes(scores, turn, rotation).isinf() for turn in range(rotation)])
+    turns = torch.stack([with_probes(scores, turn, length).isinf() for turn in range(length)])
     assert (turns.sum(0) == 1).all() and not scores.any()
-    assert turns.sum(-1).max() <= probes(total, rotation)
+    assert turns.sum(-1).max() <= probes(total, length)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rotation": 0}, "rotation must be a whole number, at least 1"),
-        ({"rotation": 2.5}, "rotation must be a whole number"),
-        ({"rotation": 4, "divisors": (1, 2)}, "leave out divisors"),
-        ({"rotation": 2, "share": [1, 1, 0.5]}, "shares by step"),
+        ({"round_robin": 0}, "round_robin must be a whole number, at least 1"),
+        ({"round_robin": 2.5}, "round_robin must be a whole number"),
+        ({"round_robin": 4, "divisors": (1, 2)}, "leave out divisors"),
+        ({"round_robin": 2, "share": [1, 1, 0.5]}, "shares by step"),
         ({"sync": "drifting"}, "sync must be one of drift, hold, fresh"),
     ],
 )
@@ -177,17 +177,17 @@ def test_faults_are_one_line(options, message):
         HSAConfig(**{"share": 0.5} | options)
 
 
-def test_a_target_that_a_rotation_cannot_meet_is_refused():
-    schedule = Schedule(HSAConfig(share=0.2, rotation=4, dense_start=2), Run(nominal_sigmas(20)))
+def test_a_target_that_a_round_robin_cannot_meet_is_refused():
+    schedule = Schedule(HSAConfig(share=0.2, round_robin=4, dense_start=2), Run(nominal_sigmas(20)))
     with pytest.raises(HeterostepError, match="then 1/4 of the tokens at each") as caught:
         schedule.check()
     assert "below the lowest possible 0.363" in str(caught.value)
-    Schedule(HSAConfig(share=0.363, rotation=4, dense_start=2), Run(nominal_sigmas(20))).check()
+    Schedule(HSAConfig(share=0.363, round_robin=4, dense_start=2), Run(nominal_sigmas(20))).check()
 
 
-def test_the_compared_rotations_are_feasible():
+def test_the_compared_round_robins_are_feasible():
     for share in BUDGETS:
-        Schedule(HSAConfig(share=share, **in_rotation(share, 40)), Run(nominal_sigmas(40))).check()
+        Schedule(HSAConfig(share=share, **round_robin_options(share, 40)), Run(nominal_sigmas(40))).check()
 
 
 def test_what_is_planned_is_what_is_kept(pipe):

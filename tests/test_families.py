@@ -14,7 +14,7 @@ from seams import Seamed
 
 STEPS = 12
 # Steps at which some of the tokens run, with two experts too.
-HALF = {"share": 0.5, "between": 0.5, "dense_start": 1}
+HALF = {"share": 0.5, "sparse_share": 0.5, "dense_start": 1}
 
 
 # LTX-2.3's rows ask the same of a larger model.
@@ -116,7 +116,7 @@ def test_half_of_the_evaluations_are_spent_and_reported(row):
 
 def test_a_runtime_run_ends_and_is_replayed(row):
     pipe = row.build()
-    heterostep.enable(pipe, runtime=0.6, between=0.3)
+    heterostep.enable(pipe, runtime=0.6, sparse_share=0.3)
     first = row.run(pipe, steps=16)
     report = heterostep.report(pipe)
     assert report.finished and report.runtime.achieved is not None

@@ -25,7 +25,7 @@ def shown_to_work(row, pipe, plain, **options):
     """Bit-identical at all tokens active; at half of them a run that is right and can be repeated."""
     with heterostep.enabled(pipe, share=1.0):
         assert equal(row.run(pipe, steps=4, **options), plain)
-    with heterostep.enabled(pipe, share=0.5, between=0.3):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.3):
         half = row.run(pipe, steps=STEPS, **options)
         assert heterostep.report(pipe).share.achieved == pytest.approx(0.5, abs=0.001)
         assert equal(row.run(pipe, steps=STEPS, **options), half)
@@ -72,10 +72,10 @@ def test_layerwise_casting(row):
 def test_group_offload(row, level, enable_first):
     pipe = row.build()
     plain = row.run(pipe, steps=4)
-    with heterostep.enabled(pipe, share=0.5, between=0.3):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.3):
         half = row.run(pipe, steps=STEPS)
     if enable_first:
-        heterostep.enable(pipe, share=0.5, between=0.3)
+        heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     for model in transformers(pipe):
         model.enable_group_offload(
             onload_device=torch.device("cpu"),
@@ -95,10 +95,10 @@ def test_sequential_offload(row, enable_first):
 
     pipe = row.build()
     plain = row.run(pipe, steps=4)
-    with heterostep.enabled(pipe, share=0.5, between=0.3):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.3):
         half = row.run(pipe, steps=STEPS)
     if enable_first:
-        heterostep.enable(pipe, share=0.5, between=0.3)
+        heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     # What enable_sequential_cpu_offload does to a model: its weights are away until a layer is called.
     for model in transformers(pipe):
         cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
@@ -113,16 +113,16 @@ def test_model_offload(row):
     from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
 
     pipe = row.build()
-    with heterostep.enabled(pipe, share=0.5, between=0.3):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.3):
         half = row.run(pipe, steps=STEPS)
     # What enable_model_cpu_offload does to each model, and again after each generation.
     hook = CpuOffload(execution_device="cpu")
     for enable_first in (True, False):
         if enable_first:
-            heterostep.enable(pipe, share=0.5, between=0.3)
+            heterostep.enable(pipe, share=0.5, sparse_share=0.3)
         for model in transformers(pipe):
             add_hook_to_module(model, hook)
-        heterostep.enable(pipe, share=0.5, between=0.3)
+        heterostep.enable(pipe, share=0.5, sparse_share=0.3)
         for _ in range(2):
             assert equal(row.run(pipe, steps=STEPS), half)
             for model in transformers(pipe):
@@ -179,7 +179,7 @@ def test_compiled_blocks(name):
     row = ROWS[name]
     pipe = row.build()
     options = {"steps": 20} | (ONE_CALL if name.startswith("ltx2") else {})
-    with heterostep.enabled(pipe, share=0.5, between=0.3):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.3):
         expected = row.run(pipe, **options)
     torch._dynamo.reset()
     limit = torch._dynamo.config.recompile_limit
@@ -188,7 +188,7 @@ def test_compiled_blocks(name):
     row.run(pipe, **{**options, "steps": 2})
     counters.clear()
     for share in (0.5, 0.37):
-        heterostep.enable(pipe, share=share, between=0.3)
+        heterostep.enable(pipe, share=share, sparse_share=0.3)
         compiled = row.run(pipe, **options)
         if share == 0.5:
             for a, b in zip(compiled, expected):
@@ -197,7 +197,7 @@ def test_compiled_blocks(name):
     # Other counts of active tokens and other generations need no other graphs (but one token alone: torch's own case).
     before = counters["stats"]["unique_graphs"]
     for share in (0.63, 0.7):
-        heterostep.enable(pipe, share=share, between=0.3)
+        heterostep.enable(pipe, share=share, sparse_share=0.3)
         row.run(pipe, **options)
     assert counters["stats"]["unique_graphs"] == before
     heterostep.disable(pipe)
@@ -210,23 +210,23 @@ def test_what_does_not_go_together_is_refused(row):
 
     pipe = row.build()
     model = transformers(pipe)[-1]
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     if type(pipe).__name__.startswith("Wan"):  # it raises on the others by itself
         model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
         with pytest.raises(HeterostepError, match="another cache"):
             row.run(pipe, steps=STEPS)
         heterostep.disable(pipe)
         with pytest.raises(HeterostepError, match="another cache"):
-            heterostep.enable(pipe, share=0.5, between=0.3)
+            heterostep.enable(pipe, share=0.5, sparse_share=0.3)
         model.disable_cache()
     model.compile(backend="eager")
     with pytest.raises(HeterostepError, match="compile_repeated_blocks"):
-        heterostep.enable(pipe, share=0.5, between=0.3)
+        heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     model._compiled_call_impl = None
     model._parallel_config = object()
     with pytest.raises(HeterostepError, match="one device"):
-        heterostep.enable(pipe, share=0.5, between=0.3)
+        heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     model._parallel_config = None
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     with pytest.raises(HeterostepError, match="compile_repeated_blocks"):
-        heterostep.enable(pipe, share=0.5, between=0.3)
+        heterostep.enable(pipe, share=0.5, sparse_share=0.3)

@@ -24,16 +24,16 @@ def close(a, b, tolerance=1e-3):
 
 def test_all_active_is_bit_identical_and_half_is_the_cpus(row):
     pipe = row.build()
-    with heterostep.enabled(pipe, share=0.5, between=0.3):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.3):
         expected = row.run(pipe, steps=STEPS)
     pipe.to("cuda")
     plain = row.run(pipe, steps=4)
     with heterostep.enabled(pipe, share=1.0):
         assert all(torch.equal(a, b) for a, b in zip(row.run(pipe, steps=4), plain))
-    with heterostep.enabled(pipe, share=0.5, between=0.3):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.3):
         close(row.run(pipe, steps=STEPS), expected, 0.05)
         assert heterostep.report(pipe).share.achieved == pytest.approx(0.5, abs=0.001)
-    with heterostep.enabled(pipe, runtime=0.7, between=0.3):
+    with heterostep.enabled(pipe, runtime=0.7, sparse_share=0.3):
         row.run(pipe, steps=STEPS)
         assert heterostep.report(pipe).memory.peak_bytes > 0
 
@@ -42,11 +42,11 @@ def test_all_active_is_bit_identical_and_half_is_the_cpus(row):
 @pytest.mark.parametrize("kind", ["model", "sequential", "blocks", "leaves with a stream"])
 def test_offload(row, kind, enable_first):
     pipe = row.build().to("cuda")
-    with heterostep.enabled(pipe, share=0.5, between=0.3):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.3):
         expected = row.run(pipe, steps=STEPS)
     pipe = row.build()
     if enable_first:
-        heterostep.enable(pipe, share=0.5, between=0.3)
+        heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     if kind == "model":
         pipe.enable_model_cpu_offload()
     elif kind == "sequential":
@@ -67,7 +67,7 @@ def test_offload(row, kind, enable_first):
                 **({} if streams else {"num_blocks_per_group": 1}),
             )
     if not enable_first:
-        heterostep.enable(pipe, share=0.5, between=0.3)
+        heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     for _ in range(2):
         close(row.run(pipe, steps=STEPS), expected)
     heterostep.disable(pipe)
@@ -85,7 +85,7 @@ def test_attention_backends_in_bfloat16(row, backend):
         pytest.skip(f"the plain pipeline cannot: {error}")
     with heterostep.enabled(pipe, share=1.0):
         assert all(torch.equal(a, b) for a, b in zip(row.run(pipe, steps=4), plain))
-    with heterostep.enabled(pipe, share=0.5, between=0.3):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.3):
         assert all(x.isfinite().all() for x in row.run(pipe, steps=STEPS))
 
 
@@ -96,7 +96,7 @@ def test_layerwise_casting(row):
     plain = row.run(pipe, steps=4)
     with heterostep.enabled(pipe, share=1.0):
         assert all(torch.equal(a, b) for a, b in zip(row.run(pipe, steps=4), plain))
-    with heterostep.enabled(pipe, share=0.5, between=0.3):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.3):
         assert all(x.isfinite().all() for x in row.run(pipe, steps=STEPS))
 
 
@@ -105,20 +105,20 @@ def test_layerwise_casting(row):
 def test_compiled_blocks(name):
     row = ROWS[name]
     pipe = row.build().to("cuda")
-    with heterostep.enabled(pipe, share=0.5, between=0.3):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.3):
         expected = row.run(pipe, steps=STEPS)
     for model in transformers(pipe):
         model.compile_repeated_blocks(fullgraph=True)
-    with heterostep.enabled(pipe, share=0.5, between=0.3):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.3):
         close(row.run(pipe, steps=STEPS), expected, 0.05)
 
 
 @pytest.mark.parametrize("store", ["fp8", "offload", "fp8-offload"])
 def test_stores(row, store):
     pipe = row.build().to("cuda")
-    with heterostep.enabled(pipe, share=0.5, between=0.5, kv_store="device"):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.5, kv_store="device"):
         expected = row.run(pipe, steps=STEPS)
-    with heterostep.enabled(pipe, share=0.5, between=0.5, kv_store=store):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.5, kv_store=store):
         made = row.run(pipe, steps=STEPS)
     if "fp8" in store:
         assert all((a - b).norm() < 0.1 * b.norm() for a, b in zip(made, expected, strict=True))
@@ -127,7 +127,9 @@ def test_stores(row, store):
     assert heterostep.report(pipe).memory.kv_store == store
 
 
-@pytest.mark.parametrize("options", [{"between": 0.5}, {"rotation": 4, "sync": "drift"}], ids=["between", "drift"])
+@pytest.mark.parametrize(
+    "options", [{"sparse_share": 0.5}, {"round_robin": 4, "sync": "drift"}], ids=["sparse", "drift"]
+)
 def test_replayed_calls_are_bit_identical(row, options, monkeypatch):
     pipe = row.build().to("cuda", torch.bfloat16)
     replays = []
@@ -152,7 +154,7 @@ def test_compiled_blocks_are_replayed_too():
     row = ROWS["wan2.1-t2v"]
     pipe = row.build().to("cuda", torch.bfloat16)
     pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    options = dict(share=0.5, dense_start=2, rotation=4)
+    options = dict(share=0.5, dense_start=2, round_robin=4)
     with heterostep.enabled(pipe, **options, cuda_graphs=False):
         expected = row.run(pipe, steps=STEPS)
     with heterostep.enabled(pipe, **options):
@@ -160,7 +162,7 @@ def test_compiled_blocks_are_replayed_too():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("options", [{"share": 0.5}, {"share": 0.5, "between": 0.3}], ids=["whole", "single"])
+@pytest.mark.parametrize("options", [{"share": 0.5}, {"share": 0.5, "sparse_share": 0.3}], ids=["whole", "single"])
 def test_a_device_that_is_not_the_current_one(options):
     """Its kernels, graphs and seconds are its own: as on the first GPU, and while that stays current."""
     from heterostep import tiny

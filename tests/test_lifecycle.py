@@ -20,7 +20,7 @@ from rows import ROWS, equal, transformers
 from small import run, small_pipeline
 
 STEPS = 8
-WHOLE, SINGLE = {"share": 0.5}, {"share": 0.6, "between": 0.4}
+WHOLE, SINGLE = {"share": 0.5}, {"share": 0.6, "sparse_share": 0.4}
 
 
 class Cancelled(Exception):
@@ -419,7 +419,7 @@ def test_what_is_no_pipeline_is_one_line(wrong):
 @pytest.mark.parametrize("store", ["device", "fp8", "fp8-offload"])
 def test_a_replay_names_its_store(store):
     pipe = small_pipeline()
-    with heterostep.enabled(pipe, runtime=0.6, between=0.3, kv_store=store):
+    with heterostep.enabled(pipe, runtime=0.6, sparse_share=0.3, kv_store=store):
         first = run(pipe)
     options = heterostep.report(pipe).replay
     assert options["kv_store"] == store and "runtime" not in options

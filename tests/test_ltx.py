@@ -9,7 +9,7 @@ from small_wan import moving_square
 
 def test_a_given_frame_runs_at_dense_steps_alone():
     pipe = small_ltx("image")
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     run_ltx(pipe, steps=12, image=moving_square()[0])
     report = heterostep.report(pipe)
     assert (report.steps_map[0] == sum(share == 1 for share in report.active_share)).all()
@@ -22,7 +22,7 @@ def test_a_prompt_may_change_at_a_sparse_step():
         seen.append(step)
         return {"prompt_embeds": tensors["prompt_embeds"].roll(1, 1)} if step == 5 else {}
 
-    with heterostep.enabled(pipe, share=0.5, between=0.3):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.3):
         kept = run_ltx(pipe, steps=12)
         assert heterostep.report(pipe).active_share[6] < 1
         changed = run_ltx(

@@ -110,7 +110,7 @@ def test_perturbed_blocks_keep_no_keys():
 def test_audio_is_fresh_at_every_step():
     """Also where no video token's turn has come: the audio's velocity changes at each step."""
     pipe = small_ltx2("text", "2.3")
-    heterostep.enable(pipe, share=0.3, between=0.3, dense_start=2)
+    heterostep.enable(pipe, share=0.3, sparse_share=0.3, dense_start=2)
     audio = []
     hook = pipe.transformer.register_forward_hook(lambda m, a, out: audio.append(out[1]))
     run_ltx2(pipe, steps=24, stg_scale=0.0, audio_stg_scale=0.0, modality_scale=1.0, audio_modality_scale=1.0)
@@ -124,7 +124,7 @@ def test_audio_is_fresh_at_every_step():
 def test_given_frames_run_at_dense_steps_alone(name):
     row = ROWS[name]
     pipe = row.build()
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     row.run(pipe, steps=12)
     report = heterostep.report(pipe)
     dense = sum(share == 1 for share in report.active_share)
@@ -133,7 +133,7 @@ def test_given_frames_run_at_dense_steps_alone(name):
 
 def test_guidance_in_batches_counts_samples_once():
     pipe = small_ltx2("text", "2.0")
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     run_ltx2(pipe, prompt=["a red circle", "green square moving left"])
     maps = heterostep.report(pipe).steps_maps
     assert maps.shape == (2, 3, 4, 4) and (maps[0] != maps[1]).any()
@@ -145,7 +145,7 @@ def test_guidance_in_batches_counts_samples_once():
 def test_guidance_rescale_moves_a_skipped_tokens_velocity_a_little(rescale, least, most, monkeypatch):
     """Without rescale the guided velocity is linear in the branches' held ones, so it is held too; with it, nearly."""
     pipe = small_ltx2("text", "2.0")
-    heterostep.enable(pipe, share=0.4, between=0.3, dense_start=2, extrapolate=0)
+    heterostep.enable(pipe, share=0.4, sparse_share=0.3, dense_start=2, extrapolate=0)
     runner = inspect(pipe)
     guided, skipped = [], []
     plain_step = FlowMatchEulerDiscreteScheduler.step

@@ -19,7 +19,7 @@ from rows import equal
 from small_modular import MODULAR, run_modular, small_modular
 
 STEPS = 12
-SINGLE = {"share": 0.5, "between": 0.3}
+SINGLE = {"share": 0.5, "sparse_share": 0.3}
 QUICK = ("WanModularPipeline", "LTXModularPipeline")
 
 

@@ -86,7 +86,7 @@ def check_stores(made, vectors, dims):
 
 @pytest.mark.parametrize("name", WAN)
 def test_wan_by_arithmetic(name):
-    made = plan(name, runtime=0.5, between=0.2)
+    made = plan(name, runtime=0.5, sparse_share=0.2)
     grid, calls, layers, heads, dim = WAN[name]
     tokens = math.prod(grid)
     assert (made.grid, made.tokens, made.calls) == (grid, tokens, calls)
@@ -155,7 +155,7 @@ def test_measured_peak_of_1_3b_at_480p():
     made = plan(
         "wan2.1-t2v-1.3b",
         runtime=0.5,
-        between=0.2,
+        sparse_share=0.2,
         offload="model",
         attention_backend="_native_cudnn",
         num_inference_steps=40,
@@ -168,7 +168,7 @@ def test_measured_peak_of_1_3b_at_480p():
 def test_measured_peak_of_14b_at_720p_with_two_stores(monkeypatch):
     # Measured on an H200, where these stores were chosen.
     monkeypatch.setattr(forecast, "choose", lambda layers, *rooms: forecast._mixed(layers, "fp8", "fp8-offload", 36))
-    made = plan("wan2.1-t2v-14b", runtime=0.5, between=0.2, offload="model", attention_backend="_native_cudnn")
+    made = plan("wan2.1-t2v-14b", runtime=0.5, sparse_share=0.2, offload="model", attention_backend="_native_cudnn")
     assert made.chosen.store == "fp8 for 44 of 80 layers, fp8-offload for 36 of 80 layers"
     assert made.peak_bytes == pytest.approx(72_872_485_376, rel=0.05)
 
@@ -184,7 +184,7 @@ def test_measured_peak_of_14b_at_720p_with_two_stores(monkeypatch):
     ],
 )
 def test_the_store_that_fits(name, vram, store):
-    made = plan(name, runtime=0.5, between=0.2, offload="model", vram=vram)
+    made = plan(name, runtime=0.5, sparse_share=0.2, offload="model", vram=vram)
     assert made.limit_bytes == forecast.less_margin(int(vram * 1e9), made.activation_bytes)
     assert made.chosen.store == store if not store.endswith(" ") else made.chosen.store.startswith(store)
     assert made.peak_bytes == made.chosen.peak_bytes <= made.limit_bytes and made.chosen.fits is True
@@ -199,7 +199,7 @@ def test_the_store_that_fits(name, vram, store):
 
 @pytest.mark.parametrize(("name", "vram"), [("wan2.1-t2v-1.3b", 0.1), ("wan2.1-t2v-14b", 16)])
 def test_nothing_fits(name, vram):
-    made = plan(name, runtime=0.5, between=0.2, offload="model", vram=vram)
+    made = plan(name, runtime=0.5, sparse_share=0.2, offload="model", vram=vram)
     assert made.chosen is None and made.peak_bytes is None
     assert [store.fits for store in made.stores] == [False] * 4
     assert made.limit_bytes == forecast.less_margin(int(vram * 1e9), made.activation_bytes) < made.dense_peak_bytes
@@ -210,7 +210,7 @@ def test_nothing_fits(name, vram):
     [*((store, 1e-4, False) for store in STORES), ("fp8", None, None), ("offload", 1, True)],
 )
 def test_a_store_that_was_asked_for_stays(folder, store, vram, fits):
-    made = plan(folder, runtime=0.5, between=0.2, kv_store=store, vram=vram, **SMALL)
+    made = plan(folder, runtime=0.5, sparse_share=0.2, kv_store=store, vram=vram, **SMALL)
     assert made.chosen == by_name(made)[store] and made.chosen.fits is fits
     assert made.peak_bytes == made.chosen.peak_bytes
 
@@ -228,7 +228,7 @@ def test_memory_that_is_present_is_the_limit(monkeypatch):
     monkeypatch.setattr(timings, "device_name", lambda device: "card")
     monkeypatch.setattr(forecast, "room_on", room_on)
     monkeypatch.setattr(forecast, "host_room", lambda: 10**6)
-    made = plan("wan2.1-t2v-1.3b", runtime=0.5, between=0.2, vram=12, offload="model")
+    made = plan("wan2.1-t2v-1.3b", runtime=0.5, sparse_share=0.2, vram=12, offload="model")
     assert asked == [("cuda", 12)] and made.limit_bytes == 10**10
     # Neither does K and V's size fit into the host.
     assert {name: store.fits for name, store in by_name(made).items()} == {
@@ -236,7 +236,7 @@ def test_memory_that_is_present_is_the_limit(monkeypatch):
     }  # fmt: skip
     assert made.chosen is None
     monkeypatch.setattr(forecast, "host_room", lambda: 10**11)
-    made = plan("wan2.1-t2v-1.3b", runtime=0.5, between=0.2, vram=12, offload="model")
+    made = plan("wan2.1-t2v-1.3b", runtime=0.5, sparse_share=0.2, vram=12, offload="model")
     assert by_name(made)["offload"].fits is True and made.chosen.fits is True and made.peak_bytes <= 10**10
 
 
@@ -258,11 +258,11 @@ def test_no_k_and_v_without_single_tokens_between(folder):
         # What whole steps leave of the budget is not spent.
         (dict(share=0.55), "none"),
         (dict(runtime=0.5), "none"),
-        (dict(share=0.55, between=0.2), "device"),
-        (dict(runtime=0.5, between=0.2), "device"),
+        (dict(share=0.55, sparse_share=0.2), "device"),
+        (dict(runtime=0.5, sparse_share=0.2), "device"),
         (dict(share=0.55, policy="hsa"), "device"),
         (dict(share=1), "none"),
-        (dict(share=0.55, between=0.2, sync="fresh"), "none"),
+        (dict(share=0.55, sparse_share=0.2, sync="fresh"), "none"),
     ],
 )
 def test_k_and_v_are_kept_for_single_tokens_alone(folder, options, store):
@@ -296,8 +296,8 @@ def test_replays(folder):
 def test_a_pipeline_and_its_folder_agree(row, tmp_path):
     pipe = small_wan(row)
     pipe.save_pretrained(tmp_path / "model")
-    loaded = plan(pipe, **SMALL, share=0.55, between=0.2, kv_store="fp8", vram=1)
-    saved = plan(tmp_path / "model", **SMALL, share=0.55, between=0.2, kv_store="fp8", vram=1, dtype=torch.float32)
+    loaded = plan(pipe, **SMALL, share=0.55, sparse_share=0.2, kv_store="fp8", vram=1)
+    saved = plan(tmp_path / "model", **SMALL, share=0.55, sparse_share=0.2, kv_store="fp8", vram=1, dtype=torch.float32)
     assert loaded.model == type(pipe).__name__ == saved.pipeline and saved.model == str(tmp_path / "model")
     assert dataclasses.replace(saved, model=loaded.model) == loaded
     assert loaded.tokens == 48 and loaded.chosen.store == "fp8"
@@ -311,8 +311,8 @@ def test_what_is_planned_is_what_is_kept():
 
     pipe = small_wan("wan2.1-t2v")
     for store in STORES:
-        made = plan(pipe, **SMALL, share=0.55, between=0.2, guidance_scale=3.0, kv_store=store)
-        with heterostep.enabled(pipe, share=0.55, between=0.2, kv_store=store):
+        made = plan(pipe, **SMALL, share=0.55, sparse_share=0.2, guidance_scale=3.0, kv_store=store)
+        with heterostep.enabled(pipe, share=0.55, sparse_share=0.2, kv_store=store):
             run_wan("wan2.1-t2v", pipe)
         told = heterostep.report(pipe).memory
         assert told.kv_store == made.chosen.store
@@ -344,7 +344,7 @@ def test_image_to_video():
 
 
 def test_options_as_a_config_or_as_keywords(folder):
-    options = dict(share=0.55, between=0.2, kv_store="fp8")
+    options = dict(share=0.55, sparse_share=0.2, kv_store="fp8")
     assert plan(folder, **SMALL, config=HSAConfig(**options)) == plan(folder, **SMALL, **options)
 
 
@@ -446,7 +446,7 @@ def test_seconds_are_of_the_present_gpu(monkeypatch):
 
 
 def test_a_plan_is_json(folder):
-    for options in (dict(share=0.55), dict(share=0.55, vram=1e-4), dict(share=0.55, vram=1, between=0.2)):
+    for options in (dict(share=0.55), dict(share=0.55, vram=1e-4), dict(share=0.55, vram=1, sparse_share=0.2)):
         made = plan(folder, **SMALL, **options)
         content = json.loads(made.to_json(), parse_constant=pytest.fail)
         assert content == json.loads(json.dumps(made.to_dict())) == json.loads(made.to_json(indent=2))

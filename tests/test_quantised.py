@@ -12,7 +12,7 @@ from quantised import KINDS, LIBRARIES
 from rows import ROWS, equal, transformers
 
 STEPS = 12
-SINGLE = {"share": 0.5, "between": 0.3}
+SINGLE = {"share": 0.5, "sparse_share": 0.3}
 FAMILIES = ("wan2.1-t2v", "wan2.1-vace", "wan2.2-i2v", "ltx2.3-i2v", "ltx0.9-t2v", "hunyuan1.5-t2v")
 
 # These libraries warn while they are imported, and of what a CPU lacks.

@@ -96,12 +96,12 @@ def test_held_velocities_go_along_their_last_slope(pipe, extrapolate):
 
 
 def test_whole_steps_keep_no_kv(pipe):
-    """K and V are kept where a step between two meetings reads them, and nowhere else."""
-    for between, achieved in ((0.0, 0.5), (0.2, 0.56)):
-        heterostep.enable(pipe, share=0.56, between=between)
+    """K and V are kept where a step between two dense steps reads them, and nowhere else."""
+    for sparse_share, achieved in ((0.0, 0.5), (0.2, 0.56)):
+        heterostep.enable(pipe, share=0.56, sparse_share=sparse_share)
         run(pipe, steps=12)
         report = heterostep.report(pipe)
-        assert (report.memory.kv_cache_bytes > 0) == (between > 0)
+        assert (report.memory.kv_cache_bytes > 0) == (sparse_share > 0)
         # What whole steps leave of the budget is not spent, and the report says so.
         assert report.share.achieved == pytest.approx(achieved, abs=0.002)
         assert report.share.unspent == pytest.approx(0.56 - achieved, abs=0.002)
@@ -147,7 +147,7 @@ def test_the_oracle_evaluates_the_most_wrong_tokens(pipe):
 
 
 @pytest.mark.parametrize("steps,share", list(itertools.product([10, 25, 40], [0.3, 0.5, 0.77])))
-@pytest.mark.parametrize("options", [{"between": 0.3}, {}, {"policy": "hsa", "dense_start": 1}])
+@pytest.mark.parametrize("options", [{"sparse_share": 0.3}, {}, {"policy": "hsa", "dense_start": 1}])
 def test_share_is_spent_exactly_and_everyone_gets_the_dense_steps(pipe, steps, share, options):
     heterostep.enable(pipe, share=share, **options)
     run(pipe, steps=steps)
@@ -162,12 +162,12 @@ def test_share_is_spent_exactly_and_everyone_gets_the_dense_steps(pipe, steps, s
 
 
 def test_same_seed_and_share_repeat_bit_for_bit(pipe):
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     assert torch.equal(run(pipe, seed=5), run(pipe, seed=5))
 
 
 def test_a_runtime_run_is_replayed_by_its_active_shares(pipe):
-    heterostep.enable(pipe, runtime=0.5, between=0.3)
+    heterostep.enable(pipe, runtime=0.5, sparse_share=0.3)
     first = run(pipe, steps=20)
     report = heterostep.report(pipe)
     assert report.runtime.target == 0.5 and report.runtime.achieved is not None
@@ -182,7 +182,7 @@ def test_disable_restores_everything(pipe, solver):
     scheduler = pipe.scheduler
     processors = pipe.transformer.attn_processors
     hooks = {n: (len(m._forward_hooks), "forward" in m.__dict__) for n, m in pipe.transformer.named_modules()}
-    heterostep.enable(pipe, share=0.5, between=0.3, solver=solver)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3, solver=solver)
     run(pipe)
     heterostep.disable(pipe)
     after = pipe.transformer.attn_processors
@@ -194,8 +194,8 @@ def test_disable_restores_everything(pipe, solver):
 
 def test_enable_twice_takes_the_later_options(pipe):
     plain = run(pipe)
-    heterostep.enable(pipe, share=0.5, between=0.3)
-    heterostep.enable(pipe, share=0.8, between=0.3, solver="euler")
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
+    heterostep.enable(pipe, share=0.8, sparse_share=0.3, solver="euler")
     run(pipe)
     assert heterostep.report(pipe).share.target == 0.8
     heterostep.disable(pipe)
@@ -204,7 +204,7 @@ def test_enable_twice_takes_the_later_options(pipe):
 
 
 def test_an_exception_in_mid_generation_leaves_nothing(pipe):
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     clean = run(pipe)
 
     def fail(pipe, step, timestep, tensors):
@@ -221,7 +221,7 @@ def test_an_exception_in_mid_generation_leaves_nothing(pipe):
 
 def test_a_with_block_restores_after_an_exception(pipe):
     plain = run(pipe)
-    with pytest.raises(ZeroDivisionError), heterostep.enabled(pipe, share=0.5, between=0.3, solver="euler"):
+    with pytest.raises(ZeroDivisionError), heterostep.enabled(pipe, share=0.5, sparse_share=0.3, solver="euler"):
         run(pipe)
         raise ZeroDivisionError
     assert torch.equal(run(pipe), plain)
@@ -229,7 +229,7 @@ def test_a_with_block_restores_after_an_exception(pipe):
 
 
 def test_another_resolution_or_batch_starts_anew(pipe):
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     small = run(pipe)
     run(pipe, size=96)
     assert heterostep.report(pipe).steps_map.shape == (3, 6, 6)
@@ -241,7 +241,7 @@ def test_another_resolution_or_batch_starts_anew(pipe):
 def test_each_sample_of_a_batch_is_as_if_alone(pipe):
     prompts = ["a red circle moving right", "green square over stripes"]
     noise = torch.randn(2, 16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     both = run(pipe, prompt=prompts, latents=noise)
     maps = heterostep.report(pipe).steps_maps
     assert not np.array_equal(maps[0], maps[1])
@@ -252,7 +252,7 @@ def test_each_sample_of_a_batch_is_as_if_alone(pipe):
 
 
 def test_memory_is_counted_and_given_back(pipe):
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     run(pipe)
     layers, width, branches = 2, 48, 2
     kv = 2 * layers * TOKENS * width * 4 * branches
@@ -263,7 +263,7 @@ def test_memory_is_counted_and_given_back(pipe):
 
 def test_given_first_frame_costs_only_the_meetings():
     pipe = small_pipeline(image_to_video=True)
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     run(pipe, image=picture())
     steps = heterostep.report(pipe).steps_map
     assert (steps[0] == steps.min()).all() and steps[1:].max() > steps.min()
@@ -272,7 +272,7 @@ def test_given_first_frame_costs_only_the_meetings():
 def test_the_scores_decide_who_is_evaluated(pipe):
     maps = {}
     for score in ("velocity", "random"):
-        heterostep.enable(pipe, share=0.5, between=0.3, score=score)
+        heterostep.enable(pipe, share=0.5, sparse_share=0.3, score=score)
         run(pipe)
         maps[score] = heterostep.report(pipe).steps_map
     assert maps["velocity"].sum() == maps["random"].sum()
@@ -281,7 +281,7 @@ def test_the_scores_decide_who_is_evaluated(pipe):
 
 def test_on_step_tells_every_step(pipe):
     seen = []
-    heterostep.enable(pipe, runtime=0.6, between=0.3, on_step=seen.append)
+    heterostep.enable(pipe, runtime=0.6, sparse_share=0.3, on_step=seen.append)
     run(pipe, steps=15)
     assert [info.step for info in seen] == list(range(15))
     assert [info.active_share for info in seen] == heterostep.report(pipe).active_share
@@ -294,7 +294,7 @@ def test_flow_match_euler_scheduler(pipe):
     plain = run(pipe)
     with heterostep.enabled(pipe, share=1.0):
         assert torch.equal(run(pipe), plain)
-    with heterostep.enabled(pipe, share=0.5, between=0.3):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.3):
         run(pipe)
     assert heterostep.report(pipe).share.achieved == 0.5
 
@@ -305,7 +305,7 @@ def test_changed_prompt_states_are_not_served_from_the_cache(pipe):
     def swap(pipe, step, timestep, tensors):
         return {"prompt_embeds": other} if step == 4 else {}
 
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     plain = run(pipe)
     swapped = run(pipe, callback_on_step_end=swap, callback_on_step_end_tensor_inputs=["prompt_embeds"])
     assert not torch.equal(plain, swapped)
@@ -315,16 +315,16 @@ def test_changed_prompt_states_are_not_served_from_the_cache(pipe):
 def test_model_offload_in_either_order(pipe, enable_first, monkeypatch):
     from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
 
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     expected = run(pipe)
     heterostep.disable(pipe)
     if enable_first:
-        heterostep.enable(pipe, share=0.5, between=0.3)
+        heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     # What enable_model_cpu_offload does to each model, and again after each generation; with no accelerator here.
     hook = CpuOffload(execution_device="cpu")
     add_hook_to_module(pipe.transformer, hook)
     if not enable_first:
-        heterostep.enable(pipe, share=0.5, between=0.3)
+        heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     for _ in range(2):
         assert torch.equal(run(pipe), expected)
         remove_hook_from_module(pipe.transformer)
@@ -345,16 +345,16 @@ def test_refusals_say_what_is_supported(pipe):
         heterostep.enable(pipe, config=heterostep.HSAConfig(share=0.5), share=0.5)
     with pytest.raises(HeterostepError, match="nothing to report yet: call heterostep.enable"):
         heterostep.report(pipe)
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     with pytest.raises(HeterostepError, match="nothing to report"):
         heterostep.report(pipe)
     heterostep.disable(pipe)
     pipe.scheduler = UniPCMultistepScheduler()
     with pytest.raises(HeterostepError, match="use_flow_sigmas"):
-        heterostep.enable(pipe, share=0.5, between=0.3)
+        heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     pipe.scheduler = DDIMScheduler()
     with pytest.raises(HeterostepError, match="DDIMScheduler is not supported"):
-        heterostep.enable(pipe, share=0.5, between=0.3)
+        heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     with pytest.raises(HeterostepError, match="WanPipeline"):
         heterostep.enable(object(), share=0.5)
 
@@ -389,7 +389,7 @@ def test_fresh_keys_are_those_of_a_dense_step(pipe):
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [({"share": 0.7, "between": 0.2}, 1), ({"runtime": 0.9, "between": 0.2}, 1), ({"share": 0.7}, 0)],
+    [({"share": 0.7, "sparse_share": 0.2}, 1), ({"runtime": 0.9, "sparse_share": 0.2}, 1), ({"share": 0.7}, 0)],
 )
 def test_kernels_are_prepared_once_where_single_tokens_may_come(pipe, monkeypatch, options, expected):
     """Before a store is in use, and for one layer: the layers are alike."""
@@ -412,7 +412,7 @@ def test_kernels_are_prepared_as_they_will_be_called(name, monkeypatch):
     monkeypatch.setattr("heterostep.models.attention.norm_rotate", norm_rotate)
     monkeypatch.setattr("heterostep.engine.runner.in_background", lambda work: None)
     pipe = row.build()
-    with heterostep.enabled(pipe, share=0.5, between=0.5):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.5):
         row.run(pipe, steps=12)
         in_run = set(called)
         called.clear()

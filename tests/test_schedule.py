@@ -13,7 +13,7 @@ def schedule(num_steps=40, tokens=None, restarts=(), **options):
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [({"policy": "hsa", "dense_start": 2}, 2 + 5), ({}, 1), ({"dense_start": 3}, 3), ({"between": 0.3}, 1)],
+    [({"policy": "hsa", "dense_start": 2}, 2 + 5), ({}, 1), ({"dense_start": 3}, 3), ({"sparse_share": 0.3}, 1)],
 )
 def test_lowest_share_is_the_boundary_of_what_is_feasible(options, expected):
     lowest = schedule(share=0.25, **options).lowest_share
@@ -56,7 +56,7 @@ def test_the_second_expert_costs_one_dense_step(policy):
         schedule(4, share=[1, 1, 0.5, 0.5], restarts=(2,)).check()
 
 
-@pytest.mark.parametrize("options", [{}, {"between": 0.3}, {"policy": "hsa"}, {"rotation": 4}])
+@pytest.mark.parametrize("options", [{}, {"sparse_share": 0.3}, {"policy": "hsa"}, {"round_robin": 4}])
 def test_what_is_behind_is_not_corrected(options):
     made = schedule(runtime=0.5, dense_end=2, **options)
     counts = made.plan()
@@ -68,7 +68,7 @@ def test_what_is_behind_is_not_corrected(options):
 
 
 def test_a_gap_in_which_tokens_run_alone_stays_as_its_kv_were_kept():
-    whole, single = schedule(share=0.5), schedule(share=0.5, between=0.3)
+    whole, single = schedule(share=0.5), schedule(share=0.5, sparse_share=0.3)
     for made in (whole, single):
         counts = made.plan()
         dense = [step for step, count in enumerate(counts) if count == 640]

@@ -14,7 +14,7 @@ from heterostep.pipeline import inspect
 from rows import ROWS, equal
 from small import run, small_pipeline
 
-SPARSE = {"share": 0.5, "between": 0.5, "dense_start": 1}
+SPARSE = {"share": 0.5, "sparse_share": 0.5, "dense_start": 1}
 LAYERS = [KVShape(vectors=1000, dim=64, dtype=torch.bfloat16)] * 10
 
 

@@ -48,7 +48,7 @@ def test_one_set_of_weights_serves_both_pipelines(pipe):
     for (name, a), (_, b) in zip(pipe.transformer.named_parameters(), image_pipe.transformer.named_parameters()):
         assert torch.equal(a, b), name
     frame = tiny.world.first_frame("a red circle moving right over blue stripes")
-    with heterostep.enabled(image_pipe, share=0.5, between=0.3):
+    with heterostep.enabled(image_pipe, share=0.5, sparse_share=0.3):
         generate(image_pipe, image=Image.fromarray(frame).resize((96, 96)))
     report = heterostep.report(image_pipe)
     assert report.share.achieved == pytest.approx(0.5, abs=1e-3)
@@ -70,7 +70,7 @@ def test_the_autoencoder_reconstructs_a_held_out_clip(pipe):
 def test_golden_run(pipe):
     """A half-share run is what it was: who was evaluated, and the latents' values to rounding."""
     golden = json.loads(GOLDEN.read_text())
-    with heterostep.enabled(pipe, share=0.5, between=0.3):
+    with heterostep.enabled(pipe, share=0.5, sparse_share=0.3):
         latents = generate(pipe)
     report = heterostep.report(pipe)
     assert report.active_share == golden["active_share"]

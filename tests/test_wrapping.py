@@ -43,14 +43,14 @@ def sharing(pipe):
 def test_a_pipeline_that_shares_the_transformer_runs_plainly(pipe, run_first):
     other = sharing(pipe)
     plain = run_wan("wan2.1-v2v", other)
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     if run_first:
         TEXT.run(pipe)
     assert torch.equal(run_wan("wan2.1-v2v", other), plain)
     with pytest.raises(HeterostepError, match="another pipeline"):
-        heterostep.enable(other, share=0.5, between=0.3)
+        heterostep.enable(other, share=0.5, sparse_share=0.3)
     heterostep.disable(pipe)
-    with heterostep.enabled(other, share=0.5, between=0.3):
+    with heterostep.enabled(other, share=0.5, sparse_share=0.3):
         assert not torch.equal(run_wan("wan2.1-v2v", other), plain)
     assert "forward" not in vars(pipe.transformer)
     assert isinstance(pipe.transformer.blocks[0].attn1.processor, WanAttnProcessor)
@@ -63,14 +63,14 @@ def test_the_transformer_by_itself_is_plain(pipe):
     hook.remove()
     with torch.no_grad():
         expected = pipe.transformer(**seen[0])[0]
-        heterostep.enable(pipe, share=0.5, between=0.3)
+        heterostep.enable(pipe, share=0.5, sparse_share=0.3)
         assert torch.equal(pipe.transformer(**seen[0])[0], expected)
         TEXT.run(pipe)
         assert torch.equal(pipe.transformer(**seen[0])[0], expected)
 
 
 def test_disable_gives_memory_back_and_a_dropped_pipeline_its_model(pipe):
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     TEXT.run(pipe)
     heterostep.disable(pipe)
     model = weakref.ref(pipe.transformer)
@@ -81,7 +81,7 @@ def test_disable_gives_memory_back_and_a_dropped_pipeline_its_model(pipe):
 
     dropped = TEXT.build()
     model = dropped.transformer
-    heterostep.enable(dropped, share=0.5, between=0.3)
+    heterostep.enable(dropped, share=0.5, sparse_share=0.3)
     del dropped
     gc.collect()
     assert "forward" not in vars(model) and isinstance(model.blocks[0].attn1.processor, WanAttnProcessor)
@@ -95,7 +95,7 @@ def test_guidance_switched_off_on_the_way(pipe, off_after):
         return {}
 
     seen = []
-    heterostep.enable(pipe, share=0.5, between=0.3, on_step=seen.append)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3, on_step=seen.append)
     TEXT.run(pipe, steps=12, callback_on_step_end=switch_off)
     report = heterostep.report(pipe)
     assert report.finished and report.runtime.achieved is not None
@@ -108,7 +108,7 @@ def test_guidance_switched_off_on_the_way(pipe, off_after):
 def test_experts_with_guidance_of_their_own(guidance_scale_2):
     row = ROWS["wan2.2-t2v"]
     pipe = row.build()
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     row.run(pipe, steps=12, guidance_scale_2=guidance_scale_2)
     report = heterostep.report(pipe)
     # The second expert takes over at the fifth step (a test of small_wan's grid), dense.
@@ -119,7 +119,7 @@ def test_experts_with_guidance_of_their_own(guidance_scale_2):
 def test_the_first_experts_keys_are_freed_when_the_second_takes_over():
     row = ROWS["wan2.2-t2v"]
     pipe = row.build()
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     runner, held = inspect(pipe), []
 
     def look(model, args):
@@ -144,7 +144,7 @@ def test_ltx2_with_every_token_conditioned_begins_at_its_first_step(strength):
 
 
 def test_a_copy_of_an_enabled_transformer_is_refused(pipe):
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     with pytest.raises(HeterostepError, match="disable first"):
         copy.deepcopy(pipe.transformer)
     heterostep.disable(pipe)
@@ -152,19 +152,19 @@ def test_a_copy_of_an_enabled_transformer_is_refused(pipe):
 
 
 def test_what_is_replaced_while_enabled_is_noticed(pipe):
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     pipe.transformer.set_attn_processor(WanAttnProcessor())
     with pytest.raises(HeterostepError, match="processors were replaced"):
         TEXT.run(pipe)
     heterostep.disable(pipe)
     original = pipe.scheduler
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
     with pytest.raises(HeterostepError, match="stochastic"):
         TEXT.run(pipe)
     # One that is supported is followed.
     pipe.scheduler = original
-    heterostep.enable(pipe, share=0.5, between=0.3, solver="euler")
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3, solver="euler")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
     TEXT.run(pipe)
     assert pipe.scheduler.config.shift == 5.0
@@ -176,9 +176,9 @@ def test_what_is_replaced_while_enabled_is_noticed(pipe):
         algorithm_type="sde-dpmsolver++", use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
     )
     with pytest.raises(HeterostepError, match="no sde"):
-        heterostep.enable(pipe, share=0.5, between=0.3)
+        heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     small = small_wan("wan2.1-t2v")
-    heterostep.enable(small, share=0.5, between=0.3)
+    heterostep.enable(small, share=0.5, sparse_share=0.3)
     small.transformer = pipe.transformer
     run_wan("wan2.1-t2v", small, steps=2)
     with pytest.raises(HeterostepError, match="after replacing its transformer, enable again"):
@@ -196,7 +196,7 @@ def test_prompt_states_written_to_in_place_are_noticed(pipe):
     def replace(pipe, step, timestep, tensors):
         return {"prompt_embeds": other} if step == 4 else {}
 
-    heterostep.enable(pipe, share=0.5, between=0.3)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     written, replaced = (
         TEXT.run(pipe, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
         for change in (write, replace)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from heterostep.errors import HeterostepError
 
@@ -14,6 +16,11 @@ SOLVERS = ("pipeline", "euler")
 SCORES = ("velocity", "random", "oracle")
 SYNCS = ("drift", "hold", "fresh")
 KV_STORES = ("auto", "device", "fp8", "offload", "fp8-offload")
+# Options, and values of `policy`, that had other names; these go on working for one version.
+RENAMED = {"between": "sparse_share", "rotation": "round_robin"}
+_RENAMED_POLICIES = {"rotation": "round-robin"}
+
+_Config = TypeVar("_Config", bound=type)
 
 
 def _is_sequence(value: Any) -> bool:
@@ -45,6 +52,46 @@ def _whole(name: str, value: Any, least: int) -> int:
     return int(number)
 
 
+def _warn_of_old_name(message: str) -> None:
+    """A `DeprecationWarning` at the caller's line: Python shows these only where a script's own code is to blame."""
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").startswith("heterostep"):
+        level += 1
+    warnings.warn(message, DeprecationWarning, stacklevel=level + 1)
+
+
+def _with_old_names(config: _Config) -> _Config:
+    """Let a class of options take, and give, those of `RENAMED` under their old names too."""
+    init = config.__init__  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        for old, new in RENAMED.items():
+            if old not in options:
+                continue
+            _warn_of_old_name(f"{old}= is called {new}= now")
+            if new in options:
+                raise HeterostepError(f"give {new} without {old}, its old name")
+            value = options.pop(old)
+            if value is not None:
+                options[new] = value
+        if (policy := options.get("policy")) in _RENAMED_POLICIES:
+            options["policy"] = _RENAMED_POLICIES[policy]
+            _warn_of_old_name(f"policy={policy!r} is called {options['policy']!r} now")
+        init(self, *args, **options)
+
+    config.__init__ = __init__  # type: ignore[misc]
+    for old, new in RENAMED.items():
+
+        def get(self: Any, old: str = old, new: str = new) -> Any:
+            _warn_of_old_name(f".{old} is called .{new} now")
+            return getattr(self, new)
+
+        setattr(config, old, property(get))
+    return config
+
+
+@_with_old_names
 @dataclass(frozen=True)
 class HSAConfig:
     """Options of heterogeneous step allocation. Give exactly one of `runtime` and `share`.
@@ -56,14 +103,15 @@ class HSAConfig:
         policy: where evaluations go and which tokens get them. "auto": all tokens, at steps between which the velocity
             changes by equal amounts; "hsa": the paper's step divisors, with velocities held as they are; or the name of
             one added by `heterostep.policy.register_policy`.
-        between: for "auto": share of the evaluations, 0..1, that goes to single tokens between dense steps, those whose
-            velocities change fastest. Above 0 the K and V of all tokens are kept. At 0 what dense steps leave of the
-            budget, less than one of them, is not spent (except on LTX-2, whose sound runs at every step).
+        sparse_share: for "auto": share of the evaluations, 0..1, that goes to single tokens at steps between the dense
+            ones: to those whose velocities change fastest. Above 0 the K and V of all tokens are kept. At 0 what
+            dense steps leave of the budget, less than one of them, is not spent (except on LTX-2, whose sound runs at
+            every step).
         divisors: for "hsa": the step divisors that tokens may get, ascending, each a multiple of the one before; by
             default (1, 2, 4, 8). A token of divisor d is evaluated at every d-th step; all tokens meet at multiples of
             the largest divisor in play. To give them is to choose "hsa".
-        rotation: for experiments: as many tokens at each step, each at least once in so many steps. It is its own
-            policy, "rotation".
+        round_robin: for experiments: as many tokens at each step, each at least once in so many steps. It is its own
+            policy, "round-robin".
         dense_start: steps at the beginning that are all dense; by default as the policy sees fit.
         dense_end: steps at the end that are all dense.
         regroup_every: for "hsa": tokens are ranked anew at every such dense step that single tokens follow.
@@ -92,9 +140,9 @@ class HSAConfig:
     runtime: float | None = None
     share: float | Sequence[float] | None = None
     policy: str = "auto"
-    between: float = 0.0
+    sparse_share: float = 0.0
     divisors: tuple[int, ...] | None = None
-    rotation: int | None = None
+    round_robin: int | None = None
     dense_start: int | None = None
     dense_end: int = 0
     regroup_every: int = 1
@@ -109,9 +157,6 @@ class HSAConfig:
     def __post_init__(self) -> None:
         if (self.runtime is None) == (self.share is None):
             raise HeterostepError("give exactly one of runtime and share, for example runtime=0.5")
-        if self.between is None:
-            warnings.warn("between=None is the default now, between=0: leave it out", DeprecationWarning, stacklevel=3)
-            object.__setattr__(self, "between", 0.0)
         several: Any = self.share if self.share is not None and _is_sequence(self.share) else None
         if several is not None:
             shares = tuple(_number("share", share) for share in several)
@@ -124,8 +169,8 @@ class HSAConfig:
             if not 0 < target <= 1:
                 raise HeterostepError(f"{name} must be above 0 and at most 1, not {target:g}")
             object.__setattr__(self, name, target)
-        for name in ("between", "extrapolate"):
-            if getattr(self, name) is not None:
+        for name in ("sparse_share", "extrapolate"):
+            if name == "sparse_share" or self.extrapolate is not None:
                 value = _number(name, getattr(self, name))
                 if not 0 <= value <= 1:
                     raise HeterostepError(f"{name} must be in 0..1, not {value:g}")
@@ -139,11 +184,11 @@ class HSAConfig:
                 raise HeterostepError(
                     f"divisors must ascend, each a multiple of the one before, as in (1, 2, 4, 8), not {divisors}"
                 )
-        for name, least in (("rotation", 1), ("dense_start", 1), ("dense_end", 0), ("regroup_every", 1)):
+        for name, least in (("round_robin", 1), ("dense_start", 1), ("dense_end", 0), ("regroup_every", 1)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _whole(name, getattr(self, name), least))
-        if self.rotation is not None and (self.divisors is not None or isinstance(self.share, tuple)):
-            raise HeterostepError("rotation chooses each step's tokens: leave out divisors and shares by step")
+        if self.round_robin is not None and (self.divisors is not None or isinstance(self.share, tuple)):
+            raise HeterostepError("round_robin chooses each step's tokens: leave out divisors and shares by step")
         if _is_sequence(self.kv_store):
             object.__setattr__(self, "kv_store", tuple(self.kv_store))
             if not self.kv_store or not set(self.kv_store) < set(KV_STORES):
@@ -165,15 +210,15 @@ class HSAConfig:
 
     def _choose_policy(self) -> None:
         """Options that belong to one policy choose it, and do not go with another."""
-        for name, policy in (("divisors", "hsa"), ("rotation", "rotation")):
+        for name, policy in (("divisors", "hsa"), ("round_robin", "round-robin")):
             if getattr(self, name) is not None and self.policy != policy:
                 if self.policy != "auto":
                     raise HeterostepError(f"{name} belongs to policy={policy!r}, not to {self.policy!r}")
                 object.__setattr__(self, "policy", policy)
-        if self.policy == "rotation" and self.rotation is None:
-            raise HeterostepError("policy='rotation' wants rotation=, a number of steps")
-        if self.between and self.policy in ("hsa", "rotation"):
-            raise HeterostepError(f"between belongs to policy='auto', not to {self.policy!r}")
+        if self.policy == "round-robin" and self.round_robin is None:
+            raise HeterostepError("policy='round-robin' wants round_robin=, a number of steps")
+        if self.sparse_share and self.policy in ("hsa", "round-robin"):
+            raise HeterostepError(f"sparse_share belongs to policy='auto', not to {self.policy!r}")
         if self.policy == "hsa" and self.extrapolate is None:
             object.__setattr__(self, "extrapolate", 0.0)
 
@@ -189,7 +234,7 @@ class HSAConfig:
         if config is not None and not isinstance(config, cls):
             kind = type(config).__name__
             raise HeterostepError(f"config must be an HSAConfig, not {kind}: give its fields as keywords")
-        if unknown := sorted(set(options) - set(cls.__dataclass_fields__)):
+        if unknown := sorted(set(options) - set(cls.__dataclass_fields__) - set(RENAMED)):
             known = ", ".join(cls.__dataclass_fields__)
             raise HeterostepError(f"no such option: {', '.join(unknown)}; the options are {known}")
         return config or cls(**options)

@@ -45,9 +45,9 @@ def test_every_budget_is_spent(num_steps, share, shift, least):
         assert sum(counts) == max(budget // TOTAL * TOTAL, lowest)
 
 
-@given(num_steps=st.integers(4, 60), share=st.floats(0.2, 1.0), between=st.floats(0.05, 1.0))
-def test_with_single_tokens_the_last_evaluation_is_spent(num_steps, share, between):
-    policy = auto(num_steps, between=between)
+@given(num_steps=st.integers(4, 60), share=st.floats(0.2, 1.0), sparse_share=st.floats(0.05, 1.0))
+def test_with_single_tokens_the_last_evaluation_is_spent(num_steps, share, sparse_share):
+    policy = auto(num_steps, sparse_share=sparse_share)
     budget = int(share * num_steps * TOTAL)
     counts = policy.plan(budget)
     assert sum(counts) == max(budget, sum(policy.plan(0)))

@@ -79,7 +79,7 @@ def test_a_family_of_ones_own():
         plain = run(pipe)
         with heterostep.enabled(pipe, share=1.0):
             assert torch.equal(run(pipe), plain)
-        with heterostep.enabled(pipe, share=0.6, between=0.4):
+        with heterostep.enabled(pipe, share=0.6, sparse_share=0.4):
             run(pipe)
         assert heterostep.report(pipe).share.achieved == pytest.approx(0.6, abs=0.01)
     finally:

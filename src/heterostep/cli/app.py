@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -35,6 +36,22 @@ def _app(
     """Video diffusion in a fraction of the time, without training."""
 
 
+# Options that had other names; these go on working for one version.
+RENAMED = {"--between": "--sparse-share"}
+
+
+def _renamed(arguments: Sequence[str]) -> list[str]:
+    """Arguments with the options of today."""
+    translated = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in RENAMED:
+            typer.echo(f"heterostep: {name} is called {RENAMED[name]} now", err=True)
+            name = RENAMED[name]
+        translated.append(name + equals + value)
+    return translated
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; every fault is one line on stderr.
 
@@ -43,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         with interrupts.watched():
-            code = app(arguments, prog_name="heterostep", standalone_mode=False)
+            code = app(
+                _renamed(sys.argv[1:] if arguments is None else arguments),
+                prog_name="heterostep",
+                standalone_mode=False,
+            )
     except (HeterostepError, OSError) as error:
         return _fail(first_line(error), 2)
     except typer.TyperException as error:

@@ -89,8 +89,8 @@ def generate(
     model: Annotated[str | None, typer.Option(help="Diffusers folder or hub id.  [default: the bundled model]")] = None,
     runtime: Annotated[float | None, typer.Option(help="Seconds over dense seconds.  [default: 0.5]")] = None,
     share: Annotated[float | None, typer.Option(help="Token evaluations over dense ones; repeatable.")] = None,
-    between: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of it for single tokens between dense steps.")
+    sparse_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of it for single tokens, at sparse steps between the dense ones.")
     ] = 0.0,
     policy: Annotated[
         str, typer.Option(help="Where evaluations go: auto, or hsa for the paper's step divisors.")
@@ -124,10 +124,10 @@ def generate(
     from heterostep.policy import Run
     from heterostep.sigmas import nominal_sigmas
 
-    if no_kv and between:
-        raise HeterostepError("give --between or --no-kv, not both of them")
+    if no_kv and sparse_share:
+        raise HeterostepError("give --sparse-share or --no-kv, not both of them")
     check_guidance(guidance)
-    config = _config(runtime, share, between, dense, both, solver.value)
+    config = _config(runtime, share, sparse_share, dense, both, solver.value)
     config = dataclasses.replace(config, policy=policy, sync=sync, kv_store=kv_store, vram=vram)
     Schedule(config, Run(nominal_sigmas(steps))).check()
     check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
@@ -160,16 +160,16 @@ def generate(
 
 
 def _config(
-    runtime: float | None, share: float | None, between: float, dense: bool, both: bool, solver: str
+    runtime: float | None, share: float | None, sparse_share: float, dense: bool, both: bool, solver: str
 ) -> HSAConfig:
-    if dense and (runtime is not None or share is not None or between != 0 or both):
-        raise HeterostepError("--dense skips nothing: leave out --runtime, --share, --between and --both")
+    if dense and (runtime is not None or share is not None or sparse_share != 0 or both):
+        raise HeterostepError("--dense skips nothing: leave out --runtime, --share, --sparse-share and --both")
     if runtime is not None and share is not None:
         raise HeterostepError("give --runtime or --share, not both of them")
     if dense:
         return HSAConfig(share=1.0, solver=solver)
     runtime = 0.5 if runtime is None and share is None else runtime
-    return HSAConfig(runtime=runtime, share=share, between=between, solver=solver)
+    return HSAConfig(runtime=runtime, share=share, sparse_share=sparse_share, solver=solver)
 
 
 @contextlib.contextmanager
@@ -180,13 +180,13 @@ def _memory_advice(pipe: Any, config: HSAConfig, sizes: dict[str, Any]) -> Itera
         if not is_out_of_memory(error):
             raise
         advice = "lower --height, --width or --frames, or take a smaller --dtype"
-        if config.target == 1 or (not config.between and config.policy == "auto"):
+        if config.target == 1 or (not config.sparse_share and config.policy == "auto"):
             raise HeterostepError(f"out of memory: {advice}") from error
         from heterostep.checkpoints import kv_cache_bytes
 
         needed = kv_cache_bytes(pipe, **sizes)
         cache = f"; the K/V cache alone needs {filesize.decimal(needed)}" if needed else ""
-        raise HeterostepError(f"out of memory{cache}: {advice}, or leave out --between and --policy") from error
+        raise HeterostepError(f"out of memory{cache}: {advice}, or leave out --sparse-share and --policy") from error
 
 
 def _run(pipe: Any, config: HSAConfig, options: dict[str, Any], seed: int, name: str, quiet: bool) -> Result:

@@ -20,8 +20,8 @@ def plan(
     list_models: Annotated[bool, typer.Option("--list", help="The short names, and exit.")] = False,
     runtime: Annotated[float | None, typer.Option(help="Seconds over dense seconds.  [default: 0.5]")] = None,
     share: Annotated[float | None, typer.Option(help="Token evaluations over dense ones.")] = None,
-    between: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of it for single tokens between dense steps.")
+    sparse_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of it for single tokens, at sparse steps between the dense ones.")
     ] = 0.0,
     policy: Annotated[
         str, typer.Option(help="Where evaluations go: auto, or hsa for the paper's step divisors.")
@@ -50,13 +50,13 @@ def plan(
         raise HeterostepError(f"give --model: a hub id, a folder, or one of {', '.join(configs.names())}")
     if runtime is not None and share is not None:
         raise HeterostepError("give --runtime or --share, not both of them")
-    if no_kv and between:
-        raise HeterostepError("give --between or --no-kv, not both of them")
+    if no_kv and sparse_share:
+        raise HeterostepError("give --sparse-share or --no-kv, not both of them")
     if dtype not in ("float32", "float16", "bfloat16"):
         raise HeterostepError(f"--dtype must be float32, float16 or bfloat16, not {dtype}")
     runtime = 0.5 if runtime is None and share is None else runtime
     config = HSAConfig(
-        runtime=runtime, share=share, policy=policy, between=between, kv_store=kv_store, vram=vram
+        runtime=runtime, share=share, policy=policy, sparse_share=sparse_share, kv_store=kv_store, vram=vram
     )  # fmt: skip
     import torch
 
@@ -117,7 +117,7 @@ def _show_plan(made: Plan, config: HSAConfig) -> None:
         least = min(made.stores, key=lambda store: store.peak_bytes)
         typer.echo(
             f"chosen       nothing fits: {least.store} needs {filesize.decimal(least.peak_bytes)}; make a smaller or "
-            "shorter video, give --offload model, or leave out --between and --policy"
+            "shorter video, give --offload model, or leave out --sparse-share and --policy"
         )
         return
     host = f", {filesize.decimal(made.chosen.host_bytes)} in host memory" if made.chosen.host_bytes else ""

@@ -350,7 +350,7 @@ class Runner:
         if schedule.sparse and foreign is not None:
             raise HeterostepError(
                 f"the attention processor {foreign} is not diffusers' own, so single tokens cannot run through it: "
-                "evaluate whole steps (policy='auto', between=0), or take it off"
+                "evaluate whole steps (policy='auto', sparse_share=0), or take it off"
             )
         self.generation = generation = Generation(
             timesteps=scheduler.timesteps,

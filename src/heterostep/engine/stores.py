@@ -111,7 +111,7 @@ def place_for(expert: Expert, generation: Generation, inputs: dict[str, Any]) ->
     except DoesNotFit as error:
         advice = "make a smaller or shorter video or offload other models"
         if not generation.schedule.run.tokens.least:
-            advice += ", or evaluate whole steps alone (policy='auto', between=0)"
+            advice += ", or evaluate whole steps alone (policy='auto', sparse_share=0)"
         raise HeterostepError(f"{error}: {advice}") from error
 
 

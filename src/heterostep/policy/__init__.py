@@ -8,14 +8,14 @@ from heterostep.errors import HeterostepError
 from heterostep.policy.auto import Auto
 from heterostep.policy.base import Change, Policy, Run, Tokens
 from heterostep.policy.hsa import HSA
-from heterostep.policy.rotation import Rotation
+from heterostep.policy.round_robin import RoundRobin
 
 if TYPE_CHECKING:
     from heterostep.config import HSAConfig
 
 __all__ = ["POLICIES", "Change", "Policy", "Run", "Tokens", "find", "make", "register_policy"]
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Auto, HSA, Rotation)}
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Auto, HSA, RoundRobin)}
 
 
 def register_policy(policy: type[Policy]) -> type[Policy]:

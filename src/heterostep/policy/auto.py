@@ -45,7 +45,7 @@ LEAST_SHARE = 8
 
 
 class Auto(Policy):
-    """See the module's description. With `between` a part of the evaluations goes to single tokens inside the gaps."""
+    """See the module's description. With `sparse_share` a part of the evaluations goes to single tokens in the gaps."""
 
     name = "auto"
 
@@ -53,23 +53,23 @@ class Auto(Policy):
 
     def __init__(self, config: HSAConfig, run: Run) -> None:
         super().__init__(config, run)
-        self.sparse = bool(config.between)
+        self.sparse = bool(config.sparse_share)
         self.corrects = config.extrapolate is None
         sigmas = np.asarray(run.sigmas)
         self._middles, self._widths = (sigmas[:-1] + sigmas[1:]) / 2, -np.diff(sigmas)
         self._fitted: dict[tuple[Change, ...], float] = {}
 
     def replan(self, evaluations: int, step: int, changes: Sequence[Change] = (), exact: bool = True) -> list[int]:
-        tokens, num_steps, between = self.run.tokens, self.run.num_steps, self.config.between
+        tokens, num_steps, sparse_share = self.run.tokens, self.run.num_steps, self.config.sparse_share
         each = max(tokens.total - tokens.least, 1)
         affordable = (evaluations - tokens.least * (num_steps - step)) / each
-        number = math.floor(affordable * (1 - between) + 1e-9)
+        number = math.floor(affordable * (1 - sparse_share) + 1e-9)
         fixed = self._fixed(step, number)
         number = max(number, len(fixed))
         dense = self.dense_steps(number, step, self.exponent(changes), fixed)
         counts = [tokens.total if at in dense else tokens.least for at in range(step, num_steps)]
         left = max(evaluations - sum(counts), 0)
-        if between or tokens.least:
+        if sparse_share or tokens.least:
             self._spend_on_tokens(counts, left, [at - step for at in dense], exact)
         return counts
 
@@ -153,7 +153,7 @@ class Auto(Policy):
                 break
         enough = max(1, tokens.total // LEAST_SHARE)
         # What is left over by chance comes last: as seconds come in it is spent once, and in one gap.
-        wanted = max(1, left // enough) if self.config.between else math.ceil(left / each)
+        wanted = max(1, left // enough) if self.config.sparse_share else math.ceil(left / each)
         used = min(len(middles), wanted)
         if used and (exact or left >= enough):
             spread(counts, left, middles[-used:], tokens, exact)

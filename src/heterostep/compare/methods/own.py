@@ -40,17 +40,17 @@ def _fewer_euler_steps(pipe: Any, value: float, num_steps: int) -> Iterator[dict
         pipe.scheduler = scheduler
 
 
-def in_rotation(share: float, num_steps: int) -> dict[str, Any]:
-    """Options of a rotation at a share: half of the budget for the dense start, and half of the rest for probes."""
+def round_robin_options(share: float, num_steps: int) -> dict[str, Any]:
+    """Options of a round-robin at a share: half of the budget for the dense start, and half of the rest for probes."""
     start = max(2, round(0.5 * share * num_steps))
     rest = share * num_steps - start
-    return {"dense_start": start - 1, "rotation": max(1, round(2 * (num_steps - start) / rest)) if rest > 0 else 1}
+    return {"dense_start": start - 1, "round_robin": max(1, round(2 * (num_steps - start) / rest)) if rest > 0 else 1}
 
 
-def _rotation_method(name: str, label: str, sync: str, diagnostic: bool = False) -> Method:
+def _round_robin_method(name: str, label: str, sync: str, diagnostic: bool = False) -> Method:
     @contextlib.contextmanager
     def apply(pipe: Any, value: float, num_steps: int) -> Iterator[dict[str, Any]]:
-        with enabled(pipe, share=value, sync=sync, **in_rotation(value, num_steps)):
+        with enabled(pipe, share=value, sync=sync, **round_robin_options(value, num_steps)):
             yield {}
 
     return Method(
@@ -58,25 +58,31 @@ def _rotation_method(name: str, label: str, sync: str, diagnostic: bool = False)
     )
 
 
-# Share of the evaluations for single tokens between dense steps, where a method is about these.
-BETWEEN = 0.2
+# A fifth of the evaluations for single tokens between dense steps, where a method is about these.
+SPARSE_SHARE = 0.2
 
 OWN = (
     heterostep_method("heterostep", "heterostep"),
     heterostep_method("heterostep-euler", "heterostep, Euler", solver="euler"),
     heterostep_method("hsa", "HSA as published (step divisors, velocities held)", policy="hsa"),
-    heterostep_method("tokens", "single tokens in the gaps", between=BETWEEN),
-    heterostep_method("tokens-random", "single tokens at random (control)", between=BETWEEN, score="random"),
+    heterostep_method("tokens", "single tokens in the gaps", sparse_share=SPARSE_SHARE),
+    heterostep_method("tokens-random", "single tokens at random (control)", sparse_share=SPARSE_SHARE, score="random"),
     heterostep_method(
-        "tokens-oracle", "single tokens in the gaps, true errors (bound)", True, between=BETWEEN, score="oracle"
+        "tokens-oracle",
+        "single tokens in the gaps, true errors (bound)",
+        True,
+        sparse_share=SPARSE_SHARE,
+        score="oracle",
     ),
     heterostep_method(
-        "tokens-fresh", "single tokens in the gaps, fresh K/V (bound)", True, between=BETWEEN, sync="fresh"
+        "tokens-fresh", "single tokens in the gaps, fresh K/V (bound)", True, sparse_share=SPARSE_SHARE, sync="fresh"
     ),
-    heterostep_method("tokens-drift", "single tokens in the gaps, K/V in drift", between=BETWEEN, sync="drift"),
-    _rotation_method("rotation", "tokens in rotation, K/V in drift", "drift"),
-    _rotation_method("rotation-hold", "tokens in rotation, K/V held", "hold"),
-    _rotation_method("rotation-fresh", "tokens in rotation, fresh K/V (bound)", "fresh", diagnostic=True),
+    heterostep_method(
+        "tokens-drift", "single tokens in the gaps, K/V in drift", sparse_share=SPARSE_SHARE, sync="drift"
+    ),
+    _round_robin_method("round-robin", "tokens in turn, K/V in drift", "drift"),
+    _round_robin_method("round-robin-hold", "tokens in turn, K/V held", "hold"),
+    _round_robin_method("round-robin-fresh", "tokens in turn, fresh K/V (bound)", "fresh", diagnostic=True),
     Method("steps", "fewer steps, the pipeline's solver", "share of the steps", BUDGETS, _fewer_steps, budget=True),
     Method("steps-euler", "fewer steps, Euler", "share of the steps", BUDGETS, _fewer_euler_steps, budget=True),
 )

@@ -1,6 +1,8 @@
-"""A control for the benchmark: as many tokens at every step, in rotation. It loses to dense steps unless K/V are fresh.
+"""A control for the benchmark: as many tokens at every step, each in its turn.
 
-After the window's first step there is no dense one. Each token has its turn in `rotation` steps, so that none is
+It loses to dense steps unless K/V are fresh.
+
+After the window's first step there is no dense one. Each token has its turn in `round_robin` steps, so that none is
 skipped for longer; beside these probes run the tokens whose velocity is predicted to be most wrong.
 """
 
@@ -14,20 +16,20 @@ from heterostep.policy.base import Tokens, spread
 from heterostep.policy.window import Windowed
 
 
-class Rotation(Windowed):
-    """See the module's description; `config.rotation` is its length."""
+class RoundRobin(Windowed):
+    """See the module's description; `config.round_robin` is its length."""
 
-    name = "rotation"
+    name = "round-robin"
     ranks_each_step = True
 
     @property
     def length(self) -> int:
         """Steps in which every token has its turn."""
-        return self.config.rotation or 1
+        return self.config.round_robin or 1
 
     def inside(self, evaluations: int, steps: range, exact: bool) -> list[int]:
         dense = (self.window[0], *self.run.restarts)
-        return by_rotation(evaluations, self.run.tokens, steps, self.length, dense, exact)
+        return by_round_robin(evaluations, self.run.tokens, steps, self.length, dense, exact)
 
     def plans_anew_from(self, step: int, dense: bool) -> int | None:
         (start, stop), begins = self.window, step + 1
@@ -47,11 +49,11 @@ class Rotation(Windowed):
         return f"dense steps: {dense}, then 1/{self.length} of the tokens at each"
 
 
-def by_rotation(
+def by_round_robin(
     evaluations: int,
     tokens: Tokens,
     steps: range,
-    rotation: int,
+    length: int,
     dense: Sequence[int] = (),
     exact: bool = True,
 ) -> list[int]:
@@ -61,34 +63,34 @@ def by_rotation(
         evaluations: token evaluations that may be spent, 0..N * len(steps).
         tokens: how many there are.
         steps: the window's steps, or what is left of it, numbered from the run's first.
-        rotation: no token is skipped for longer.
+        length: no token is skipped for longer.
         dense: steps at which all tokens are evaluated: the window's first, and where another model takes over.
         exact: let one count fall between the sizes, so that the last evaluation is spent; else spend up to a unit less.
 
     Returns:
         A count in 0..N for each step. Their sum is `evaluations`, or the nearest that is possible.
     """
-    least = Tokens(tokens.total, max(tokens.least, probes(tokens.total, rotation)))
+    least = Tokens(tokens.total, max(tokens.least, probes(tokens.total, length)))
     counts = [least.total if step in dense else least.least for step in steps]
     between = [position for position, step in enumerate(steps) if step not in dense]
     spread(counts, max(evaluations - sum(counts), 0), between, least, exact)
     return counts
 
 
-def probes(total: int, rotation: int) -> int:
-    """Tokens whose turn it is at a step, at the most, so that all have had theirs in `rotation` steps."""
-    return -(-total // rotation)
+def probes(total: int, length: int) -> int:
+    """Tokens whose turn it is at a step, at the most, so that all have had theirs in `length` steps."""
+    return -(-total // length)
 
 
-def with_probes(scores: torch.Tensor, turn: int, rotation: int) -> torch.Tensor:
+def with_probes(scores: torch.Tensor, turn: int, length: int) -> torch.Tensor:
     """Scores [B, N] in which the tokens whose turn it is come first: neighbours, such as a frame or a part of it.
 
     Args:
         scores: higher is more urgent, [B, N].
-        turn: 0..rotation - 1.
-        rotation: turns until all have had theirs.
+        turn: 0..length - 1.
+        length: turns until all have had theirs.
     """
     total = scores.shape[1]
     scores = scores.clone()
-    scores[:, turn * total // rotation : (turn + 1) * total // rotation] = torch.inf
+    scores[:, turn * total // length : (turn + 1) * total // length] = torch.inf
     return scores
