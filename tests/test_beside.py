@@ -25,14 +25,6 @@ def row(request):
     return ROWS[request.param]
 
 
-@pytest.fixture(autouse=True)
-def backend_of_all_others():
-    """A model's `set_attention_backend` is also that of every model without one, from then on."""
-    before, _ = registry.get_active_backend()
-    yield
-    registry.set_active_backend(before)
-
-
 def shown_to_work(row, pipe, **options):
     """Bit-identical with nothing skipped, before and after; sparse runs, of whole steps and not, can be repeated."""
     plain = row.run(pipe, steps=4, **options)
