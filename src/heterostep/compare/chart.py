@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 
 from heterostep.compare.summary import EVALUATIONS, RUNTIME
 
@@ -165,7 +166,7 @@ class Chart:
         for line in sorted(self.lines, key=lambda line: -line.index):
             parts.append(self._line(line, at_x, at_y, x_high, low, high))
         label = f"{self.metric.name} against {AXES[self.x_key].split(',')[0]}, {self.metric.direction}. {self._words()}"
-        frame = f'viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{label}"'
+        frame = f'viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(label)}"'
         return f'<svg class="chart" {frame}>{"".join(parts)}</svg>', notes
 
     def _y_range(self, x_high: float) -> tuple[float, float]:
@@ -209,7 +210,7 @@ class Chart:
                 parts.append(f'<path class="whisker" d="M{px:.1f} {y0:.1f}V{y1:.1f}"/>')
         for (x, y), (px, py) in zip(inside, places):
             title = f"{line.label}: {self.metric.text(y.mean)} at {x.mean:.2f}"
-            parts.append(f"<g><title>{title}</title>{marker(line.index, px, py)}</g>")
+            parts.append(f"<g><title>{escape(title)}</title>{marker(line.index, px, py)}</g>")
         return (
             f'<g class="m{line.index} s{line.index % 8}{" diagnostic" if line.diagnostic else ""}">{"".join(parts)}</g>'
         )

@@ -14,7 +14,6 @@ import shlex
 import statistics
 from collections.abc import Callable
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -249,8 +248,7 @@ def _plot(report: Report, x_key: str, metric: Metric, names: list[str]) -> Recor
     chart = Chart(x_key, metric)
     for name in names:
         points = [(value_of(p.get(x_key)), metric_value(metric, p.get(metric.key))) for p in report.curves[name]]
-        # The chart writes its SVG as it is given.
-        chart.add(name, escape(report.label(name)), report.series[name], name in report.diagnostic, points)
+        chart.add(name, report.label(name), report.series[name], name in report.diagnostic, points)
     dense, chance = report.of_dense(metric), report.of_chance(metric)
     chart.dense = dense.mean if dense else None
     chart.chance = chance.mean if chance and metric in (PSNR, SSIM, LPIPS) else None
