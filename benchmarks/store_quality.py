@@ -1,6 +1,6 @@
 """What fp8 K and V cost in quality: PSNR of the videos to those with K and V in the model's precision, bundled model.
 
-The same noise, the same plan, another store; `offload` keeps the same numbers as `device` (tests/test_stores.py).
+The same noise and plan, another store; `offload` keeps the same numbers as `device` (tests/engine/test_stores.py).
 
 python benchmarks/store_quality.py --json benchmarks/store-quality.json
 """

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
@@ -13,6 +14,27 @@ import small_hunyuan
 import small_ltx
 import small_ltx2
 import small_wan
+
+# One of each family, and those with two experts, two kinds of blocks, given tokens.
+REPRESENTATIVE = (
+    "wan2.1-t2v",
+    "wan2.2-i2v",
+    "wan2.1-vace",
+    "wan2.2-ti2v-i2v",
+    "ltx2.3-i2v",
+    "ltx0.9-t2v",
+    "hunyuan1.5-t2v",
+)
+
+
+def quickly(names: Iterable[Any], quick: Iterable[Any] = REPRESENTATIVE) -> list[Any]:
+    """Parameters of a test, all but the `quick` ones marked as slow."""
+    quick = tuple(quick)
+    return [name if name in quick else _slow(name) for name in names]
+
+
+def _slow(name: Any) -> Any:
+    return pytest.param(*(name if isinstance(name, tuple) else (name,)), marks=pytest.mark.slow)
 
 
 @dataclass(frozen=True)

@@ -272,7 +272,7 @@ def test_a_server_with_two_threads_and_two_pipelines(options):
     assert all(heterostep.report(pipe).finished for pipe in pipes.values())
 
 
-@pytest.mark.parametrize("options", [WHOLE, SINGLE], ids=["whole", "single"])
+@pytest.mark.parametrize("options", [pytest.param(WHOLE, marks=pytest.mark.slow), SINGLE], ids=["whole", "single"])
 def test_components_swapped_between_runs(row, options):
     """A scheduler is followed, an autoencoder is none of our business, a transformer wants `enable` again."""
     pipe, other = row.build(), row.build()

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 
 import heterostep
 from heterostep.video import read_video, write_video
+from rows import quickly
 from small_hunyuan import small_hunyuan
 from small_ltx2 import small_ltx2
 from small_wan import FRAMES, SIZE, moving_square, small_wan
@@ -88,7 +89,10 @@ def publish(monkeypatch, tmp_path):
     return publish
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", quickly(NAMES, set(NAMES) - {"hunyuan15_i2v", "ltx2_keyframes"}))
 def test_a_script_makes_its_video(name, publish, files, tmp_path, capsys):
     build, needed = SCRIPTS[name]
     loaded, main = publish(build()), main_of(name)

@@ -16,7 +16,7 @@ from heterostep import compat
 from heterostep.engine.runner import Runner
 from heterostep.errors import HeterostepError
 from heterostep.pipeline import inspect
-from rows import ROWS, equal, transformers
+from rows import REPRESENTATIVE, ROWS, equal, quickly, transformers
 from small import run, small_pipeline
 
 STEPS = 8
@@ -54,21 +54,7 @@ def cancelled(row, pipe):
         hook.remove()
 
 
-# One of each family, and those with two experts, two kinds of blocks, given tokens; the others are slow.
-REPRESENTATIVE = {
-    "wan2.1-t2v",
-    "wan2.2-i2v",
-    "wan2.1-vace",
-    "wan2.2-ti2v-i2v",
-    "ltx2.3-i2v",
-    "ltx0.9-t2v",
-    "hunyuan1.5-t2v",
-}
-
-
-@pytest.fixture(
-    params=[name if name in REPRESENTATIVE else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
-)
+@pytest.fixture(params=quickly(ROWS))
 def row(request):
     return ROWS[request.param]
 
@@ -76,7 +62,7 @@ def row(request):
 # Single tokens touch more than whole steps do, so most kinds show those alone when there is little time.
 BOTH = ("wan2.1-t2v",)
 # Its text and video in one sequence take longest, and nothing of a pipeline's life is special to it.
-SHOWN = REPRESENTATIVE - {"hunyuan1.5-t2v"}
+SHOWN = set(REPRESENTATIVE) - {"hunyuan1.5-t2v"}
 TABLE = [
     pytest.param(
         name,

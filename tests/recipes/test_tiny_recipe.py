@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "tiny"
+RECIPE = Path(__file__).parents[2] / "recipes" / "tiny"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vizdoom", reason="vizdoom is not installed: pip install '.[rooms]'")
 pytest.importorskip("skimage", reason="scikit-image is not installed: pip install '.[rooms]'")
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "rooms"
+RECIPE = Path(__file__).parents[2] / "recipes" / "rooms"
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_stores import LAYERS
 
 import heterostep
 from heterostep.compare.methods.own import BUDGETS, round_robin_options
@@ -19,9 +20,8 @@ from heterostep.pipeline import inspect
 from heterostep.policy import Run, Tokens
 from heterostep.policy.round_robin import by_round_robin, probes, with_probes
 from heterostep.sigmas import log_alpha, nominal_sigmas
-from rows import ROWS, equal
+from rows import ROWS, equal, quickly
 from small import run, small_pipeline
-from test_stores import LAYERS
 
 DRIFT = {"share": 0.55, "sparse_share": 0.4, "dense_start": 2, "sync": "drift"}
 TURNS = {"share": 0.5, "round_robin": 4, "dense_start": 2, "sync": "drift"}
@@ -51,7 +51,10 @@ def test_with_no_drift_it_is_held(pipe, monkeypatch, options):
         assert torch.equal(run(pipe), held)
 
 
-@pytest.mark.parametrize("name", ["wan2.1-t2v", "wan2.2-i2v", "ltx2.3-t2v", "ltx0.9-t2v", "hunyuan1.5-t2v"])
+KINDS = ("wan2.1-t2v", "wan2.2-i2v", "ltx2.0-t2v", "ltx2.3-t2v", "ltx0.9-t2v", "hunyuan1.5-t2v")
+
+
+@pytest.mark.parametrize("name", quickly(KINDS, ["wan2.1-t2v", "wan2.2-i2v", "ltx2.0-t2v", "ltx0.9-t2v"]))
 def test_families_and_stores(name):
     """Wherever K/V are kept they drift alike; coded ones are held."""
     row, made = ROWS[name], {}

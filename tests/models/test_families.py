@@ -9,7 +9,7 @@ import torch
 import heterostep
 from heterostep.kv.cache import KVCache
 from heterostep.pipeline import inspect as look_at
-from rows import ROWS, equal, transformers
+from rows import ROWS, equal, quickly, transformers
 from seams import Seamed
 
 STEPS = 12
@@ -17,12 +17,18 @@ STEPS = 12
 HALF = {"share": 0.5, "sparse_share": 0.5, "dense_start": 1}
 
 
-# LTX-2.3's rows ask the same of a larger model.
-SLOW = ("ltx2.0-i2v", "ltx2.0-condition")
+# What differs from row to row is what an adapter says; LTX-2.3's rows ask the same of a larger model.
+ADAPTERS = [name for name in ROWS if name not in ("ltx2.0-i2v", "ltx2.0-condition")]
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ROWS])
+@pytest.fixture(params=quickly(ROWS, ADAPTERS))
 def row(request):
+    return ROWS[request.param]
+
+
+@pytest.fixture(params=quickly(ROWS))
+def kind(request):
+    """For what the engine does alike for all."""
     return ROWS[request.param]
 
 
@@ -92,43 +98,43 @@ def test_sleeping_tokens_are_seen_by_every_attention_that_reads_video(row):
         seamed.restore()
 
 
-def test_half_of_the_evaluations_are_spent_and_reported(row):
-    pipe = row.build()
-    dense = row.run(pipe, steps=STEPS)
+def test_half_of_the_evaluations_are_spent_and_reported(kind):
+    pipe = kind.build()
+    dense = kind.run(pipe, steps=STEPS)
     heterostep.enable(pipe, **HALF)
-    half = row.run(pipe, steps=STEPS)
+    half = kind.run(pipe, steps=STEPS)
     report = heterostep.report(pipe)
     steps, samples = report.num_inference_steps, len(report.steps_maps)
     assert report.finished and report.pipeline == type(pipe).__name__
     assert samples == 1 and len(report.active_share) == steps
     # A video's grid may have given tokens behind it, which the map does not show.
-    assert report.steps_map.shape == row.grid
+    assert report.steps_map.shape == kind.grid
     assert report.steps.mean == pytest.approx(report.share.achieved * steps)
     tokens = look_at(pipe).generation.total
     assert abs(report.share.achieved - 0.5) <= 1 / (tokens * steps)
     assert report.steps_maps.min() < report.steps_maps.max() <= steps
     assert sum(report.active_share) / steps == pytest.approx(report.share.achieved)
     assert all(x.isfinite().all() and not torch.equal(x, y) for x, y in zip(half, dense))
-    assert equal(row.run(pipe, steps=STEPS), half), "a new generation starts with nothing of the last"
+    assert equal(kind.run(pipe, steps=STEPS), half), "a new generation starts with nothing of the last"
     assert heterostep.report(pipe).memory.kv_cache_bytes == report.memory.kv_cache_bytes > 0
     assert not look_at(pipe).generation.branches
 
 
-def test_a_runtime_run_ends_and_is_replayed(row):
-    pipe = row.build()
+def test_a_runtime_run_ends_and_is_replayed(kind):
+    pipe = kind.build()
     heterostep.enable(pipe, runtime=0.6, sparse_share=0.3)
-    first = row.run(pipe, steps=16)
+    first = kind.run(pipe, steps=16)
     report = heterostep.report(pipe)
     assert report.finished and report.runtime.achieved is not None
     heterostep.enable(pipe, share=report.active_share)
-    assert equal(row.run(pipe, steps=16), first)
+    assert equal(kind.run(pipe, steps=16), first)
     assert heterostep.report(pipe).active_share == report.active_share
 
 
-def test_an_exception_leaves_nothing_behind(row):
-    pipe = row.build()
+def test_an_exception_leaves_nothing_behind(kind):
+    pipe = kind.build()
     heterostep.enable(pipe, **HALF)
-    clean = row.run(pipe, steps=STEPS)
+    clean = kind.run(pipe, steps=STEPS)
 
     seen = []
 
@@ -139,21 +145,21 @@ def test_an_exception_leaves_nothing_behind(row):
 
     hooks = [model.register_forward_pre_hook(fail) for model in transformers(pipe)]
     with pytest.raises(KeyboardInterrupt):
-        row.run(pipe, steps=STEPS, seed=9)
+        kind.run(pipe, steps=STEPS, seed=9)
     for hook in hooks:
         hook.remove()
     assert not heterostep.report(pipe).finished
-    assert equal(row.run(pipe, steps=STEPS), clean)
+    assert equal(kind.run(pipe, steps=STEPS), clean)
 
 
-def test_another_size_starts_anew(row):
-    pipe = row.build()
+def test_another_size_starts_anew(kind):
+    pipe = kind.build()
     heterostep.enable(pipe, **HALF)
-    clean = row.run(pipe, steps=STEPS)
+    clean = kind.run(pipe, steps=STEPS)
     shape = heterostep.report(pipe).steps_map.shape
-    row.run(pipe, steps=STEPS, **row.larger)
+    kind.run(pipe, steps=STEPS, **kind.larger)
     assert heterostep.report(pipe).steps_map.size > np.prod(shape)
-    assert equal(row.run(pipe, steps=STEPS), clean)
+    assert equal(kind.run(pipe, steps=STEPS), clean)
     heterostep.disable(pipe)
 
 
