@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from heterostep.config import HSAConfig
 from heterostep.engine.schedule import Schedule
 from heterostep.policy import Change, Run, Tokens, make
-from heterostep.policy.auto import EXPONENT, LEVEL
+from heterostep.policy.auto import ENOUGH, LEVEL
 from heterostep.sigmas import nominal_sigmas
 
 TOTAL = 320
 
 
-def auto(num_steps=40, shift=5.0, tokens=None, restarts=(), **options):
-    run = Run(nominal_sigmas(num_steps, shift), tokens or Tokens(TOTAL), restarts)
+def auto(num_steps=40, shift=5.0, tokens=None, restarts=(), from_frames=False, **options):
+    run = Run(nominal_sigmas(num_steps, shift), tokens or Tokens(TOTAL), restarts, from_frames)
     return make(HSAConfig(share=0.5, **options), run)
 
 
@@ -112,15 +112,28 @@ def test_a_made_up_profile_is_met_with_equal_changes(shift, exponent):
 def test_the_first_change_tells_the_exponent():
     """What is given early changes little at the start: by that one number the tasks are told apart."""
     policy = auto(40, 3.0)
-    assert policy.exponent([]) == pytest.approx(EXPONENT, abs=0.05)
     text, image = policy.exponent([Change(0, 1, 1.05)]), policy.exponent([Change(0, 1, 0.15)])
     assert image < 1.3 < 1.5 < text
     assert policy.exponent([Change(0, 1, math.inf), Change(1, 2, 0.0)]) == policy.exponent([])
+    # Without guidance all changes are about a third as large.
+    for with_guidance, without in ((1.05, 0.35), (0.15, 0.05)):
+        guided, unguided = Change(0, 1, with_guidance), Change(0, 1, without, guided=False)
+        assert policy.exponent([guided]) == pytest.approx(policy.exponent([unguided]), abs=0.06)
+
+
+def test_before_anything_is_measured_the_task_is_what_is_known():
+    assert auto(from_frames=True).exponent([]) < auto().exponent([])
+    # Plain sampling with two of four steps would evaluate these two.
+    assert dense(auto(4, from_frames=True).plan(2 * TOTAL)) == [0, 2]
+    assert dense(auto(4).plan(2 * TOTAL)) == [0, 1]
 
 
 def test_few_evaluations_do_not_begin_with_two_alike():
-    assert dense(auto(8).plan(2 * TOTAL)) != [0, 1]
-    assert dense(auto(40).plan(10 * TOTAL))[:2] == [0, 1]
+    few = dense(auto(12, 7.0, from_frames=True).plan(3 * TOTAL))
+    assert len(few) == 3 and few[:2] != [0, 1]
+    assert dense(auto(40, from_frames=True).plan(ENOUGH * TOTAL))[:2] == [0, 1]
+    # Tokens are ranked by a first change.
+    assert dense(auto(12, 7.0, from_frames=True, sparse_share=0.2).plan(6 * TOTAL))[:2] == [0, 1]
     # Where every step reads K and V, they are kept from the second on.
     assert auto(8, tokens=Tokens(TOTAL, 1)).plan(3 * TOTAL)[:2] == [TOTAL, TOTAL]
 

@@ -132,6 +132,11 @@ class Generation:
         return self.schedule.config
 
     @property
+    def guided(self) -> bool:
+        """Whether this step's velocity is made of several guidance branches."""
+        return sum(branch.batch for branch in self.branches if branch.last_step == self.step) > self.samples
+
+    @property
     def elapsed_log_alpha(self) -> torch.Tensor:
         """`log_alpha` that has passed since each token's last evaluation, [B, N]."""
         return self.times[self.step] - log_alpha(self.evaluated_at)

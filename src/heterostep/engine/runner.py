@@ -340,7 +340,8 @@ class Runner:
             clean = clean[:samples]
         sigmas = scheduler.sigmas[first : first + num_steps + 1].float().cpu()
         tokens = Tokens(grid.num_tokens, self.adapter.least_active)
-        schedule = Schedule(self.config, Run(tuple(sigmas.tolist()), tokens, restarts))
+        from_frames = self.adapter.from_frames(expert.model, inputs)
+        schedule = Schedule(self.config, Run(tuple(sigmas.tolist()), tokens, restarts, from_frames))
         schedule.check()
         foreign = next((each.foreign for each in self.experts if each.foreign), None)
         if schedule.sparse and foreign is not None:

@@ -118,7 +118,7 @@ def end_step(
             generation.weight = policy.weight(change)
         if generation.schedule.online and policy.online:
             # To read it is to wait for the GPU.
-            generation.changes.append(Change(before, step, float(change.mean())))
+            generation.changes.append(Change(before, step, float(change.mean()), generation.guided))
     return given
 
 

@@ -136,6 +136,11 @@ class Adapter(abc.ABC):
         timestep = inputs["timestep"]
         return timestep == 0 if _per_token(timestep) else None
 
+    def from_frames(self, model: Any, inputs: dict[str, Any]) -> bool:
+        """Whether the video goes on from given frames: its velocities then change less while it takes its shape."""
+        clean = self.clean_tokens(inputs)
+        return clean is not None and bool(clean.any())
+
     def guidance_copies(self, pipe: Any) -> int:
         """How many guidance branches the pipeline's first call of a step has in its batch."""
         return 1

@@ -68,6 +68,10 @@ class HunyuanVideo15Adapter(Adapter):
             *(size // patch for size, patch in zip(inputs["hidden_states"].shape[2:], _patch_sizes(model)))
         )
 
+    def from_frames(self, model: Any, inputs: dict[str, Any]) -> bool:
+        # The last channel is the mask of given frames.
+        return bool(inputs["hidden_states"][:, -1].any())
+
     def arrange(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
         # Of a token's values the channels come first.
         patches = velocities.unflatten(2, (-1, *_patch_sizes(model))).unflatten(1, grid.shape)

@@ -95,6 +95,11 @@ class WanAdapter(Adapter):
         sizes, patch = inputs["hidden_states"].shape[2:], model.config.patch_size
         return TokenGrid(*(size // p for size, p in zip(sizes, patch, strict=True)))
 
+    def from_frames(self, model: Any, inputs: dict[str, Any]) -> bool:
+        # Image-to-video checkpoints are given the frames' latents in channels beside the noisy ones.
+        channels = inputs["hidden_states"].shape[1]
+        return channels > (model.config.out_channels or channels) or super().from_frames(model, inputs)
+
     def arrange(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
         # Of a token's values the channels come last.
         patches = velocities.unflatten(2, (*model.config.patch_size, -1)).unflatten(1, grid.shape)

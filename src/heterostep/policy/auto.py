@@ -10,8 +10,8 @@ How fast a velocity changes is measured in the run itself. Over sigma its relati
     rate(sigma) = level * ((1 - sigma)^-exponent + 0.2 / sigma)
 
 fast while the video takes its shape, and again at the very end. The level hardly differs between tasks, guidance
-scales, shifts and solvers; the exponent does (1.5 to 1.7 in text-to-video, 1.1 to 1.3 where a first frame is given). So
-the first changes tell the exponent, and later ones steady both (docs/method.md).
+scales, shifts and solvers (without guidance it is a third); the exponent does (1.4 to 1.7 in text-to-video, 1.0 to 1.3
+where a first frame is given). So the first changes tell the exponent, and later ones steady both (docs/method.md).
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ if TYPE_CHECKING:
 END = 0.2
 # What is expected of a run before it is seen, and its standard deviation; of log(level) for the level.
 EXPONENT, EXPONENT_SPREAD = 1.4, 0.3
-LEVEL, LEVEL_SPREAD = 0.3, 0.3
+LEVEL, UNGUIDED_LEVEL, LEVEL_SPREAD = 0.3, 0.1, 0.3
+# The same where frames are given, before the first change has been measured: that tells more than the task does.
+EXPONENT_FROM_FRAMES = 1.2
+# With fewer evaluations than this, one at the second step costs more than the change that it measures can tell.
+ENOUGH = 7
 # Standard deviation of a measured log(change) about the law.
 NOISE = 0.25
 EXPONENTS = np.linspace(0.6, 2.2, 33)
@@ -76,8 +80,9 @@ class Auto(Policy):
     def _fixed(self, step: int, number: int) -> set[int]:
         """Steps from `step` on that are dense in any case, where about `number` can be."""
         num_steps, config = self.run.num_steps, self.config
-        # The first change is wanted soon, unless that would be half of all evaluations.
-        start = max(config.dense_start or 1, 2 if number > 2 or self.run.tokens.least else 1)
+        # The first change is wanted soon, unless evaluations are few. Tokens are ranked by it.
+        few = ENOUGH if not self.sparse else 3
+        start = max(config.dense_start or 1, 2 if number >= few or self.run.tokens.least else 1)
         fixed = {step, *(at for at in self.run.restarts if at > step)} | set(range(step, min(start, num_steps)))
         return fixed | set(range(max(step, num_steps - config.dense_end), num_steps))
 
@@ -101,9 +106,10 @@ class Auto(Policy):
     def _fit(self, changes: Sequence[Change]) -> float:
         known = [change for change in changes if change.value > 0 and math.isfinite(change.value)]
         if not known:
-            return EXPONENT
+            return EXPONENT_FROM_FRAMES if self.run.from_frames else EXPONENT
         starts, stops = [change.start for change in known], [change.stop for change in known]
-        measured = np.log([change.value for change in known]) - math.log(LEVEL)
+        levels = np.log([LEVEL if change.guided else UNGUIDED_LEVEL for change in known])
+        measured = np.log([change.value for change in known]) - levels
 
         def cost(exponent: float, passed: np.ndarray) -> float:
             off = measured - np.log(passed[stops] - passed[starts])

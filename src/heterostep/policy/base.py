@@ -49,11 +49,13 @@ class Run:
         sigmas: noise levels 1..0, falling, one more than there are steps.
         tokens: by default very many, for a forecast before they are known.
         restarts: steps at which another transformer takes over; they are dense.
+        from_frames: whether the video goes on from given frames (image-to-video).
     """
 
     sigmas: tuple[float, ...]
     tokens: Tokens = Tokens(1_000_000)
     restarts: tuple[int, ...] = ()
+    from_frames: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -64,12 +66,14 @@ class Run:
 class Change:
     """How much the guided velocity changed from one dense step to the next: |v_stop - v_start|_1 / |v_stop|_1.
 
-    `value` is the mean over the samples; given tokens (a first frame) have no part in it.
+    `value` is the mean over the samples; given tokens (a first frame) have no part in it. `guided` is False where the
+    velocity is one prediction, not made of several by guidance.
     """
 
     start: int
     stop: int
     value: float
+    guided: bool = True
 
 
 class Policy(abc.ABC):
