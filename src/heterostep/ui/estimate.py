@@ -74,12 +74,11 @@ class Estimates:
         with self._lock:
             return self._around.get(size, 0.0)
 
-    def learn(self, size: Size, step_seconds: float, around: float | None = None) -> None:
+    def learn(self, size: Size, step_seconds: float, around: float) -> None:
         """A run of this size has been timed: seconds of a dense step, and of encoding and decoding."""
         with self._lock:
             self._steps[size] = step_seconds
-            if around is not None:
-                self._around[size] = around
+            self._around[size] = around
         try:
             known = self._find(size)
             if known is not None and abs(known[0].seconds(1.0) * known[1] / step_seconds - 1) < NEWS:

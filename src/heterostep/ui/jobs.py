@@ -353,8 +353,9 @@ class Studio:
         runtime = result.report.runtime
         # A dense run has timed all steps; a faster one estimates dense's seconds from those that it made.
         dense = runtime.seconds - runtime.warmup_seconds if name == "dense" else runtime.dense_seconds
-        if size is not None and dense and (name == "dense" or known is None):
-            self.estimates.learn(size, dense / steps, time.perf_counter() - began - runtime.seconds)
+        if size is not None and dense:
+            around = time.perf_counter() - began - runtime.seconds
+            self.estimates.learn(size, dense / steps if name == "dense" or known is None else known, around)
         return result
 
 

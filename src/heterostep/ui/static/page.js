@@ -48,10 +48,13 @@ class Fault extends Error {
   constructor({ message, field }) { super(message); this.field = field; }
 }
 
+// A line as a sentence; names of files and options at its beginning stay as they are.
+const sentence = (text) => (/^[a-z]+[ ,:]/.test(text) ? text[0].toUpperCase() + text.slice(1) : text) + (text.endsWith(".") ? "" : ".");
+
 // Faults, told under the field that they are about.
 function tell(fault) {
   const place = form.querySelector(`[data-error="${CSS.escape(fault.field)}"]`) ?? form.querySelector('[data-error=""]');
-  place.textContent = fault.message[0].toUpperCase() + fault.message.slice(1) + ".";
+  place.textContent = sentence(fault.message);
   show(place);
   const input = fault.field && form.elements[fault.field];
   if (input) input.setAttribute("aria-invalid", "true");
@@ -95,9 +98,9 @@ async function estimate() {
   if (known.seconds === null) {
     parts.push("Time unknown yet: the first run at this size is measured");
   } else {
-    parts.push(`About ${seconds(known.seconds)}`);
+    parts.push(`About ${seconds(known.seconds)} with decoding`);
     if ($("dense").checked) {
-      parts.push(known.made ? "the dense video is there already" : `about ${seconds(known.dense_seconds)} for the dense video before`);
+      parts.push(known.made ? "the dense video is there already" : `before it about ${seconds(known.dense_seconds)} for the dense video`);
     }
   }
   if (known.ahead && !running) parts.push(known.ahead === 1 ? "one video is before yours" : `${known.ahead} videos are before yours`);
@@ -125,7 +128,11 @@ async function take(file) {
   show($("image-note"), false);
   show($("preview"), false);
   show($("remove"), file !== null);
-  if (!file) { $("image").value = ""; changed(); return; }
+  // The browser's own field shows the file, too, where it was dropped or drawn.
+  const files = new DataTransfer();
+  if (file) files.items.add(file);
+  $("image").files = files.files;
+  if (!file) { changed(); return; }
   try {
     const seen = await ask("/api/image", { method: "POST", body: contents() });
     if (firstFrame !== file) return;
@@ -175,7 +182,7 @@ form.addEventListener("submit", async (event) => {
     running = shown = job.id;
     display(job);
     history();
-    if (matchMedia("(max-width: 52rem)").matches) $("result").scrollIntoView({ behavior: "smooth" });
+    reveal();
     watch(job.id);
   } catch (fault) {
     if (fault instanceof Fault) tell(fault).focus?.();
@@ -209,6 +216,12 @@ $("cancel").addEventListener("click", async () => {
   try { display(await ask(`/api/jobs/${shown}/cancel`, { method: "POST" })); } catch { /* told by the next look */ }
 });
 
+// Where the page is scrolled away from the result, on a phone above all.
+function reveal() {
+  const { top } = $("result").getBoundingClientRect();
+  if (top < 0 || top > innerHeight / 2) $("result").scrollIntoView({ behavior: "smooth" });
+}
+
 // What is known of a job.
 function display(job) {
   const active = job.state === "waiting" || job.state === "running", done = job.state === "done";
@@ -234,7 +247,7 @@ function display(job) {
     $("cancel").disabled = job.phase === "cancelling";
   }
   if (job.state === "cancelled") $("ended-text").textContent = "Cancelled. Nothing of it was kept.";
-  if (job.state === "failed") $("ended-text").textContent = `It could not be made: ${job.message}.`;
+  if (job.state === "failed") $("ended-text").textContent = sentence(`It could not be made: ${job.message}`);
   const steps = done ? job.result.active : active ? job.progress?.active : null;
   show($("plan"), Boolean(steps?.length));
   if (steps?.length) strip(steps, done ? steps.length : job.progress.done, done ? "heterostep" : job.progress.run);
@@ -300,7 +313,7 @@ function result(job) {
 function pairs(list, lines) {
   list.replaceChildren(...Object.entries(lines).map(([name, text]) => {
     const row = document.createElement("div"), term = document.createElement("dt"), value = document.createElement("dd");
-    term.textContent = name[0].toUpperCase() + name.slice(1);
+    term.textContent = name === "psnr" ? "PSNR" : name[0].toUpperCase() + name.slice(1);
     value.textContent = text;
     row.append(term, value);
     return row;
@@ -393,7 +406,7 @@ async function history() {
       shown = job.id;
       for (const other of $("history").querySelectorAll("button")) other.setAttribute("aria-current", String(other === button));
       try { display(await ask(`/api/jobs/${job.id}`)); } catch (fault) { if (fault instanceof Fault) tell(fault); }
-      $("result").scrollIntoView({ behavior: "smooth", block: "nearest" });
+      reveal();
     });
     item.append(button);
     return item;
@@ -417,7 +430,7 @@ $("plan-form").addEventListener("submit", async (event) => {
     show($("plan-result"));
   } catch (fault) {
     if (fault instanceof Fault) {
-      $("plan-error").textContent = fault.message[0].toUpperCase() + fault.message.slice(1) + ".";
+      $("plan-error").textContent = sentence(fault.message);
       show($("plan-error"));
     }
   } finally {
