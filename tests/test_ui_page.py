@@ -58,7 +58,7 @@ def visit(site, browser):
     asked, faults, contexts = [], [], []
 
     def opened(width=1280, steps=None):
-        contexts.append(browser.new_context(viewport={"width": width, "height": 800}, accept_downloads=True))
+        contexts.append(browser.new_context(viewport={"width": width, "height": 800}, reduced_motion="reduce"))
         page = contexts[-1].new_page()
         page.set_default_timeout(30_000)
         contexts[-1].on("request", lambda request: asked.append(request.url))

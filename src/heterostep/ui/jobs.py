@@ -265,7 +265,6 @@ class Studio:
                 job.message = f"out of memory: {SMALLER}" if full else f"it failed: {first_line(error)}"
             if state != "done":
                 shutil.rmtree(job.folder, ignore_errors=True)
-                gc.collect()
             with self._lock:
                 job.seconds = time.perf_counter() - began
                 job.state = job.phase = state
@@ -314,11 +313,12 @@ class Studio:
     def _load(self, model: str | None, with_image: bool) -> tuple[Any, dict[str, Any]]:
         key = (model, with_image)
         if self._loaded is None or self._loaded[0] != key:
-            # Two large models do not fit beside each other.
-            self._loaded = None
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            if self._loaded is not None:
+                # Two large models do not fit beside each other.
+                self._loaded = None
+                gc.collect()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
             pipe, defaults = making.load(model, with_image, self.precision)
             pipe.to(self.device)
             self._loaded, self._defaults[key] = (key, pipe, defaults), defaults

@@ -335,7 +335,7 @@ for (const button of document.querySelectorAll("[data-copy]")) {
 
 // Both videos from one clock: the faster one's video leads, the dense one is set right where it drifts from it.
 const player = {
-  fps: 16, frames: 1, both: false, playing: false,
+  fps: 16, frames: 1, both: false, playing: false, ticking: false,
   open(fps, frames, both) {
     Object.assign(this, { fps, frames, both, playing: !matchMedia("(prefers-reduced-motion: reduce)").matches });
     this.seek(0);
@@ -349,6 +349,7 @@ const player = {
       else video.pause();
     }
     this.label();
+    if (this.playing && !this.ticking) { this.ticking = true; this.tick(); }
   },
   label() { $("play").textContent = this.playing ? "Pause" : "Play"; },
   seek(time) { for (const video of this.videos) video.currentTime = time; },
@@ -357,21 +358,25 @@ const player = {
     this.apply();
     const frame = Math.min(Math.max(Math.floor(this.lead.currentTime * this.fps + 1e-3) + by, 0), this.frames - 1);
     this.seek((frame + 0.5) / this.fps);
+    $("moment").value = (frame + 0.5) / this.frames;
   },
+  // Goes round while the videos play.
   tick() {
-    const lead = this.lead, length = this.frames / this.fps;
-    if (!$("made").hidden && lead.readyState > 0) {
-      if (this.playing && lead.ended) { this.seek(0); this.apply(); }
-      for (const video of this.videos.slice(1)) {
-        if (this.playing && !lead.seeking && !video.seeking && Math.abs(video.currentTime - lead.currentTime) > 0.75 / this.fps) {
-          video.currentTime = lead.currentTime;
-        }
+    const { lead } = this;
+    if (!this.playing || $("made").hidden) { this.ticking = false; return; }
+    if (lead.ended) { this.seek(0); this.apply(); }
+    for (const video of this.videos.slice(1)) {
+      if (!lead.seeking && !video.seeking && Math.abs(video.currentTime - lead.currentTime) > 0.75 / this.fps) {
+        video.currentTime = lead.currentTime;
       }
-      if (document.activeElement !== $("moment") || this.playing) $("moment").value = lead.currentTime / length;
-      const frame = Math.min(Math.floor(lead.currentTime * this.fps + 1e-3) + 1, this.frames);
-      $("frame").textContent = `${frame} / ${this.frames}`;
     }
+    $("moment").value = lead.currentTime * this.fps / this.frames;
+    this.number();
     requestAnimationFrame(() => this.tick());
+  },
+  number() {
+    const frame = Math.min(Math.floor(this.lead.currentTime * this.fps + 1e-3) + 1, this.frames);
+    $("frame").textContent = `${frame} / ${this.frames}`;
   },
 };
 function pause() { if (player.playing) { player.playing = false; player.apply(); } }
@@ -383,7 +388,8 @@ $("moment").addEventListener("input", () => {
   player.apply();
   player.seek($("moment").value * player.frames / player.fps);
 });
-player.tick();
+$("fast-video").addEventListener("seeked", () => player.number());
+$("fast-video").addEventListener("loadeddata", () => player.number());
 
 // What this browser has made.
 async function history() {
