@@ -7,6 +7,7 @@ import re
 import shlex
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,7 +179,7 @@ def test_only_so_many_wait_and_are_kept(studio, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "field", "message"),
     [
-        ({"model": "/no/such/folder"}, "model", "no diffusers model folder or hub id"),
+        ({"model": Path(__file__).parent}, "model", "is no diffusers model folder or hub id"),
         ({"width": 70}, "width", "^width must be a multiple of 16"),
         ({"frames": 8}, "frames", "^frames must be a multiple of 4 plus 1"),
     ],
@@ -212,6 +213,7 @@ def test_an_unexpected_fault_ends_one_job_alone(studio, monkeypatch, caplog):
         ({"target": "1.5"}, "target", "from 0.001 to 1"),
         ({"target": "nan"}, "target", "from 0.001 to 1"),
         ({"target": "0.05"}, "target", "lowest possible 0.084 for 12 steps"),
+        ({"model": "/no/such/folder"}, "model", "there is no folder /no/such/folder"),
         ({"dial": "speed"}, "target", "runtime or a share"),
         ({"policy": "fastest"}, "policy", "policy"),
         ({"policy": "hsa", "sparse_share": "0.5"}, "sparse_share", "belongs to"),
@@ -263,7 +265,7 @@ def test_seconds_are_found_by_the_next_session(cache):
     assert (first.dense_step(size), first.around(size)) == (2.1, 5.0)
     assert len(cache.read_text().splitlines()) == 1
     later = Estimates(cpu, torch.float32)
-    assert later.dense_step(size) == pytest.approx(2.0) and later.around(size) == 0
+    assert later.dense_step(size) == pytest.approx(2.0) and later.around(size) is None
     assert later.dense_step(wide) is None and Estimates(cpu, torch.bfloat16).dense_step(size) is None
     assert later.dense_step(Size("some/model", False, 64, 64, 9, 3.0)) is None
 

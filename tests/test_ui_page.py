@@ -145,6 +145,10 @@ def test_a_run_shows_where_it_is_and_is_cancelled_while_another_waits(visit):
     first, second = visit(steps=1000), visit(width=390)
     first.locator("#generate").click()
     first.locator("#counts", has_text="step").wait_for()
+    first.set_viewport_size({"width": 390, "height": 800})
+    assert sideways(first) == 0 and first.locator("#strip").evaluate(
+        "(strip) => strip.scrollWidth <= strip.clientWidth"
+    )
     assert first.locator("#generate").is_disabled() and first.locator("#strip i.ahead").count() > 0
     second.locator("#generate").click()
     second.locator("#phase", has_text="next in the queue").wait_for()
@@ -197,7 +201,11 @@ def test_faults_are_told_where_they_are(visit):
     page.locator("#target").fill("0.5")
     page.locator("#model").fill("/no/such/folder")
     page.locator("#generate").click()
-    assert "is no diffusers model folder or hub id" in error("model") and sideways(page) == 0
+    assert error("model") == "There is no folder /no/such/folder." and sideways(page) == 0
+    page.locator("#model").fill("")
+    page.locator("#frames").fill("8")
+    page.locator("#generate").click()
+    assert "a multiple of 4 plus 1" in error("frames")
     page.locator("#ended", has_text="It could not be made").wait_for()
     page.locator("#plan_vram").fill("-1")
     page.locator("#plan-form button").click()
@@ -208,6 +216,7 @@ def test_faults_are_told_where_they_are(visit):
     assert sideways(page) == 0
 
 
+@pytest.mark.slow
 def test_a_page_whose_program_was_ended_says_so(site, browser):
     context = browser.new_context()
     page = context.new_page()
@@ -259,11 +268,13 @@ def test_a_job_gives_out_its_own_files_alone(site):
     assert status == 422 and "not kept" in text
 
 
-def test_a_port_that_is_taken_is_one_line(site, capsys):
+def test_what_the_command_cannot_do_is_one_line(site, capsys):
     port = site[0].rstrip("/").split(":")[-1]
     assert cli.main(["ui", "--port", port, "--no-open"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and f"cannot listen on 127.0.0.1, port {port}" in err and "--port" in err
+    assert cli.main(["ui", "--port", "0", "--model", "/no/such/folder", "--no-open"]) == 2
+    assert capsys.readouterr().err == "heterostep: there is no folder /no/such/folder\n"
     with pytest.raises(HeterostepError, match="no address"):
         server.listen("no such host", 0)
 

@@ -31,7 +31,9 @@ def ui(
     with silence():
         from heterostep.ui import server
         from heterostep.ui.jobs import Studio
+        from heterostep.ui.order import check_model
 
+        check_model(model)
         place = device_of(device)
         precision = precision_of(dtype, place)
         sock = server.listen(host, port)

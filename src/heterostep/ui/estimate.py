@@ -69,10 +69,10 @@ class Estimates:
             return None
         return None if timed is None else timed[0].seconds(1.0) * timed[1]
 
-    def around(self, size: Size) -> float:
-        """Seconds of encoding and decoding, as far as they are known."""
+    def around(self, size: Size) -> float | None:
+        """Seconds of encoding and decoding, which are learnt anew in each session."""
         with self._lock:
-            return self._around.get(size, 0.0)
+            return self._around.get(size)
 
     def learn(self, size: Size, step_seconds: float, around: float) -> None:
         """A run of this size has been timed: seconds of a dense step, and of encoding and decoding."""

@@ -195,8 +195,8 @@ class Studio:
         """Seconds that an order will take, None where they are not known yet.
 
         Returns:
-            share of the evaluations as planned; seconds of the faster video; dense_seconds of the dense one; whether
-            that is there already; jobs ahead.
+            share of the evaluations as planned; seconds of the faster video; dense_seconds of the dense one; whole,
+            whether encoding and decoding are in both; made, whether the dense video is there already; jobs ahead.
         """
         order = self.complete(order)
         share = order.planned_share()
@@ -205,10 +205,11 @@ class Studio:
             made = order.dense_key() in self._dense
         size = self._size(order)
         step = None if size is None else self.estimates.dense_step(size)
-        known: dict[str, Any] = {"share": share, "made": made, "ahead": ahead, "seconds": None, "dense_seconds": None}
-        if size is not None and step is not None:
-            around = self.estimates.around(size)
-            known |= {"seconds": share * order.steps * step + around, "dense_seconds": order.steps * step + around}
+        around = None if size is None else self.estimates.around(size)
+        known: dict[str, Any] = {"share": share, "made": made, "ahead": ahead, "whole": around is not None}
+        loop = None if step is None else order.steps * step
+        known["seconds"] = None if loop is None else share * loop + (around or 0)
+        known["dense_seconds"] = None if loop is None else loop + (around or 0)
         return known
 
     def told(self, job: Job) -> dict[str, Any]:

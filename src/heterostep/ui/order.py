@@ -103,6 +103,7 @@ class Order:
             dense=form.get("dense", "") in ("on", "true", "1"),
         )
         order.planned_share()
+        check_model(order.model)
         if picture is not None and order.model is None:
             sizes = order.sizes(tiny.DEFAULTS)
             check_shape(picture.image, sizes["width"], sizes["height"])
@@ -207,6 +208,18 @@ def check_shape(image: Image.Image, width: int, height: int) -> str | None:
         )
     # A row or two of pixels nobody misses.
     return None if left > 0.98 else f"{image.width} x {image.height}: its middle is cropped to {width} x {height}"
+
+
+def check_model(model: str | None) -> None:
+    """Whether a model that can only be a folder is there; hub ids are known when they are loaded.
+
+    Raises:
+        BadField: it is not.
+    """
+    if model is None or Path(model).is_dir():
+        return
+    if model.startswith(("/", ".", "~")) or model.count("/") != 1 or "\\" in model:
+        raise BadField("model", f"there is no folder {model}")
 
 
 def _number(

@@ -98,7 +98,7 @@ async function estimate() {
   if (known.seconds === null) {
     parts.push("Time unknown yet: the first run at this size is measured");
   } else {
-    parts.push(`About ${seconds(known.seconds)} with decoding`);
+    parts.push(`About ${seconds(known.seconds)} ${known.whole ? "with" : "and"} decoding`);
     if ($("dense").checked) {
       parts.push(known.made ? "the dense video is there already" : `before it about ${seconds(known.dense_seconds)} for the dense video`);
     }
@@ -140,8 +140,8 @@ async function take(file) {
     $("preview").src = URL.createObjectURL(file);
     $("preview").style.aspectRatio = shape();
     show($("preview"));
-    $("image-note").textContent = seen.note ?? file.name;
-    show($("image-note"));
+    $("image-note").textContent = seen.note ?? "";
+    show($("image-note"), seen.note !== null);
     changed();
   } catch (fault) {
     if (firstFrame !== file || !(fault instanceof Fault)) return;
@@ -191,18 +191,20 @@ form.addEventListener("submit", async (event) => {
   }
 });
 async function watch(id) {
+  let patience = POLL;
   for (;;) {
-    await new Promise((done) => setTimeout(done, POLL));
+    await new Promise((done) => setTimeout(done, patience));
+    patience = POLL;
     let job;
     try {
       job = await ask(`/api/jobs/${id}`);
     } catch (fault) {
-      if (fault instanceof Lost) continue;
+      if (fault instanceof Lost) { patience = 10 * POLL; continue; }
       job = { id, state: "failed", message: fault.message, field: "" };
     }
     if (shown === id) display(job);
     if (["done", "cancelled", "failed"].includes(job.state)) {
-      if (job.state === "failed" && shown === id) tell(new Fault(job));
+      if (job.state === "failed" && shown === id) tell(new Fault(job)).scrollIntoView({ behavior: "smooth", block: "center" });
       running = null;
       $("generate").disabled = false;
       history();
@@ -263,8 +265,10 @@ function strip(active, made, run) {
     return bar;
   });
   $("strip").replaceChildren(...bars);
+  $("strip").classList.toggle("many", bars.length > 90);
   const evaluated = active.filter((share) => share > 0).length;
-  const text = `${evaluated} of ${active.length} are ${made < active.length ? "planned to be evaluated" : "evaluated"}, ` +
+  const partly = active.some((share) => share > 0 && share < 1) ? ", some for part of the tokens" : "";
+  const text = `${evaluated} of ${active.length} are ${made < active.length ? "planned to be evaluated" : "evaluated"}${partly}, ` +
     (evaluated < active.length ? "the others extrapolated" : "as without heterostep");
   $("plan-caption").textContent = text + (run === "dense" ? "" : made < active.length ? "; the plan may still change" : "");
   $("strip").setAttribute("aria-label", `Steps: ${text}.`);
