@@ -25,7 +25,7 @@ def test_it_runs_and_ends_in_a_picture_and_the_report(monkeypatch, tmp_path):
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     text = "".join(output.get("text", "") for output in outputs)
-    assert "asked 0.5, spent 0.46" in text
+    assert "asked 0.5, spent 0.50" in text
     (db,) = re.findall(r"([\d.]+) dB", text)
     assert 30 < float(db) < 100
     pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
