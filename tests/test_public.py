@@ -20,7 +20,8 @@ FLOORS = [
     {"engine", "checkpoints"},
     {"pipeline"},
     {"planning", "progress", "tiny"},
-    {"bench", "compare"},
+    {"bench", "compare", "making"},
+    {"ui"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -17,13 +17,13 @@ from heterostep.cli.options import (
     check_folder,
     check_guidance,
     device_of,
-    load,
     out_of_memory,
     precision_of,
     silence,
 )
 from heterostep.errors import HeterostepError
 from heterostep.files import writing
+from heterostep.making import load
 
 
 def compare(

@@ -10,15 +10,12 @@ import warnings
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import heterostep
 from heterostep import interrupts
-from heterostep.errors import HeterostepError, first_line
+from heterostep.errors import HeterostepError
 from heterostep.files import name_is_too_long
-
-if TYPE_CHECKING:
-    from PIL import Image
+from heterostep.making import is_out_of_memory
 
 DEVICE_HELP = "cpu, cuda or cuda:N; auto takes CUDA where there is one."
 DTYPE_HELP = "auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32 whose products have TF32's ten bits."
@@ -64,19 +61,6 @@ def check_outputs(*outputs: tuple[Path | None, tuple[str, ...]]) -> None:
             raise HeterostepError(f"the file name {path.name[:20]}... is too long")
     if len({path.resolve() for path, _ in given}) < len(given):
         raise HeterostepError("two outputs have the same path")
-
-
-def open_image(path: Path) -> Image.Image:
-    from PIL import Image, ImageOps
-
-    if not path.is_file():
-        raise HeterostepError(f"there is no image {path}")
-    try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:
-        # Pillow's decoders raise OSError, SyntaxError, ValueError and more for broken files.
-        raise HeterostepError(f"cannot read the image {path}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -126,21 +110,6 @@ def precision_of(dtype: Dtype, device: Any) -> Any:
     return getattr(torch, dtype.value)
 
 
-def load(model: str | None, with_image: bool, precision: Any) -> tuple[Any, dict[str, Any]]:
-    """The pipeline, on the CPU, and its default sizes and guidance."""
-    if model is None:
-        pipe, defaults = heterostep.tiny.load(image_to_video=with_image), heterostep.tiny.DEFAULTS
-        pipe.transformer.to(precision)
-        pipe.text_encoder.to(precision)
-    else:
-        from heterostep import checkpoints
-
-        pipe, defaults = checkpoints.load(model, with_image, precision)
-    # Most imports are behind us.
-    interrupts.check()
-    return pipe, defaults
-
-
 @contextlib.contextmanager
 def out_of_memory(advice: str) -> Iterator[None]:
     """Running out of memory as one line."""
@@ -150,10 +119,3 @@ def out_of_memory(advice: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise HeterostepError(f"out of memory: {advice}") from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    # On the CPU, torch reports it as a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,250 @@
+"""Making one video: a model is loaded, a request checked, its run made and told. The command and the page share it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from rich import filesize
+
+from heterostep import interrupts
+from heterostep.config import HSAConfig
+from heterostep.errors import HeterostepError, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from heterostep.engine.report import Report, StepInfo
+    from heterostep.video import Audio
+
+SIZES = ("height", "width", "num_frames")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One generation: its frames, uint8 [F, H, W, 3], its account, and its sound where the model makes any."""
+
+    clip: np.ndarray
+    report: Report
+    audio: Audio | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The denoising loop's measured seconds."""
+        return self.report.runtime.seconds
+
+    def psnr(self, other: Result) -> float:
+        """dB between two clips; infinite where they are equal."""
+        from heterostep.metrics import psnr
+
+        return psnr(self.clip, other.clip)
+
+
+def open_image(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Image.Image:
+    """A picture in RGB, turned as its camera says.
+
+    Args:
+        source: a path, or an open file.
+        name: what the file is called in an error; by default the path.
+
+    Raises:
+        HeterostepError: it cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    if name is None:
+        name = str(source)
+        if not Path(name).is_file():
+            raise HeterostepError(f"there is no image {name}")
+    try:
+        with Image.open(source) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception as error:
+        # Pillow's decoders raise OSError, SyntaxError, ValueError and more for broken files.
+        raise HeterostepError(f"cannot read the image {name}: {first_line(error)}") from error
+
+
+def load(model: str | None, with_image: bool, precision: Any) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, on the CPU, and its default sizes, guidance and frames per second; None is the bundled model.
+
+    Raises:
+        HeterostepError: it is no model, or one that cannot do this.
+    """
+    if model is None:
+        from heterostep import tiny
+
+        pipe, defaults = tiny.load(image_to_video=with_image), tiny.DEFAULTS
+        pipe.transformer.to(precision)
+        pipe.text_encoder.to(precision)
+    else:
+        from heterostep import checkpoints
+
+        pipe, defaults = checkpoints.load(model, with_image, precision)
+    # Most imports are behind us.
+    interrupts.check()
+    return pipe, defaults
+
+
+def check_target(config: HSAConfig, num_steps: int) -> float:
+    """Whether a run of so many steps can meet its target.
+
+    Returns:
+        the share of the token evaluations that is planned before anything is measured.
+
+    Raises:
+        HeterostepError: it cannot; says what the lowest target is.
+    """
+    from heterostep.engine.schedule import Schedule
+    from heterostep.policy import Run
+    from heterostep.sigmas import nominal_sigmas
+
+    schedule = Schedule(config, Run(nominal_sigmas(num_steps)))
+    schedule.check()
+    return sum(schedule.plan()) / num_steps / schedule.run.tokens.total
+
+
+def call_options(
+    pipe: Any, defaults: dict[str, Any], asked: dict[str, Any], picture: Image.Image | None
+) -> tuple[dict[str, Any], float]:
+    """The arguments of a pipeline's call, and frames per second.
+
+    Args:
+        pipe, defaults: as `load` gives them.
+        asked: prompt, negative_prompt, num_inference_steps, height, width, num_frames, guidance_scale, fps; of the last
+            five, None is the model's.
+        picture: the first frame; it is cropped to the video's shape.
+
+    Raises:
+        HeterostepError: the model makes no videos of this size.
+    """
+    from heterostep import checkpoints
+
+    options: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in asked.items()}
+    fps = options.pop("fps")
+    checkpoints.check_sizes(pipe, **{name: options[name] for name in SIZES})
+    if "frame_rate" in inspect.signature(type(pipe).__call__).parameters:
+        options["frame_rate"] = fps
+    if picture is not None:
+        from PIL import ImageOps
+
+        options["image"] = ImageOps.fit(picture, (options["width"], options["height"]))
+    return options, fps
+
+
+def make(
+    pipe: Any,
+    config: HSAConfig,
+    options: dict[str, Any],
+    seed: int,
+    on_step: Callable[[StepInfo], None] | None = None,
+) -> Result:
+    """Run the pipeline once with heterostep enabled; afterwards it is as it was."""
+    import torch
+
+    from heterostep.pipeline import enabled, report
+    from heterostep.video import Audio
+
+    if pipe.device.type == "cuda":
+        # Otherwise the peak of a dense run before this one would be reported again.
+        torch.cuda.reset_peak_memory_stats(pipe.device)
+    with enabled(pipe, config=config, on_step=on_step):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        output = pipe(**options, generator=generator, output_type="np")
+        account = report(pipe)
+    audio = None
+    if getattr(output, "audio", None) is not None:
+        audio = Audio(output.audio[0].float().cpu().numpy(), pipe.vocoder.config.output_sampling_rate)
+    clip = (output.frames[0] * 255).round().astype("uint8")
+    return Result(clip, dataclasses.replace(account, seed=seed), audio)
+
+
+def beside(reference: Result, result: Result) -> np.ndarray:
+    """The dense clip and the faster one in one picture, each under its seconds, uint8 [F, H + strip, 2 W, 3]."""
+    from heterostep.video import side_by_side
+
+    labels = (f"dense {reference.seconds:.1f} s", f"heterostep {result.seconds:.1f} s")
+    return side_by_side(reference.clip, result.clip, labels)
+
+
+def report_content(result: Result, reference: Result | None) -> dict[str, Any]:
+    """The report as plain types, with what a dense run of the same noise adds to it."""
+    content = result.report.to_dict()
+    if reference is not None:
+        psnr = result.psnr(reference)
+        content["dense_measured_seconds"] = reference.seconds
+        # JSON has no infinity: equal videos have no PSNR.
+        content["psnr"] = psnr if math.isfinite(psnr) else None
+    return content
+
+
+def summary(result: Result, reference: Result | None) -> dict[str, str]:
+    """What a run was asked for and did, a line each, by its name."""
+    report = result.report
+    runtime, share, steps, memory = report.runtime, report.share, report.steps, report.memory
+    lines = {}
+    if runtime.target is not None and runtime.achieved is not None:
+        lines["runtime"] = f"asked {runtime.target:.2f} of dense, achieved {runtime.achieved:.2f}"
+        if runtime.warmup_seconds > 0.05 * runtime.seconds:
+            lines["runtime"] += f", besides {runtime.warmup_seconds:.1f} s of warm-up"
+    if share.target is not None:
+        lines["share"] = f"asked {share.target:.2f} of the dense evaluations, spent {share.achieved:.2f}"
+        if share.unspent:
+            lines["share"] += f" ({share.unspent:.3f} are less than a whole step)"
+    lines["seconds"] = f"{result.seconds:.1f} for the denoising loop"
+    if reference is not None:
+        lines["seconds"] += f", dense {reference.seconds:.1f}, ratio {result.seconds / reference.seconds:.2f}"
+        if runtime.dense_seconds is not None:
+            off = 100 * (runtime.dense_seconds / reference.seconds - 1)
+            lines["estimate"] = f"dense was estimated online {runtime.dense_seconds:.1f} ({off:+.0f} %)"
+        lines["psnr"] = f"{result.psnr(reference):.1f} dB against dense"
+    lines["steps"] = (
+        f"mean {steps.mean:.1f} per token, min {steps.min}, max {steps.max}, of {report.num_inference_steps}"
+    )
+    where = "" if memory.kv_store in ("none", "device") else f" ({memory.kv_store})"
+    where += f", {filesize.decimal(memory.kv_host_bytes)} of it in host memory" if memory.kv_host_bytes else ""
+    where += ", after memory ran out with a larger store" if memory.fell_back else ""
+    lines["memory"] = (
+        f"K/V cache {filesize.decimal(memory.kv_cache_bytes)}{where}, peak {filesize.decimal(memory.peak_bytes)}"
+    )
+    if report.advice:
+        lines["advice"] = report.advice
+    return lines
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what a full device or machine says."""
+    import torch
+
+    # On the CPU, torch reports it as a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def memory_advice(
+    pipe: Any, config: HSAConfig, sizes: dict[str, Any], smaller: str, whole_steps: str
+) -> Iterator[None]:
+    """Running out of memory as one line that says what to do.
+
+    Args:
+        sizes: height, width, num_frames, guidance_scale.
+        smaller, whole_steps: how to ask for a smaller run, and for one that keeps no K and V.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if config.target == 1 or (not config.sparse_share and config.policy == "auto"):
+            raise HeterostepError(f"out of memory: {smaller}") from error
+        from heterostep.checkpoints import kv_cache_bytes
+
+        needed = kv_cache_bytes(pipe, **sizes)
+        cache = f"; the K/V cache alone needs {filesize.decimal(needed)}" if needed else ""
+        raise HeterostepError(f"out of memory{cache}: {smaller}, or {whole_steps}") from error

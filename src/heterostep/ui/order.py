@@ -1,0 +1,250 @@
+"""What a person asks the page for, read from a form; each fault is one line and the field that it is about."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from heterostep import making, tiny
+from heterostep.config import HSAConfig
+from heterostep.errors import HeterostepError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+LONGEST_PROMPT = 2000
+# Of a first frame, the least part that cropping to the video's shape may leave.
+LEAST_LEFT = 1 / 3
+LEAST_PIXELS = 16
+DEFAULT_STEPS = 40
+
+Number = TypeVar("Number", int, float)
+
+
+class BadField(HeterostepError):
+    """A fault in one field of the form; `field` is its name there."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A first frame: its pixels, its file's name, and a digest that tells pictures apart."""
+
+    image: Image.Image = field(compare=False, repr=False)
+    name: str = field(compare=False)
+    digest: str
+
+
+@dataclass(frozen=True)
+class Order:
+    """One video, or two where a dense one is wanted beside it.
+
+    model: a diffusers folder or hub id; None is the bundled model.
+    dial: "runtime" or "share", what `target` (0..1) is a ratio of.
+    height, width (pixels), frames, guidance: None is the model's.
+    dense: make the dense video of the same noise, too.
+    """
+
+    prompt: str
+    model: str | None = None
+    picture: Picture | None = None
+    dial: str = "runtime"
+    target: float = 0.5
+    policy: str = "auto"
+    sparse_share: float = 0.0
+    steps: int = DEFAULT_STEPS
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    negative: str | None = None
+    seed: int = 0
+    dense: bool = True
+
+    @classmethod
+    def of(cls, form: Mapping[str, str], picture: Picture | None = None, need_prompt: bool = True) -> Order:
+        """The order in a form's texts; what is missing or empty has its default.
+
+        Raises:
+            BadField: a value is not what it should be, or the target cannot be reached.
+        """
+        prompt = form.get("prompt", "").strip()
+        if need_prompt and not prompt:
+            raise BadField("prompt", "say what the video should show")
+        if len(prompt) > LONGEST_PROMPT:
+            raise BadField("prompt", f"the prompt has {len(prompt)} characters, of at most {LONGEST_PROMPT}")
+        dial = form.get("dial") or "runtime"
+        if dial not in ("runtime", "share"):
+            raise BadField("target", f"a target is a runtime or a share, not {dial[:20]!r}")
+        order = cls(
+            prompt=prompt,
+            model=form.get("model", "").strip() or None,
+            picture=picture,
+            dial=dial,
+            target=_number(form, "target", float, 0.5, 0.001, 1),
+            policy=form.get("policy") or "auto",
+            sparse_share=_number(form, "sparse_share", float, 0.0, 0, 1),
+            steps=_number(form, "steps", int, DEFAULT_STEPS, 1, 1000),
+            guidance=_optional(form, "guidance", float, 0, 100),
+            height=_optional(form, "height", int, 16, 8192),
+            width=_optional(form, "width", int, 16, 8192),
+            frames=_optional(form, "frames", int, 1, 10000),
+            negative=form.get("negative", "").strip()[:LONGEST_PROMPT] or None,
+            seed=_number(form, "seed", int, 0, 0, 2**63 - 1),
+            dense=form.get("dense", "") in ("on", "true", "1"),
+        )
+        order.planned_share()
+        check_model(order.model)
+        if picture is not None and order.model is None:
+            sizes = order.sizes(tiny.DEFAULTS)
+            check_shape(picture.image, sizes["width"], sizes["height"])
+        return order
+
+    def config(self) -> HSAConfig:
+        """The options of the faster run.
+
+        Raises:
+            HeterostepError: they do not go together.
+        """
+        dial: dict[str, Any] = {self.dial: self.target}
+        return HSAConfig(policy=self.policy, sparse_share=self.sparse_share, **dial)
+
+    def planned_share(self) -> float:
+        """The share of the evaluations that is planned before anything is measured.
+
+        Raises:
+            BadField: the target cannot be reached, or the options do not go together.
+        """
+        try:
+            config = self.config()
+        except HeterostepError as error:
+            raise BadField("sparse_share" if "sparse_share" in str(error) else "target", str(error)) from error
+        try:
+            return making.check_target(config, self.steps)
+        except HeterostepError as error:
+            raise BadField("policy" if "policy" in str(error) else "target", str(error)) from error
+
+    def sizes(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """height, width, num_frames and guidance_scale; those that were not given are the model's."""
+        asked = {"height": self.height, "width": self.width, "num_frames": self.frames, "guidance_scale": self.guidance}
+        return {name: defaults[name] if value is None else value for name, value in asked.items()}
+
+    def call(self) -> dict[str, Any]:
+        """What `making.call_options` takes."""
+        none: dict[str, None] = dict.fromkeys(("height", "width", "num_frames", "guidance_scale"))
+        texts = {"prompt": self.prompt, "negative_prompt": self.negative, "num_inference_steps": self.steps}
+        return self.sizes(none) | texts | {"fps": None}
+
+    def dense_key(self) -> tuple[Any, ...]:
+        """What the dense video depends on."""
+        sizes = (self.height, self.width, self.frames, self.guidance, self.steps)
+        return (self.model, self.prompt, self.negative, self.picture, self.seed, *sizes)
+
+    def code(self) -> str:
+        """The line of Python that asks for this target."""
+        options = {self.dial: f"{self.target:g}"}
+        if self.policy != "auto":
+            options["policy"] = f'"{self.policy}"'
+        if self.sparse_share:
+            options["sparse_share"] = f"{self.sparse_share:g}"
+        return f"heterostep.enable(pipe, {', '.join(f'{name}={value}' for name, value in options.items())})"
+
+    def command(self) -> str:
+        """The command line that makes the same."""
+        plain = Order(self.prompt)
+        parts = ["heterostep", "generate", self.prompt]
+        if self.picture is not None:
+            parts += ["--image", self.picture.name]
+        parts += [f"--{self.dial}", f"{self.target:g}"]
+        for name in ("model", "policy", "sparse_share", "steps", "guidance", "height", "width", "frames", "negative"):
+            value = getattr(self, name)
+            if value != getattr(plain, name):
+                parts += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+        parts += ["--seed", str(self.seed)] * bool(self.seed) + ["--both"] * self.dense
+        return shlex.join(parts)
+
+
+def read_picture(data: bytes, name: str) -> Picture:
+    """An uploaded first frame.
+
+    Raises:
+        BadField: it cannot be read, or is too small.
+    """
+    name = Path(name.replace("\\", "/")).name[-80:] or "image"
+    try:
+        image = making.open_image(io.BytesIO(data), name)
+    except HeterostepError as error:
+        # Pillow names the object that it was given.
+        raise BadField("image", f"{name} cannot be read as an image: give a PNG, JPEG or WebP file") from error
+    if min(image.size) < LEAST_PIXELS:
+        raise BadField(
+            "image", f"{name} is {image.width} x {image.height}: it should have {LEAST_PIXELS} pixels a side"
+        )
+    return Picture(image, name, hashlib.sha256(data).hexdigest())
+
+
+def check_shape(image: Image.Image, width: int, height: int) -> str | None:
+    """What cropping does to a first frame; None where it does nothing.
+
+    Raises:
+        BadField: little of it would be left.
+    """
+    ratio = (image.width / image.height) / (width / height)
+    left = min(ratio, 1 / ratio)
+    if left < LEAST_LEFT:
+        raise BadField(
+            "image",
+            f"the image is {image.width} x {image.height}: cropped to the video's shape ({width} x {height}), "
+            f"{left:.0%} of it would be left",
+        )
+    # A row or two of pixels nobody misses.
+    return None if left > 0.98 else f"{image.width} x {image.height}: its middle is cropped to {width} x {height}"
+
+
+def check_model(model: str | None) -> None:
+    """Whether a model that can only be a folder is there; hub ids are known when they are loaded.
+
+    Raises:
+        BadField: it is not.
+    """
+    if model is None or Path(model).is_dir():
+        return
+    if model.startswith(("/", ".", "~")) or model.count("/") != 1 or "\\" in model:
+        raise BadField("model", f"there is no folder {model}")
+
+
+def _number(
+    form: Mapping[str, str],
+    name: str,
+    kind: Callable[[str], Number],
+    default: Number,
+    least: float,
+    most: float,
+) -> Number:
+    text = form.get(name, "").strip()
+    if not text:
+        return default
+    label = name.replace("_", " ")
+    try:
+        value = kind(text)
+    except ValueError:
+        whole = "whole " if kind is int else ""
+        raise BadField(name, f"{label} should be a {whole}number, not {text[:20]!r}") from None
+    if not (least <= value <= most and math.isfinite(value)):
+        raise BadField(name, f"{label} should be from {least:g} to {most:g}, not {text[:20]}")
+    return value
+
+
+def _optional(
+    form: Mapping[str, str], name: str, kind: Callable[[str], Number], least: float, most: float
+) -> Number | None:
+    return _number(form, name, kind, kind("0"), least, most) if form.get(name, "").strip() else None
