@@ -10,9 +10,9 @@ from PIL import Image
 import heterostep
 from heterostep.compare.methods.own import BUDGETS, round_robin_options
 from heterostep.config import HSAConfig
+from heterostep.engine import steps
 from heterostep.engine.forecast import choose
 from heterostep.engine.generation import Generation
-from heterostep.engine.runner import Runner
 from heterostep.engine.schedule import Schedule
 from heterostep.errors import HeterostepError
 from heterostep.pipeline import inspect
@@ -88,10 +88,10 @@ def test_kv_are_kept_for_the_changes_of_those_before(pipe):
 def sleeps(pipe, **options):
     """The most steps that each token slept on end, [B, N]."""
     active = []
-    real = Runner._start_step
+    real = steps.start_step
 
-    def start(runner, generation, step):
-        real(runner, generation, step)
+    def start(generation, step):
+        real(generation, step)
         rows = torch.zeros_like(generation.evaluated_at, dtype=torch.bool)
         count = generation.counts[step]
         if count:
@@ -99,7 +99,7 @@ def sleeps(pipe, **options):
         active.append(rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Runner, "_start_step", start)
+        patch.setattr(steps, "start_step", start)
         run(pipe, steps=20, **options)
     active = torch.stack(active)
     longest, asleep = torch.zeros(active.shape[1:]), torch.zeros(active.shape[1:])

@@ -13,7 +13,7 @@ SOURCE = Path(heterostep.__file__).parent
 # A module imports from the floors below its own, and from its own package.
 FLOORS = [
     {"errors"},
-    {"files", "sigmas", "metrics", "interrupts", "precision"},
+    {"files", "grid", "sigmas", "metrics", "interrupts", "precision"},
     {"config", "compat", "configs", "kernels", "video"},
     {"kv", "policy", "viz"},
     {"models"},
@@ -25,7 +25,7 @@ FLOORS = [
     {"__main__", "__init__"},
 ]
 # These run without diffusers.
-PURE = ("config", "engine", "kernels", "kv", "policy", "sigmas")
+PURE = ("config", "engine", "grid", "kernels", "kv", "policy", "sigmas")
 
 
 def imports(path):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from heterostep.engine.cuda_graphs import ReplayedCalls
     from heterostep.engine.forecast import Stores
     from heterostep.engine.trajectory import Trajectory
-    from heterostep.models import TokenGrid
+    from heterostep.grid import TokenGrid
     from heterostep.policy import Change
 
 

@@ -26,20 +26,17 @@ import torch
 
 from heterostep import compat
 from heterostep.config import HSAConfig
-from heterostep.engine import account, budget, forecast, ranking, stores
-from heterostep.engine.clock import StepClock
+from heterostep.engine import account, forecast, ranking, steps, stores
 from heterostep.engine.cuda_graphs import MOST_ROWS, ReplayedCalls
 from heterostep.engine.expert import Expert, compile_kernels, in_background
 from heterostep.engine.generation import Branch, Generation
 from heterostep.engine.report import Report, StepInfo
 from heterostep.engine.schedule import Schedule
-from heterostep.engine.trajectory import Trajectory
 from heterostep.engine.velocity import held, record
 from heterostep.errors import HeterostepError
 from heterostep.kernels import gather_rows
 from heterostep.models.base import Adapter, Call
-from heterostep.policy import Change, Run, Tokens
-from heterostep.sigmas import log_alpha
+from heterostep.policy import Run, Tokens
 
 # Each guidance branch's plain, dense and sparse calls are graphs of their own; torch gives up after 8 of a function.
 RECOMPILE_LIMIT = 64
@@ -143,7 +140,7 @@ class Runner:
         generation = self._current(expert, pipe, inputs)
         step = self._scheduler_step(pipe) - generation.first
         if step != generation.step:
-            self._start_step(generation, step)
+            steps.start_step(generation, step)
         branch = generation.branch(generation.calls)
         generation.calls += 1
         if generation.expert != position:
@@ -342,7 +339,6 @@ class Runner:
         if clean is not None:
             clean = clean[:samples]
         sigmas = scheduler.sigmas[first : first + num_steps + 1].float().cpu()
-        times = log_alpha(sigmas).tolist()
         tokens = Tokens(grid.num_tokens, self.adapter.least_active)
         schedule = Schedule(self.config, Run(tuple(sigmas.tolist()), tokens, restarts))
         schedule.check()
@@ -352,24 +348,16 @@ class Runner:
                 f"the attention processor {foreign} is not diffusers' own, so single tokens cannot run through it: "
                 "evaluate whole steps (policy='auto', sparse_share=0), or take it off"
             )
-        self.generation = generation = Generation(
+        self.generation = generation = steps.begin(
+            schedule,
             timesteps=scheduler.timesteps,
-            first=first,
             grid=grid,
             samples=samples,
-            schedule=schedule,
-            counts=schedule.plan(),
+            device=device,
+            memoryless=self._memoryless,
+            first=first,
             clean=clean,
-            clock=StepClock(device),
-            times=times,
-            trajectory=Trajectory(schedule.run.sigmas, times, schedule.policy.corrects and self._memoryless),
-            evaluations=torch.zeros(samples, tokens.total, dtype=torch.int32, device=device),
-            evaluated_at=torch.full((samples, tokens.total), schedule.run.sigmas[0], device=device),
-            elapsed=torch.zeros(samples, tokens.total, device=device),
-            stride=torch.ones(samples, tokens.total, device=device),
-            weight=torch.full((samples,), float(self.config.extrapolate or 0.0), device=device),
         )
-        generation.clock.mark()
         return generation
 
     def _ignored(self, generation: Generation, velocity: torch.Tensor) -> torch.Tensor | None:
@@ -404,22 +392,6 @@ class Runner:
             return scheduler.begin_index or 0
         return int((scheduler.timesteps - now).abs().argmin())
 
-    def _start_step(self, generation: Generation, step: int) -> None:
-        generation.step, generation.calls = step, 0
-        count, sigma = generation.counts[step], generation.schedule.run.sigmas[step]
-        generation.elapsed = generation.evaluated_at - sigma
-        generation.index = None
-        if generation.is_dense:
-            generation.evaluations += 1
-            if step:
-                generation.stride = generation.elapsed_log_alpha
-            generation.evaluated_at = torch.full_like(generation.evaluated_at, sigma)
-            # Between two experts a velocity's change tells them apart rather than the tokens.
-            generation.unranked = generation.ranking is None or step not in generation.schedule.run.restarts
-        elif count and self.config.score != "oracle":
-            ranking.rank(generation)
-            ranking.activate(generation)
-
     def end_step(self, velocity: torch.Tensor) -> torch.Tensor:
         """The scheduler is given a step's guided velocity [B, ...], in the layout of the latents.
 
@@ -429,34 +401,14 @@ class Runner:
         generation = self.generation
         if self._thread != threading.get_ident() or generation is None or generation.over or generation.step < 0:
             return velocity
-        step, count = generation.step, generation.counts[generation.step]
-        if not generation.is_dense:
-            generation.trajectory.skipped(step, velocity, sparse=count > generation.schedule.run.tokens.least)
-            return velocity
-        before = generation.trajectory.step
-        change, given = generation.trajectory.evaluated(step, velocity, self._ignored(generation, velocity))
-        if change is not None and not generation.all_dense:
-            policy = generation.schedule.policy
-            if len(change) == generation.samples:
-                generation.weight = policy.weight(change)
-            if generation.schedule.online and policy.online:
-                # To read it is to wait for the GPU.
-                generation.changes.append(Change(before, step, float(change.mean())))
-        return given
+        return steps.end_step(generation, velocity, lambda: self._ignored(generation, velocity))
 
     def stepped(self) -> None:
         """The scheduler has made a step: what lies ahead is planned anew, and the user is told."""
         generation = self.generation
         if self._thread != threading.get_ident() or generation is None or generation.over or generation.step < 0:
             return
-        generation.clock.mark()
-        generation.steps_done = generation.step + 1
-        if generation.steps_done == generation.schedule.run.num_steps:
-            generation.finished = True
-            generation.release()
-            account.log_end(generation)
-        else:
-            budget.plan_anew(generation)
+        steps.stepped(generation)
         if self.on_step is not None:
             self.on_step(account.step_info(generation))
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from heterostep.sigmas import log_alpha
+
 if TYPE_CHECKING:
     from heterostep.engine.generation import Branch, Generation
 
@@ -43,13 +45,18 @@ def velocity_slope(new: torch.Tensor, old: torch.Tensor, stride: torch.Tensor) -
     return (new.float() - old.float()) / stride.clamp_min(1e-6)[..., None]
 
 
-def held(generation: Generation, branch: Branch) -> torch.Tensor:
-    """Everyone's velocities at this step [b, N, C]: of the tokens evaluated at it, and extrapolated ones."""
+def held(generation: Generation, branch: Branch, time: float | None = None) -> torch.Tensor:
+    """Everyone's velocities at this step [b, N, C]: of the tokens evaluated at it, and extrapolated ones.
+
+    Args:
+        time: `log_alpha` of the call, where that is not the step's: some samplers call the model between two steps.
+    """
     velocity = branch.velocity
     assert velocity is not None
     if branch.slope is None:
         return velocity
-    ahead = generation.weight[:, None] * generation.elapsed_log_alpha
+    now = generation.times[generation.step] if time is None else time
+    ahead = generation.weight[:, None] * (now - log_alpha(generation.evaluated_at))
     ahead = ahead.repeat(velocity.shape[0] // generation.samples, 1)[..., None]
     return (velocity.float() + ahead * branch.slope).to(velocity.dtype)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from heterostep.grid import TokenGrid
 from heterostep.kernels import gather_rows
 from heterostep.models.attention import CachedAttention
 
@@ -27,24 +28,6 @@ class Call:
 
     index: torch.Tensor | None = None
     num_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class TokenGrid:
-    """The video's tokens: a grid, row by row and frame by frame, then `extra` ones (given keyframes) behind it."""
-
-    frames: int
-    height: int
-    width: int
-    extra: int = 0
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.frames, self.height, self.width
-
-    @property
-    def num_tokens(self) -> int:
-        return self.frames * self.height * self.width + self.extra
 
 
 @dataclass

@@ -1,0 +1,134 @@
+"""The steps of one run, whoever calls the transformer.
+
+A *front* stands between these and a program that samples: `runner.py` between them and diffusers' pipelines,
+`integrations/comfyui` between them and ComfyUI. It makes a `Schedule` of the sampler's noise levels, begins a run with
+it, tells each step before the first of its calls, lets `heterostep.engine.velocity` keep or give the velocities of each
+guidance branch, and tells the guided velocity and the end of each step.
+
+    generation = begin(schedule, ...)
+    for each step:
+        start_step(generation, step)       the step's count of tokens is generation.counts[step]
+        record(...) or held(...)           for each of the transformer's calls
+        v = end_step(generation, v, ...)   v is what the sampler is to be given
+        stepped(generation)                the sampler has made its step
+
+Shapes: B samples, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from heterostep.engine import account, budget, ranking
+from heterostep.engine.clock import StepClock
+from heterostep.engine.generation import Generation
+from heterostep.engine.schedule import Schedule
+from heterostep.engine.trajectory import Trajectory
+from heterostep.grid import TokenGrid
+from heterostep.policy import Change
+from heterostep.sigmas import log_alpha
+
+
+def begin(
+    schedule: Schedule,
+    *,
+    timesteps: torch.Tensor,
+    grid: TokenGrid,
+    samples: int,
+    device: torch.device,
+    memoryless: bool,
+    first: int = 0,
+    clean: torch.Tensor | None = None,
+) -> Generation:
+    """A run before its first step; its clock starts.
+
+    Args:
+        schedule: of the run's noise levels and tokens, checked.
+        timesteps: the tensor by which the front knows this run from the next.
+        grid: the tokens; as many as the schedule's.
+        samples: B.
+        device: where the transformer runs.
+        memoryless: whether the sampler's step depends on nothing but what it is given (Euler).
+        first: the sampler's step that the run begins with.
+        clean: bool [B, N], tokens that carry no noise; None where all do.
+    """
+    sigmas, total, config = schedule.run.sigmas, schedule.run.tokens.total, schedule.config
+    times = log_alpha(torch.tensor(sigmas, dtype=torch.float32, device="cpu")).tolist()
+    generation = Generation(
+        timesteps=timesteps,
+        first=first,
+        grid=grid,
+        samples=samples,
+        schedule=schedule,
+        counts=schedule.plan(),
+        clean=clean,
+        clock=StepClock(device),
+        times=times,
+        trajectory=Trajectory(sigmas, times, schedule.policy.corrects and memoryless),
+        evaluations=torch.zeros(samples, total, dtype=torch.int32, device=device),
+        evaluated_at=torch.full((samples, total), sigmas[0], device=device),
+        elapsed=torch.zeros(samples, total, device=device),
+        stride=torch.ones(samples, total, device=device),
+        weight=torch.full((samples,), float(config.extrapolate or 0.0), device=device),
+    )
+    generation.clock.mark()
+    return generation
+
+
+def start_step(generation: Generation, step: int) -> None:
+    """A step begins: what it will evaluate is settled."""
+    generation.step, generation.calls = step, 0
+    count, sigma = generation.counts[step], generation.schedule.run.sigmas[step]
+    generation.elapsed = generation.evaluated_at - sigma
+    generation.index = None
+    if generation.is_dense:
+        generation.evaluations += 1
+        if step:
+            generation.stride = generation.elapsed_log_alpha
+        generation.evaluated_at = torch.full_like(generation.evaluated_at, sigma)
+        # Between two experts a velocity's change tells them apart rather than the tokens.
+        generation.unranked = generation.ranking is None or step not in generation.schedule.run.restarts
+    elif count and generation.config.score != "oracle":
+        ranking.rank(generation)
+        ranking.activate(generation)
+
+
+def end_step(
+    generation: Generation, velocity: torch.Tensor, ignored: Callable[[], torch.Tensor | None] = lambda: None
+) -> torch.Tensor:
+    """A step's guided velocity is known, [B, ...].
+
+    Args:
+        ignored: gives the values that do not count, bool of the velocity's shape, or None.
+
+    Returns:
+        what the sampler is to be given instead; the same object where nothing is changed.
+    """
+    step, count = generation.step, generation.counts[generation.step]
+    if not generation.is_dense:
+        generation.trajectory.skipped(step, velocity, sparse=count > generation.schedule.run.tokens.least)
+        return velocity
+    before = generation.trajectory.step
+    change, given = generation.trajectory.evaluated(step, velocity, ignored())
+    if change is not None and not generation.all_dense:
+        policy = generation.schedule.policy
+        if len(change) == generation.samples:
+            generation.weight = policy.weight(change)
+        if generation.schedule.online and policy.online:
+            # To read it is to wait for the GPU.
+            generation.changes.append(Change(before, step, float(change.mean())))
+    return given
+
+
+def stepped(generation: Generation) -> None:
+    """The sampler has made the step: what lies ahead is planned anew; after the last one the memory is given back."""
+    generation.clock.mark()
+    generation.steps_done = generation.step + 1
+    if generation.steps_done == generation.schedule.run.num_steps:
+        generation.finished = True
+        generation.release()
+        account.log_end(generation)
+    else:
+        budget.plan_anew(generation)
