@@ -107,16 +107,26 @@ class BaseModel:
         self.together = 2  # conditionings that fit into one call
 
     def apply_model(
-        self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, transformer_options: dict, shapes: list
+        self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, options: dict, shapes: list, mask: Any = None
     ) -> torch.Tensor:
-        given = x if len(shapes) == 1 else unpack(x, shapes)
-        output = self.diffusion_model(given, t * 1000, context=context, transformer_options=transformer_options)
+        given, times = x if len(shapes) == 1 else unpack(x, shapes), self.process_timestep(t * 1000, mask)
+        output = self.diffusion_model(given, times, context=context, transformer_options=options)
         velocity = pack(output) if isinstance(output, list) else output
         return x - velocity.float() * t.view(-1, *[1] * (x.ndim - 1))
+
+    def process_timestep(self, timestep: torch.Tensor, mask: Any) -> torch.Tensor:
+        return timestep
 
 
 class WAN21(BaseModel):
     pass
+
+
+class WAN22(BaseModel):
+    """The 5B: each frame has its own noise level, 0 where it is given."""
+
+    def process_timestep(self, timestep: torch.Tensor, mask: Any) -> torch.Tensor:
+        return timestep if mask is None else timestep[:, None] * mask[:1, 0, :, 0, 0]
 
 
 class LTXAV(BaseModel):
@@ -151,7 +161,7 @@ class CFGGuider:
     def calc_cond_batch(self, conds: list, x: torch.Tensor, sigma: torch.Tensor, model_options: dict) -> list:
         level, model = float(sigma[0]), self.model_patcher.model
         run = [
-            (c, i) for i, each in enumerate(conds) for c in each if c.get("end", 0.0) <= level <= c.get("start", 1.0)
+            (c, i) for i, each in enumerate(conds) for c in each if c.get("end", 0.0) <= level <= c.get("start", 9.0)
         ]
         sums, counts = [torch.zeros_like(x), torch.zeros_like(x)], [0, 0]
         together = model.together() if callable(model.together) else model.together
@@ -164,7 +174,8 @@ class CFGGuider:
             options["sigmas"] = sigma
             context = torch.cat([c["context"].expand(x.shape[0], -1, -1) for c, _ in batch])
             copies = [x] * len(batch), [sigma] * len(batch)
-            output = model.apply_model(torch.cat(copies[0]), torch.cat(copies[1]), context, options, self.shapes)
+            xs, sigmas = (torch.cat(each) for each in copies)
+            output = model.apply_model(xs, sigmas, context, options, self.shapes, self.mask)
             for (_, i), each in zip(batch, output.chunk(len(batch))):
                 sums[i] = sums[i] + each
                 counts[i] += 1
@@ -184,7 +195,7 @@ class CFGGuider:
         self.shapes = [each.shape for each in (noise if isinstance(noise, list) else [noise])]
         packed = pack(noise) if isinstance(noise, list) else noise
         mask = pack(mask) if isinstance(mask, list) else mask
-        before = self.model_options
+        before, self.mask = self.model_options, mask
         self.model_options = copied(before)
         self.model_options["transformer_options"]["wrappers"] = copied(self.model_patcher.wrappers)
         try:

@@ -59,25 +59,29 @@ class Account:
 
 def _text(run: Run, generation: Generation, report: Report) -> str:
     sigmas, shares = generation.schedule.run.sigmas, report.active_share
-    dense = [step + 1 for step, share in enumerate(shares) if share == 1]
-    some = sum(0 < share < 1 for share in shares)
-    lines = [
-        f"{run.model_name}, {run.sampler}, {len(sigmas) - 1} steps, noise {sigmas[0]:.3f} to {sigmas[-1]:.3f}",
-        f"share of the evaluations: {report.share.target:g} asked, {report.share.achieved:.3g} spent",
-        f"steps: {len(dense)} evaluated" + (f", {some} with some of the tokens" if some else "")
-        + f", {len(shares) - len(dense) - some} extrapolated",
-        f"evaluated steps: {', '.join(map(str, dense))}",
-        f"calls of the transformer: {run.evaluated} made, {run.extrapolated} saved",
-    ]  # fmt: skip
+    steps, asked = len(sigmas) - 1, f"share of the evaluations: {report.share.target:g} asked"
+    lines = [f"{run.model_name}, {run.sampler}, {steps} steps, noise {sigmas[0]:.3f} to {sigmas[-1]:.3f}"]
+    if run.gave_up is not None:
+        since = f"every step from step {max(generation.step, 0) + 1} on was evaluated"
+        lines += [f"{asked}, not kept", f"note: {run.gave_up}, so {since}"]
+    else:
+        dense = [step + 1 for step, share in enumerate(shares) if share == 1]
+        some = sum(0 < share < 1 for share in shares)
+        with_some = f", {some} with some of the tokens" if some else ""
+        lines += [
+            f"{asked}, {report.share.achieved:.3g} spent",
+            f"steps: {len(dense)} evaluated{with_some}, {len(shares) - len(dense) - some} extrapolated",
+            f"evaluated steps: {', '.join(map(str, dense))}",
+        ]
+    lines.append(f"calls of the transformer: {run.evaluated} made, {run.extrapolated} extrapolated")
     runtime = report.runtime
-    if runtime.dense_seconds:
+    if runtime.dense_seconds and run.gave_up is None:
         lines.append(f"seconds: {runtime.seconds:.1f}, about {runtime.dense_seconds:.1f} if every step were evaluated")
     if report.memory.kv_store != "none":
         lines.append(f"K and V: {report.memory.kv_store}, {report.memory.kv_cache_bytes / 1e9:.2f} GB on the device")
-    if run.gave_up is not None:
-        lines.append(f"note: {run.gave_up}; every step from there on was evaluated")
-    elif not report.finished:
-        lines.append(f"note: it was stopped after {generation.steps_done} of {len(sigmas) - 1} steps")
-    if report.advice is not None:
-        lines.append(f"note: with {len(sigmas) - 1} steps there is little to leave out; try fewer steps without it")
+    if not report.finished and run.gave_up is None:
+        lines.append(f"note: it was stopped after {generation.steps_done} of {steps} steps")
+    # Of a part of the steps (one of two experts) nothing like it is known.
+    if report.advice is not None and sigmas[0] > 0.95 and sigmas[-1] < 0.05:
+        lines.append(f"note: with {steps} steps there is little to leave out; try fewer steps without it")
     return "\n".join(lines)

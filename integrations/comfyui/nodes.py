@@ -49,9 +49,7 @@ class Heterostep:
                 ),
                 "policy": (
                     known,
-                    {
-                        "tooltip": "auto: whole steps, at equal change of the video. hsa: the paper's; single tokens, Wan only."
-                    },
+                    {"tooltip": "auto: whole steps, at equal change. hsa: single tokens as in the paper, Wan only."},
                 ),
                 "sparse_share": (
                     "FLOAT",
@@ -61,8 +59,8 @@ class Heterostep:
                         "max": 1.0,
                         "step": 0.05,
                         "round": 0.001,
-                        "tooltip": "For auto, Wan only: part of the evaluations that goes to single tokens. 0: whole steps "
-                        "alone, as is advised. Above 0 the K and V of all tokens are kept, which takes much memory.",
+                        "tooltip": "For auto, Wan only: part of the evaluations that goes to single tokens. 0, as is "
+                        "advised: whole steps alone. Above 0 the K and V of all tokens are kept: much memory.",
                     },
                 ),
                 "kv_store": (
@@ -106,7 +104,7 @@ class HeterostepReport:
         "The latents as they came in.",
         "What was asked for and done; with a second model of both, one after the other.",
         "Which steps were evaluated, over the noise levels.",
-        "How often each token was evaluated, an image for each frame of tokens. One colour where whole steps run alone.",
+        "How often each token was evaluated, an image for each frame of tokens; one colour with whole steps.",
     )
     DESCRIPTION = "Tells what Heterostep did in the sampler that these latents come from."
 

@@ -167,18 +167,9 @@ class Run:
         """Which step a prediction at this noise level belongs to, and whether it is its first."""
         if self.gave_up is not None:
             return
-        sigmas, generation = self._schedule.run.sigmas, self.generation
-        before = -1 if generation is None else generation.step
-        reached = [step for step, each in enumerate(sigmas[:-1]) if sigma <= each * (1 + EXACT)]
-        step = reached[-1] if reached else -1
-        self._first, self._shown = step != before, None
-        if not before <= step <= before + 1 or step < 0:
-            self._give_up(f"the sampler {self.sampler} does not keep to the schedule's noise levels")
-            return
-        if not self._first:
-            return
-        if generation is None:
-            self.generation = generation = steps.begin(
+        sigmas = self._schedule.run.sigmas
+        if self.generation is None:
+            self.generation = steps.begin(
                 self._schedule,
                 timesteps=torch.tensor(sigmas),
                 grid=self._grid,
@@ -187,7 +178,16 @@ class Run:
                 memoryless=self._memoryless,
                 clean=None if self._tokens is None else self._tokens.clean(self._mask, x),
             )
-        else:
+        generation = self.generation
+        before = generation.step
+        step = sum(sigma <= each * (1 + EXACT) for each in sigmas[:-1]) - 1
+        self._first, self._shown = step != before, None
+        if not max(before, 0) <= step <= before + 1:
+            self._give_up(f"the sampler {self.sampler} does not keep to the schedule's noise levels")
+            return
+        if not self._first:
+            return
+        if before >= 0:
             steps.stepped(generation)
         steps.start_step(generation, step)
         count, total = generation.counts[step], generation.total
@@ -197,7 +197,7 @@ class Run:
     def _give_up(self, why: str, result: Any = None) -> Any:
         """From here on all is evaluated."""
         self.gave_up = why
-        _log.warning("%s: from here on every step is evaluated", why)
+        _log.warning("%s, so every step is evaluated from here on", why)
         self._free()
         return result
 
@@ -210,7 +210,8 @@ class Run:
             options: its `transformer_options`, one of these.
         """
         generation = self.generation
-        if not self._inside or generation is None or self.gave_up is not None:
+        if not self._inside or generation is None:
+            self.evaluated += 1
             return executor(*args, **kwargs)
         step = generation.step
         group = self._group(options, args[0])
@@ -224,8 +225,9 @@ class Run:
                 return self._layout.output(
                     [held(generation, each, self._time) for each in branches], branches[0].output
                 )
+            output = self._evaluate(executor, args, kwargs, options, group, branches, stale)
             self.evaluated += 1
-            return self._evaluate(executor, args, kwargs, options, group, branches, stale)
+            return output
         except BaseException:
             self._free()
             raise

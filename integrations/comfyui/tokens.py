@@ -3,7 +3,7 @@
 
 Two of ComfyUI's hooks do it, and the model's forward stays as it is:
 
-    patches_replace["dit"]         each block is given the active rows alone; after the last one all rows are there again
+    patches_replace["dit"]         each block is given the active rows alone; the last one gives all rows again
     optimized_attention_override   K and V of the active tokens go into the store, and all tokens' are attended to
 
 Shapes: b batch of a call, N tokens, n active tokens, H heads, D head dim, C values a token.
@@ -151,12 +151,11 @@ class WanTokens:
                     if layer == 0:
                         if args["img"].shape[1] != total:
                             raise HeterostepError(
-                                f"single tokens do not go with reference or control frames beside the video: {WHOLE_STEPS}"
+                                f"single tokens do not go with reference frames beside the video: {WHOLE_STEPS}"
                             )
                         # These are the same for all blocks.
-                        reduced.update(
-                            vec=_rows_of_modulation(args["vec"], total, index), pe=gather_rows(args["pe"], index)
-                        )
+                        reduced["pe"] = gather_rows(args["pe"], index)
+                        reduced["vec"] = _rows_of_modulation(args["vec"], total, index)
                         args = {**args, "img": gather_rows(args["img"], index)}
                     args = {**args, **reduced}
                 out = extra["original_block"](args) if others is None else others(args, extra)
