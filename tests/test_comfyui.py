@@ -1,5 +1,7 @@
 """ComfyUI's nodes, on a double of ComfyUI's hooks (`small_comfyui.py`), and in ComfyUI where COMFYUI_PATH names it."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
