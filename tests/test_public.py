@@ -15,7 +15,7 @@ FLOORS = [
     {"errors"},
     {"files", "grid", "sigmas", "metrics", "interrupts", "precision"},
     {"config", "compat", "configs", "kernels", "video"},
-    {"kv", "policy", "viz"},
+    {"kv", "plan_picture", "policy", "viz"},
     {"models"},
     {"engine", "checkpoints"},
     {"pipeline"},
