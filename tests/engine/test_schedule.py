@@ -7,8 +7,9 @@ from heterostep.policy import Change, Run, Tokens
 from heterostep.sigmas import nominal_sigmas
 
 
-def schedule(num_steps=40, tokens=None, restarts=(), **options):
-    return Schedule(HSAConfig(**options), Run(nominal_sigmas(num_steps), tokens or Tokens(640), restarts))
+def schedule(num_steps=40, tokens=None, restarts=(), from_frames=False, **options):
+    run = Run(nominal_sigmas(num_steps), tokens or Tokens(640), restarts, from_frames)
+    return Schedule(HSAConfig(**options), run)
 
 
 @pytest.mark.parametrize(
@@ -119,5 +120,6 @@ def test_seconds_that_turn_out_to_be_left_are_spent():
 
 
 def test_few_steps_come_with_advice():
-    assert "num_inference_steps=4" in schedule(8, share=0.5).advice
-    assert schedule(13, share=0.5).advice is None and schedule(8, share=1).advice is None
+    assert "num_inference_steps=4" in schedule(8, share=0.5, from_frames=True).advice
+    for steps, share, from_frames in ((9, 0.5, True), (8, 1, True), (8, 0.5, False)):
+        assert schedule(steps, share=share, from_frames=from_frames).advice is None

@@ -163,8 +163,8 @@ def test_another_size_starts_anew(kind):
     heterostep.disable(pipe)
 
 
-def test_disable_gives_the_models_back(row):
-    pipe = row.build()
+def test_disable_gives_the_models_back(kind):
+    pipe = kind.build()
 
     def state():
         return [
@@ -175,6 +175,6 @@ def test_disable_gives_the_models_back(row):
 
     before = state()
     with heterostep.enabled(pipe, **HALF):
-        row.run(pipe, steps=STEPS)
+        kind.run(pipe, steps=STEPS)
         assert state() != before
     assert state() == before

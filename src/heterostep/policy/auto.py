@@ -38,7 +38,7 @@ LEVEL, UNGUIDED_LEVEL, LEVEL_SPREAD = 0.3, 0.1, 0.3
 # The same where frames are given, before the first change has been measured: that tells more than the task does.
 EXPONENT_FROM_FRAMES = 1.2
 # With fewer evaluations than this, one at the second step costs more than the change that it measures can tell.
-ENOUGH = 7
+ENOUGH = 5
 # Standard deviation of a measured log(change) about the law.
 NOISE = 0.25
 EXPONENTS = np.linspace(0.6, 2.2, 33)
