@@ -12,8 +12,8 @@ from heterostep.policy.allocation import evaluations_within
 
 # A plan of dense steps alone meets a runtime to the nearest of them, but exceeds it by this part at the most.
 TOLERANCE = 0.035
-# From given frames, with 4 and 8 steps plain sampling with fewer of them is better or level; with 12 it is not, and from
-# text alone it is not either.
+# From given frames, with 4 and 8 steps plain sampling with fewer of them is better or level; with 12 it is not, nor is
+# it from text alone.
 FEW_STEPS = 8
 
 
