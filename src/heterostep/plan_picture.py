@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -42,7 +43,7 @@ def plan_picture(
     colours = [DENSE if share == 1 else SPARSE for share in shares[done]]
     axes.bar(steps[done], shares[done], width=0.86, color=colours)
     axes.plot(np.append(steps, steps[-1] + 1) - 0.5, sigmas, color=NOISE, linewidth=1.4)
-    handles = [Patch(color=DENSE, label="evaluated"), Patch(color=SKIPPED, label="extrapolated")]
+    handles: list[Artist] = [Patch(color=DENSE, label="evaluated"), Patch(color=SKIPPED, label="extrapolated")]
     if any(0 < share < 1 for share in active_share):
         handles.insert(1, Patch(color=SPARSE, label="part of the tokens"))
     handles.append(Line2D([], [], color=NOISE, label="noise level"))
