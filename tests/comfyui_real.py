@@ -315,6 +315,42 @@ def with_sound(real: Real) -> dict[str, Any]:
     return found
 
 
+def in_parts(real: Real, model: Any, conds: Any) -> dict[str, Any]:
+    """Windows of the frames, at rest and moving from step to step; a prompt for a part of the frame; a given frame."""
+    import comfy.context_windows as windows
+    import torch
+    from comfy.model_base import WAN22
+
+    found, long = {}, {"samples": torch.zeros(1, 16, 13, 8, 8)}
+    for schedule in ("standard_static", "standard_uniform"):
+        own = model.clone()
+        own.model_options["context_handler"] = windows.IndexListContextHandler(
+            context_schedule=windows.get_matching_context_schedule(schedule),
+            fuse_method=windows.get_matching_fuse_method("pyramid"),
+            context_length=5,
+            context_overlap=2,
+            context_stride=1,
+            closed_loop=False,
+            dim=2,
+        )
+        windows.create_prepare_sampling_wrapper(own)
+        found |= {schedule: of_samplers(real, own, conds, long, [("euler", "simple")])["euler simple"]}
+    latent = {"samples": torch.zeros(1, 16, 3, 8, 8)}
+    part = [conds[0][0][0], {"area": (2, 4, 4, 0, 0, 0), "strength": 1.0, "set_area_to_bounds": False}]
+    found["area"] = of_samplers(real, model, [[part, conds[1][0]], conds[1]], latent, [("euler", "simple")])[
+        "euler simple"
+    ]
+    mask = torch.ones(1, 1, 3, 8, 8)
+    mask[:, :, 0] = 0
+    given = {"samples": torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(2)), "noise_mask": mask}
+    kind, model.model.__class__ = model.model.__class__, WAN22
+    try:
+        found["given frame"] = of_samplers(real, model, conds, given, [("euler", "simple")])["euler simple"]
+    finally:
+        model.model.__class__ = kind
+    return found
+
+
 def run(checkout: str, samplers: list[tuple[str, str]]) -> dict[str, Any]:
     start(checkout)
     import comfyui_version
@@ -335,6 +371,7 @@ def run(checkout: str, samplers: list[tuple[str, str]]) -> dict[str, Any]:
         found["diffusers"] = beside_diffusers(real, pipe, model, texts, noise)
         found["samplers"] = of_samplers(real, model, conds, latent, samplers)
         found["stopped"] = stopped(real, model, conds, latent)
+        found["parts"] = in_parts(real, model, conds)
 
         # A LoRA is a patch of weights.
         key = "diffusion_model.blocks.0.ffn.0.weight"

@@ -190,6 +190,10 @@ class Run:
         if before >= 0:
             steps.stepped(generation)
         steps.start_step(generation, step)
+        if self._tokens is None:
+            # Of windows that have moved on, and of conditionings whose time is over, nothing is of use.
+            self._branches = {key: each for key, each in self._branches.items() if each.last_step >= step - 1}
+            generation.branches[:] = self._branches.values()
         count, total = generation.counts[step], generation.total
         what = "evaluated" if count == total else f"{count / total:.0%} of the tokens" if count else "extrapolated"
         self._tell(f"step {step + 1} of {len(sigmas) - 1}: {what}")
