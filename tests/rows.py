@@ -11,6 +11,7 @@ import torch
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
 import small_hunyuan
+import small_hunyuan1
 import small_ltx
 import small_ltx2
 import small_wan
@@ -24,6 +25,7 @@ REPRESENTATIVE = (
     "ltx2.3-i2v",
     "ltx0.9-t2v",
     "hunyuan1.5-t2v",
+    "hunyuan1.0-t2v",
 )
 
 
@@ -80,6 +82,13 @@ def _hunyuan(kind: str, larger: dict[str, Any]) -> Row:
     return Row(lambda: small_hunyuan.small_hunyuan(kind), run, larger)
 
 
+def _hunyuan1(kind: str) -> Row:
+    def run(pipe: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        return (small_hunyuan1.run_hunyuan1(pipe, **options),)
+
+    return Row(lambda: small_hunyuan1.small_hunyuan1(kind), run, dict(height=96, width=96))
+
+
 def _conditions() -> dict[str, Any]:
     """A first frame, and a keyframe that becomes tokens behind the grid."""
     first, *_, last = small_wan.moving_square()
@@ -95,6 +104,9 @@ ROWS["ltx0.9-t2v"] = _ltx("text", dict)
 ROWS["ltx0.9-i2v"] = _ltx("image", lambda: {"image": small_wan.moving_square()[0]})
 ROWS["hunyuan1.5-t2v"] = _hunyuan("text", dict(height=96, width=96))
 ROWS["hunyuan1.5-i2v"] = _hunyuan("image", dict(num_frames=17))
+ROWS["hunyuan1.0-t2v"] = _hunyuan1("text")
+ROWS["hunyuan1.0-i2v"] = _hunyuan1("image")
+ROWS["hunyuan1.0-i2v-33ch"] = _hunyuan1("channels")
 
 
 def transformers(pipe: Any) -> list[Any]:

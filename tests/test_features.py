@@ -8,12 +8,12 @@ from heterostep.errors import HeterostepError
 from rows import ROWS, equal, transformers
 
 # One of each family, and the two with more than one transformer or kind of block.
-FAMILIES = ("wan2.1-t2v", "wan2.2-i2v", "wan2.1-vace", "ltx2.3-i2v", "ltx0.9-t2v", "hunyuan1.5-t2v")
+FAMILIES = ("wan2.1-t2v", "wan2.2-i2v", "wan2.1-vace", "ltx2.3-i2v", "ltx0.9-t2v", "hunyuan1.5-t2v", "hunyuan1.0-t2v")
 STEPS = 12
 
 
 # Two models, and two kinds of blocks: what is done to a model is done to those alike.
-SLOW = ("wan2.2-i2v", "wan2.1-vace", "ltx2.3-i2v")
+SLOW = ("wan2.2-i2v", "wan2.1-vace", "ltx2.3-i2v", "hunyuan1.0-t2v")
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FAMILIES])
@@ -163,7 +163,14 @@ def test_lora_loaded_and_scaled(row, tmp_path):
 
 # Graphs of a run with heterostep beyond those of the plain pipeline: each kind of block and each guidance call has its
 # plain, dense and sparse graph; a second number of active tokens makes the sparse one fit for any.
-GRAPHS = {"wan2.1-t2v": 6, "wan2.1-vace": 14, "ltx2.0-t2v": 10, "ltx0.9-t2v": 6, "hunyuan1.5-t2v": 8}
+GRAPHS = {
+    "wan2.1-t2v": 6,
+    "wan2.1-vace": 14,
+    "ltx2.0-t2v": 10,
+    "ltx0.9-t2v": 6,
+    "hunyuan1.5-t2v": 8,
+    "hunyuan1.0-t2v": 10,
+}
 ONE_CALL = dict(stg_scale=0.0, audio_stg_scale=0.0, modality_scale=1.0, audio_modality_scale=1.0)
 
 

@@ -82,7 +82,10 @@ def _strides(pipe: Any) -> tuple[int, int]:
     if hasattr(pipe, "vae_spatial_compression_ratio"):
         return pipe.vae_spatial_compression_ratio, pipe.vae_temporal_compression_ratio
     # A token's pixels, and the 16 that Wan pipelines insist on.
-    patches = (pipe.vae_scale_factor_spatial * patch for patch in pipe.transformer.config.patch_size[1:])
+    patch = pipe.transformer.config.patch_size
+    patches = [
+        pipe.vae_scale_factor_spatial * size for size in (patch[1:] if isinstance(patch, list | tuple) else [patch])
+    ]
     return math.lcm(16, *patches), pipe.vae_scale_factor_temporal
 
 

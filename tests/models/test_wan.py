@@ -69,8 +69,8 @@ def test_rows_of_a_subset_equal_the_dense_rows(kind, count):
 def test_clean_tokens_are_those_at_time_zero():
     adapter = FAMILIES["WanTransformer3DModel"].adapter
     for one_for_all in ([5.0], [[5.0]]):
-        assert adapter.clean_tokens({"timestep": torch.tensor(one_for_all)}) is None
-    assert adapter.clean_tokens({"timestep": torch.tensor([[0.0, 5.0]])}).tolist() == [[True, False]]
+        assert adapter.clean_tokens(None, {"timestep": torch.tensor(one_for_all)}) is None
+    assert adapter.clean_tokens(None, {"timestep": torch.tensor([[0.0, 5.0]])}).tolist() == [[True, False]]
 
 
 @torch.no_grad()

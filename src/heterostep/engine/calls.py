@@ -32,8 +32,9 @@ class DirectCalls:
     def __init__(self, model: Any, inputs: dict[str, Any], store: str = "device") -> None:
         self.model, self.inputs = model, {**inputs, "return_dict": False}
         self.adapter = FAMILIES[type(model).__name__].adapter
-        self.num_tokens = self.adapter.token_grid(model, inputs).num_tokens
-        self.call = Call(num_tokens=self.num_tokens)
+        grid = self.adapter.token_grid(model, inputs)
+        self.num_tokens = grid.num_tokens
+        self.call = Call(num_tokens=self.num_tokens, grid=grid)
         self.rows: torch.Tensor | None = None
         self.held: torch.Tensor | None = None
         self._seams = self.adapter.install(model, self.call, self._velocity)

@@ -120,7 +120,9 @@ def _twin(model: Any) -> tuple[Any, int]:
     Hooks and adapters stay behind. Blocks are alike and run one after the other: a few tell what all hold.
     """
     config = dict(model.config)
-    shallow = "vace_layers" not in config and config["num_layers"] > SHALLOW
+    # Blocks of two kinds are too few to be told from some of one.
+    alike = not {"vace_layers", "num_single_layers"} & set(config)
+    shallow = alike and config["num_layers"] > SHALLOW
     if shallow:
         config["num_layers"] = SHALLOW
     with torch.device("meta"):

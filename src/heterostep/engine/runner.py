@@ -228,7 +228,7 @@ class Runner:
         """The model's forward, of the tokens of `index` or of all; with K/V kept or read, or neither."""
         if keep and not branch.stores:
             branch.stores = stores.make_stores(expert, generation, branch, inputs)
-        self._call.index, self._call.num_tokens = index, generation.total
+        self._call.index, self._call.num_tokens, self._call.grid = index, generation.total, generation.grid
         if index is not None or keep:
             if index is None:
                 # A dense call decodes nothing, or little, and needs the room.
@@ -335,7 +335,7 @@ class Runner:
         num_steps = len(scheduler.timesteps) - first
         switch = self.adapter.expert_switch(pipe)
         restarts = () if switch is None or not first < switch < first + num_steps else (switch - first,)
-        clean = self.adapter.clean_tokens(inputs)
+        clean = self.adapter.clean_tokens(expert.model, inputs)
         if clean is not None:
             clean = clean[:samples]
         sigmas = scheduler.sigmas[first : first + num_steps + 1].float().cpu()

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from heterostep.errors import HeterostepError
-from heterostep.models import hunyuan15, ltx, ltx2, wan
+from heterostep.models import hunyuan, hunyuan15, ltx, ltx2, wan
 from heterostep.models.attention import CachedAttention
 from heterostep.models.base import Adapter, Call, Family, Kind, Seams, TokenGrid
 
 __all__ = ["FAMILIES", "Adapter", "CachedAttention", "Call", "Family", "Kind", "Seams", "TokenGrid", "register_family"]
 
 # By the class name of the transformer; each file has its own.
-FAMILIES: dict[str, Family] = {**wan.FAMILIES, **hunyuan15.FAMILIES, **ltx2.FAMILIES, **ltx.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    **wan.FAMILIES,
+    **hunyuan.FAMILIES,
+    **hunyuan15.FAMILIES,
+    **ltx2.FAMILIES,
+    **ltx.FAMILIES,
+}
 
 
 def register_family(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from heterostep.errors import HeterostepError
 from heterostep.grid import TokenGrid
 from heterostep.kernels import gather_rows
 from heterostep.models.attention import CachedAttention
@@ -22,12 +23,14 @@ class Call:
     """The transformer call under way, as hooks see it.
 
     Attributes:
-        index: the active tokens, int64 [B, n]; None where all are.
+        index: the active tokens, int64 [B, n], ascending; None where all are.
         num_tokens: N.
+        grid: the call's tokens; None before the first call.
     """
 
     index: torch.Tensor | None = None
     num_tokens: int = 0
+    grid: TokenGrid | None = None
 
 
 @dataclass
@@ -131,7 +134,7 @@ class Adapter(abc.ABC):
         """All tokens' velocities [B, N, C] in the shape in which the model returns them."""
         return velocities
 
-    def clean_tokens(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+    def clean_tokens(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
         """bool [B, N]: tokens that carry no noise (a given first frame), or None where all do."""
         timestep = inputs["timestep"]
         return timestep == 0 if _per_token(timestep) else None
@@ -148,3 +151,23 @@ class Adapter(abc.ABC):
     def expert_switch(self, pipe: Any) -> int | None:
         """The scheduler's step at which a second transformer takes over; None where there is one alone."""
         return None
+
+    def prompt_shapes(self, pipe: Any, model: Any, arguments: Mapping[str, Any]) -> dict[str, tuple]:
+        """What the pipeline takes in place of a prompt, for plans: they have no text encoder.
+
+        Args:
+            pipe: on the meta device, without encoders of text and images.
+            model: its transformer.
+            arguments: of the pipeline's call, its defaults included.
+
+        Returns:
+            for each argument, by name, its shape behind the batch and then its dtype. A negative prompt's are the same
+            with "negative_" before their names, unless they are given too.
+
+        Raises:
+            HeterostepError: the family does not say.
+        """
+        raise HeterostepError(
+            f"{type(model).__name__} cannot be planned: give {type(self).__name__} a prompt_shapes that says what a "
+            "prompt becomes"
+        )

@@ -8,7 +8,7 @@ Shapes: B batch, N video tokens, n active ones, T text tokens, H heads, D head d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -91,6 +91,15 @@ class HunyuanVideo15Adapter(Adapter):
         for block in model.transformer_blocks:
             seams.replace_processor(block.attn, JointAttention(block.attn.processor, call))
         return seams
+
+    def prompt_shapes(self, pipe: Any, model: Any, arguments: Mapping[str, Any]) -> dict[str, tuple]:
+        first, second = pipe.tokenizer_max_length, pipe.tokenizer_2_max_length
+        return {
+            "prompt_embeds": (first, model.config.text_embed_dim, model.dtype),
+            "prompt_embeds_mask": (first, model.dtype),
+            "prompt_embeds_2": (second, model.config.text_embed_2_dim, model.dtype),
+            "prompt_embeds_mask_2": (second, model.dtype),
+        }
 
 
 FAMILIES = {

@@ -8,7 +8,7 @@ Shapes: B batch, N tokens, n active ones, H heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -83,6 +83,13 @@ class LTXAdapter(Adapter):
             for attn, processor in ((block.attn1, SelfAttention), (block.attn2, TextAttention)):
                 seams.replace_processor(attn, processor(attn.processor, call))
         return seams
+
+    def prompt_shapes(self, pipe: Any, model: Any, arguments: Mapping[str, Any]) -> dict[str, tuple]:
+        length = arguments["max_sequence_length"]
+        return {
+            "prompt_embeds": (length, model.config.caption_channels, model.dtype),
+            "prompt_attention_mask": (length, torch.bool),
+        }
 
 
 FAMILIES = {

@@ -9,7 +9,7 @@ Shapes: B batch, N video tokens, n active ones, H heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -169,6 +169,14 @@ class LTX2Adapter(Adapter):
             if text_is_static:
                 seams.replace_processor(block.attn2, TextAttention(block.attn2.processor, call))
         return seams
+
+    def prompt_shapes(self, pipe: Any, model: Any, arguments: Mapping[str, Any]) -> dict[str, tuple]:
+        # The states of all of the encoder's layers; the connectors make the transformer's of them.
+        length, config = arguments["max_sequence_length"], pipe.connectors.config
+        return {
+            "prompt_embeds": (length, config.caption_channels * config.text_proj_in_factor, model.dtype),
+            "prompt_attention_mask": (length, torch.int64),
+        }
 
 
 FAMILIES = {

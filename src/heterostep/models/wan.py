@@ -9,7 +9,7 @@ Shapes: B batch, N tokens, n active tokens, H heads, D head dim, C values a toke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -139,6 +139,9 @@ class WanAdapter(Adapter):
             for attn, processor in ((block.attn1, SelfAttention), (block.attn2, CrossAttention)):
                 seams.replace_processor(attn, processor(attn.processor, call))
         return seams
+
+    def prompt_shapes(self, pipe: Any, model: Any, arguments: Mapping[str, Any]) -> dict[str, tuple]:
+        return {"prompt_embeds": (arguments["max_sequence_length"], model.config.text_dim, model.dtype)}
 
 
 # By the class name of the transformer: nothing of diffusers is imported for a family that is not used.

@@ -233,54 +233,14 @@ def _arguments(
         # Video-to-video makes as many frames as it is given.
         asked["video"] = [image] * sizes["num_frames"]
 
-    length = options.get("max_sequence_length")
-    if length is None and "max_sequence_length" in accepted:
-        length = accepted["max_sequence_length"].default
-    for name, (*shape, dtype) in TEXTS[type(model).__name__](pipe, model, length).items():
+    arguments = {name: parameter.default for name, parameter in accepted.items()}
+    arguments |= {name: value for name, value in options.items() if value is not None}
+    prompts = FAMILIES[type(model).__name__].adapter.prompt_shapes(pipe, model, arguments)
+    for name, (*shape, dtype) in prompts.items():
+        asked[name] = torch.empty((batch, *shape), dtype=dtype, device="meta")
         # Taken for no prompt as well; without guidance the pipeline does not look at it.
-        asked[name] = asked[f"negative_{name}"] = torch.empty((batch, *shape), dtype=dtype, device="meta")
+        asked.setdefault(f"negative_{name}", asked[name])
     return {name: value for name, value in asked.items() if name in accepted} | options
-
-
-def _wan_text(pipe: Any, model: Any, length: int) -> dict[str, tuple]:
-    return {"prompt_embeds": (length, model.config.text_dim, model.dtype)}
-
-
-def _ltx_text(pipe: Any, model: Any, length: int) -> dict[str, tuple]:
-    return {
-        "prompt_embeds": (length, model.config.caption_channels, model.dtype),
-        "prompt_attention_mask": (length, torch.bool),
-    }
-
-
-def _ltx2_text(pipe: Any, model: Any, length: int) -> dict[str, tuple]:
-    # The states of all of the encoder's layers; the connectors make the transformer's of them.
-    config = pipe.connectors.config
-    return {
-        "prompt_embeds": (length, config.caption_channels * config.text_proj_in_factor, model.dtype),
-        "prompt_attention_mask": (length, torch.int64),
-    }
-
-
-def _hunyuan_text(pipe: Any, model: Any, length: int | None) -> dict[str, tuple]:
-    first, second = pipe.tokenizer_max_length, pipe.tokenizer_2_max_length
-    return {
-        "prompt_embeds": (first, model.config.text_embed_dim, model.dtype),
-        "prompt_embeds_mask": (first, model.dtype),
-        "prompt_embeds_2": (second, model.config.text_embed_2_dim, model.dtype),
-        "prompt_embeds_mask_2": (second, model.dtype),
-    }
-
-
-# By the class name of the transformer: what a pipeline takes in place of a prompt, each with its shape behind the
-# batch and its dtype. `length` is the number of states that the pipeline's call asks for.
-TEXTS: dict[str, Callable[..., dict[str, tuple]]] = {
-    "WanTransformer3DModel": _wan_text,
-    "WanVACETransformer3DModel": _wan_text,
-    "LTXVideoTransformer3DModel": _ltx_text,
-    "LTX2VideoTransformer3DModel": _ltx2_text,
-    "HunyuanVideo15Transformer3DModel": _hunyuan_text,
-}
 
 
 def _recorder(model: Any, calls: list[tuple[torch.nn.Module, dict[str, Any]]]) -> Callable[..., tuple]:
