@@ -141,7 +141,7 @@ class Adapter(abc.ABC):
 
     def from_frames(self, model: Any, inputs: dict[str, Any]) -> bool:
         """Whether the video goes on from given frames: its velocities then change less while it takes its shape."""
-        clean = self.clean_tokens(inputs)
+        clean = self.clean_tokens(model, inputs)
         return clean is not None and bool(clean.any())
 
     def guidance_copies(self, pipe: Any) -> int:
