@@ -135,8 +135,8 @@ def test_a_video_is_made_and_plays_in_step_beside_the_dense_one(visit):
     assert page.locator("#play").inner_text() == "Pause"
     eventually(
         page,
-        "(([a, b]) => !a.paused && !b.paused && a.currentTime > 0.1 && Math.abs(a.currentTime - b.currentTime) < 1 / 16)"
-        "([...document.querySelectorAll('video')])",
+        "(([a, b]) => !a.paused && !b.paused && a.currentTime > 0.1 &&"
+        " Math.abs(a.currentTime - b.currentTime) < 1 / 16)([...document.querySelectorAll('video')])",
     )
     with page.expect_download() as saved:
         page.locator("#downloads a", has_text="report").click()
