@@ -4,8 +4,12 @@ import functools
 import http.client
 import io
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -89,6 +93,14 @@ def counts(said):
     return said.type == "error" and "422" not in said.text
 
 
+def eventually(page, condition):
+    """Waits until an expression in the page's script is true; the page's policy keeps Playwright's own way out."""
+    end = time.monotonic() + 30
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, condition
+        time.sleep(0.05)
+
+
 def sideways(page):
     return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
@@ -110,11 +122,7 @@ def test_a_video_is_made_and_plays_in_step_beside_the_dense_one(visit):
     assert "asked 0.50" in page.locator("#summary").inner_text()
     assert "3 times" in page.locator("#heat-caption").inner_text()
     # Both have come, and both are moved by the one slider and the buttons.
-    ready = "[...document.querySelectorAll('video')].map((video) => video.readyState)"
-    for _ in range(100):
-        if min(page.evaluate(ready)) >= 2:
-            break
-        time.sleep(0.05)
+    eventually(page, "[...document.querySelectorAll('video')].every((video) => video.readyState >= 2)")
     times = "[...document.querySelectorAll('video')].map((video) => video.currentTime)"
     page.locator("#moment").fill("0.5")
     assert page.locator("#play").inner_text() == "Play"
@@ -125,9 +133,11 @@ def test_a_video_is_made_and_plays_in_step_beside_the_dense_one(visit):
     assert dense == fast == pytest.approx(5.5 / 16, abs=0.01)
     page.locator("#play").click()
     assert page.locator("#play").inner_text() == "Pause"
-    time.sleep(0.5)
-    dense, fast = page.evaluate(times)
-    assert abs(dense - fast) < 2 / 16 and not page.evaluate("document.querySelector('#dense-video').paused")
+    eventually(
+        page,
+        "(([a, b]) => !a.paused && !b.paused && a.currentTime > 0.1 &&"
+        " Math.abs(a.currentTime - b.currentTime) < 1 / 16)([...document.querySelectorAll('video')])",
+    )
     with page.expect_download() as saved:
         page.locator("#downloads a", has_text="report").click()
     assert json.loads(saved.value.path().read_text())["share"]["achieved"] == 0.5
@@ -136,7 +146,8 @@ def test_a_video_is_made_and_plays_in_step_beside_the_dense_one(visit):
     assert "About" in page.locator("#estimate").inner_text()
     page.reload()
     page.locator("#made").wait_for()
-    assert page.locator("#history button[aria-current=true]").count() == 1 and sideways(page) == 0
+    page.locator("#history button[aria-current=true]").wait_for()
+    assert sideways(page) == 0
     page.set_viewport_size({"width": 390, "height": 800})
     assert sideways(page) == 0
 
@@ -152,6 +163,7 @@ def test_a_run_shows_where_it_is_and_is_cancelled_while_another_waits(visit):
     assert first.locator("#generate").is_disabled() and first.locator("#strip i.ahead").count() > 0
     second.locator("#generate").click()
     second.locator("#phase", has_text="next in the queue").wait_for()
+    second.locator("#history li").wait_for()
     assert first.locator("#history li").count() == second.locator("#history li").count() == 1
     first.reload()
     first.locator("#counts", has_text="step").wait_for()
@@ -283,3 +295,20 @@ def test_without_the_extra_the_command_names_it(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["ui"]) == 2
     assert "pip install 'heterostep[ui]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_and_leaves_no_files(tmp_path):
+    command = [sys.executable, "-m", "heterostep", "ui", "--port", "0", "--no-open", "--device", "cpu"]
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as started:
+        address = re.search(r"http://127\.0\.0\.1:\d+/", started.stdout.readline()).group()
+        form = {"content_type": "application/x-www-form-urlencoded"}
+        assert asked((address,), "/api/jobs", "POST", "prompt=x&steps=1000", **form)[0] == 201
+        assert list(tmp_path.glob("heterostep-ui-*"))
+        started.send_signal(signal.SIGINT)
+        _, err = started.communicate(timeout=120)
+    assert (started.returncode, err) == (130, "heterostep: interrupted\n")
+    assert not list(tmp_path.iterdir())

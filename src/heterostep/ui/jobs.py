@@ -254,7 +254,8 @@ class Studio:
                 job.folder.mkdir()
                 self._run(job)
                 state = "done"
-            except Cancelled:
+            except (Cancelled, KeyboardInterrupt):
+                # `interrupts.check` raises the latter in this thread, too, where Ctrl-C came while a model was loaded.
                 state = "cancelled"
             except BadField as error:
                 job.message, job.fault = str(error), error.field
