@@ -145,7 +145,7 @@ def check_adapter(model: Any, inputs: dict[str, Any]) -> None:
             error = (calls.sparse(calls.random_index(count))[0] - plain).abs().max()
             if not error <= 1e-4 * plain.std():
                 raise HeterostepError(
-                    f"with {count} of {calls.num_tokens} tokens active their velocities differ from the dense call's by "
+                    f"with {count} of {calls.num_tokens} tokens active their velocities differ from a dense call's by "
                     f"up to {error:.2g}: something is selected for other tokens, or attention misses the inactive ones"
                 )
     finally:
