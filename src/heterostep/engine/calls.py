@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from heterostep.engine.cuda_graphs import ReplayedCalls
+from heterostep.errors import HeterostepError
 from heterostep.kv.cache import KVCache, StaticKV, Workspace
 from heterostep.models import FAMILIES, Call
 
@@ -115,3 +116,37 @@ class DirectCalls:
             self.call.index = None
             for _, processor in self._seams.attentions:
                 processor.kv = None
+
+
+@torch.no_grad()
+def check_adapter(model: Any, inputs: dict[str, Any]) -> None:
+    """Compare the calls that a family's adapter makes of a model with the model's own: for whoever writes one.
+
+    Args:
+        model: a transformer of one of `FAMILIES`, best a small one in float32; it is left as it is.
+        inputs: of one of its forwards, by name.
+
+    Raises:
+        HeterostepError: they differ; says in which call.
+    """
+    plain = model(**{**inputs, "return_dict": False})[0]
+    calls = DirectCalls(model, inputs)
+    try:
+        if not torch.equal(calls.dense()[0], plain):
+            raise HeterostepError(
+                "the dense call differs from the model's: processors must compute as the originals do"
+            )
+        if calls.held is None or calls.held.shape[1] != calls.num_tokens:
+            raise HeterostepError("on_velocity was not given one row for each token of token_grid")
+        grid = calls.adapter.token_grid(model, inputs)
+        if not torch.equal(calls.adapter.arrange(model, grid, calls.held), plain):
+            raise HeterostepError("arrange does not make the model's output of its tokens' velocities")
+        for count in sorted({1, calls.num_tokens // 7, calls.num_tokens // 2} - {0}):
+            error = (calls.sparse(calls.random_index(count))[0] - plain).abs().max()
+            if not error <= 1e-4 * plain.std():
+                raise HeterostepError(
+                    f"with {count} of {calls.num_tokens} tokens active their velocities differ from a dense call's by "
+                    f"up to {error:.2g}: something is selected for other tokens, or attention misses the inactive ones"
+                )
+    finally:
+        calls.restore()

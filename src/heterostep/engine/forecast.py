@@ -27,6 +27,8 @@ from heterostep.kv.cache import KVCache, KVShape
 GRAIN = 512
 # Blocks of the model that a call is forecast with.
 SHALLOW = 2
+# Where configurations say how many blocks a model has, of each kind that it has, in the order in which they run.
+DEPTHS = ("num_layers", "num_single_layers")
 # Of what is free, kept for what no forecast knows: libraries' workspaces and the allocator's fragments, which were
 # a third of a dense call's activations (benchmarks/h200: 0.53 GB beside 1.6).
 MARGIN = 0.04
@@ -114,17 +116,19 @@ class CallMemory:
     layers: tuple[KVShape, ...]
 
 
-def _twin(model: Any) -> tuple[Any, int]:
-    """The model anew on the meta device, from its configuration and in its dtype, and how many blocks it has of all.
+def _depths(config: Any) -> list[int]:
+    """How many blocks of each kind a configuration asks for, in the order in which they run."""
+    return [config[name] for name in DEPTHS if name in config]
+
+
+def _twin(model: Any) -> tuple[Any, list[int]]:
+    """The model anew on the meta device, from its configuration and in its dtype, and how many blocks of a kind it has.
 
     Hooks and adapters stay behind. Blocks are alike and run one after the other: a few tell what all hold.
     """
     config = dict(model.config)
-    # Blocks of two kinds are too few to be told from some of one.
-    alike = not {"vace_layers", "num_single_layers"} & set(config)
-    shallow = alike and config["num_layers"] > SHALLOW
-    if shallow:
-        config["num_layers"] = SHALLOW
+    if "vace_layers" not in config:
+        config |= {name: min(SHALLOW, config[name]) for name in DEPTHS if name in config}
     with torch.device("meta"):
         made = type(model).from_config(config)
     torch.nn.Module.to(made, model.dtype)
@@ -134,7 +138,7 @@ def _twin(model: Any) -> tuple[Any, int]:
     for module in made.modules() if backend is not None else ():
         if hasattr(getattr(module, "processor", None), "_attention_backend"):
             module.processor._attention_backend = backend
-    return made.eval(), config["num_layers"]
+    return made.eval(), _depths(config)
 
 
 @torch.no_grad()
@@ -159,7 +163,7 @@ def call_memory(model: Any, inputs: dict[str, Any], share: float = 0.5) -> CallM
 
 def _call_memory(model: Any, inputs: dict[str, Any], share: float) -> CallMemory:
     inputs = tree_map(lambda x: torch.empty_like(x, device="meta") if isinstance(x, torch.Tensor) else x, inputs)
-    blocks = model.config["num_layers"]
+    blocks = _depths(model.config)
     model, few = _twin(model)
     known = [*model.parameters(), *model.buffers(), *(x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor))]
     calls = DirectCalls(model, inputs)
@@ -189,8 +193,12 @@ def _call_memory(model: Any, inputs: dict[str, Any], share: float) -> CallMemory
         static = sum(store.nbytes for store in calls.stores if not isinstance(store, KVCache))
     calls.restore()
     # What blocks keep is as many times as much; beside it each holds the same.
-    layers = layers if few == blocks else layers[: len(layers) // few] * blocks
-    return CallMemory(plain, dense, sparse, static * blocks // few, held, tuple(layers))
+    if few != blocks:
+        each, first = len(layers) // sum(few), [sum(few[:kind]) for kind in range(len(few))]
+        layers = [
+            layer for start, count in zip(first, blocks) for layer in layers[start * each : (start + 1) * each] * count
+        ]
+    return CallMemory(plain, dense, sparse, static * sum(blocks) // sum(few), held, tuple(layers))
 
 
 # What "auto" tries, as (for as many layers as fit, for the others).

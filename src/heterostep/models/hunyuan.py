@@ -63,17 +63,12 @@ class JointAttention(CachedAttention):
         if index is None:
             return self.kv.update(key, value, None)
         given = key.shape[1] - text - index.shape[1]
-        place = with_given(index, given)
-        behind = torch.arange(text, device=index.device).expand(len(index), -1)
-        place = torch.cat([place, behind + self.call.num_tokens], dim=1)
-        if not given:
-            return self.kv.update(key, value, place)
-        # A token that is there twice is written twice: the same, then.
-        rows = torch.cat([with_given(where_active(index, given), given), behind + key.shape[1] - text], dim=1)
-        key, value = gather_rows(key, rows), gather_rows(value, rows)
+        behind = torch.arange(text, device=index.device) + self.call.num_tokens
+        place = torch.cat([with_given(index, given), behind.expand(len(index), -1)], dim=1)
         keys, values = self.kv.update(key, value, place)
-        # They are of this step, where those of tokens that are left out may be moved on (`sync="drift"`).
-        keys[:, :given], values[:, :given] = key[:, :given], value[:, :given]
+        if given:
+            # Of the first, where a token is there twice; of this step, also where others are moved on (`sync="drift"`).
+            keys[:, :given], values[:, :given] = key[:, :given], value[:, :given]
         return keys, values
 
 
