@@ -468,7 +468,9 @@ def test_compare_writes_a_page(pipes, capsys):
     assert "another comparison" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mode", [[], ["--image-to-video"]], ids=["text", "image"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param([], marks=pytest.mark.slow), ["--image-to-video"]], ids=["text", "image"]
+)
 def test_compare_in_batches(pipes, capsys, mode):
     arguments = [*SMALL, "--count", "2", "--seeds", "2", "--batch", "3", "--runtimes", "0.5", "--methods", "steps"]
     assert cli.main(["compare", *arguments, *mode, "--videos", "0"]) == 0
