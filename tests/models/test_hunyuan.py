@@ -14,7 +14,7 @@ from heterostep.models import FAMILIES, Seams
 from heterostep.models.hunyuan import HunyuanVideoAdapter, JointAttention
 from heterostep.planning.dry_run import dry_run_pipeline
 from seams import Seamed
-from small_hunyuan1 import LATENT_CHANNELS, TEXT_DIM, run_hunyuan1, small_hunyuan1
+from small_hunyuan1 import KINDS, LATENT_CHANNELS, TEXT_DIM, run_hunyuan1, small_hunyuan1
 
 NAME = "HunyuanVideoTransformer3DModel"
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-model.md"
@@ -174,3 +174,9 @@ def test_plans_know_how_long_a_prompt_is(kind, states):
     assert [call["encoder_hidden_states"].shape[1] for call in calls] == states
     channels = 2 * LATENT_CHANNELS + 1 if kind == "channels" else LATENT_CHANNELS
     assert calls[0]["hidden_states"].shape == (1, channels, 33, 90, 160)
+
+
+def test_checkpoints_that_are_given_a_frame_are_known_as_such():
+    for kind in KINDS:
+        model = small_hunyuan1(kind).transformer
+        assert HunyuanVideoAdapter().from_frames(model, {}) is (kind != "text")

@@ -138,6 +138,9 @@ class HunyuanVideoAdapter(Adapter):
         first = torch.arange(grid.num_tokens, device=latents.device) < grid.height * grid.width
         return first.expand(len(latents), -1)
 
+    def from_frames(self, model: Any, inputs: dict[str, Any]) -> bool:
+        return model.config.image_condition_type is not None
+
     def prompt_shapes(self, pipe: Any, model: Any, arguments: Mapping[str, Any]) -> dict[str, tuple]:
         length, condition = arguments["max_sequence_length"], model.config.image_condition_type
         lengths = {"": length, "negative_": length}
