@@ -5,12 +5,12 @@ COMPARE ?= --count 2 --points 2 --runtimes 1,0.5,0.25 --methods heterostep,steps
 
 .PHONY: compare demo test test-all test-diffusers lint format clean
 
-demo: .venv/.installed
+demo: .venv/.library
 	mkdir -p demo
 	.venv/bin/heterostep generate "$(PROMPT)" --runtime 0.5 --both --report demo/report.json --out demo/video.mp4
 	@echo "The video is demo/video.mp4, the report demo/report.json"
 
-compare: .venv/.installed
+compare: .venv/.compare
 	.venv/bin/heterostep compare $(COMPARE) --out report
 	@echo "The page is report/index.html, every number report/results.json"
 
@@ -29,19 +29,23 @@ test-diffusers:
 	.venv-diffusers/bin/pip install -c .venv-diffusers/constraints.txt -e ".[dev]" diffusers==$(DIFFUSERS)
 	OMP_NUM_THREADS=1 .venv-diffusers/bin/pytest -n 2 -m "not slow"
 
-lint: .venv/.installed
+lint: .venv/.dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-format: .venv/.installed
+format: .venv/.dev
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
 clean:
 	rm -rf .venv .venv-diffusers demo report .mypy_cache .pytest_cache .ruff_cache
 
-.venv/.installed: pyproject.toml constraints.txt
+# What a target needs, and no more: a demo can do without the tests' tools.
+.venv/.library: EXTRA =
+.venv/.compare: EXTRA = [compare]
+.venv/.dev: EXTRA = [dev]
+.venv/.library .venv/.compare .venv/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -c constraints.txt -e ".[dev]"
+	.venv/bin/pip install -c constraints.txt -e ".$(EXTRA)"
 	touch $@

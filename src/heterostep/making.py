@@ -201,8 +201,8 @@ def summary(result: Result, reference: Result | None) -> dict[str, str]:
     if reference is not None:
         lines["seconds"] += f", dense {reference.seconds:.1f}, ratio {result.seconds / reference.seconds:.2f}"
         if runtime.dense_seconds is not None:
-            off = 100 * (runtime.dense_seconds / reference.seconds - 1)
-            lines["estimate"] = f"dense was estimated online {runtime.dense_seconds:.1f} ({off:+.0f} %)"
+            off = round(100 * (runtime.dense_seconds / reference.seconds - 1))
+            lines["estimate"] = f"dense was estimated online {runtime.dense_seconds:.1f} ({off:+d} %)"
         lines["psnr"] = f"{result.psnr(reference):.1f} dB against dense"
     lines["steps"] = (
         f"mean {steps.mean:.1f} per token, min {steps.min}, max {steps.max}, of {report.num_inference_steps}"

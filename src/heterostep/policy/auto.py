@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 END = 0.2
 # What is expected of a run before it is seen, and its standard deviation; of log(level) for the level.
 EXPONENT, EXPONENT_SPREAD = 1.4, 0.3
-LEVEL, UNGUIDED_LEVEL, LEVEL_SPREAD = 0.3, 0.1, 0.3
+LEVEL, LEVEL_SPREAD = 0.3, 0.3
+# Without guidance, where less is known: a model that guidance was distilled into may change as a guided one does.
+UNGUIDED_LEVEL, UNGUIDED_LEVEL_SPREAD = 0.1, 0.6
 # The same where frames are given, before the first change has been measured: that tells more than the task does.
 EXPONENT_FROM_FRAMES = 1.2
 # With fewer evaluations than this, one at the second step costs more than the change that it measures can tell.
@@ -109,12 +111,13 @@ class Auto(Policy):
             return EXPONENT_FROM_FRAMES if self.run.from_frames else EXPONENT
         starts, stops = [change.start for change in known], [change.stop for change in known]
         levels = np.log([LEVEL if change.guided else UNGUIDED_LEVEL for change in known])
+        spread = LEVEL_SPREAD if all(change.guided for change in known) else UNGUIDED_LEVEL_SPREAD
         measured = np.log([change.value for change in known]) - levels
 
         def cost(exponent: float, passed: np.ndarray) -> float:
             off = measured - np.log(passed[stops] - passed[starts])
-            level = off.sum() / NOISE**2 / (len(off) / NOISE**2 + 1 / LEVEL_SPREAD**2)
-            prior = (level / LEVEL_SPREAD) ** 2 + ((exponent - EXPONENT) / EXPONENT_SPREAD) ** 2
+            level = off.sum() / NOISE**2 / (len(off) / NOISE**2 + 1 / spread**2)
+            prior = (level / spread) ** 2 + ((exponent - EXPONENT) / EXPONENT_SPREAD) ** 2
             return float((((off - level) / NOISE) ** 2).sum() + prior)
 
         return min(self._candidates, key=lambda candidate: cost(*candidate))[0]
