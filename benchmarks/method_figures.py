@@ -1,4 +1,4 @@
-"""The figures and tables of docs/method.md, from dense runs of the bundled model.
+"""The figures and tables of docs/background/method.md, from dense runs of the bundled model.
 
 What each token's velocity, K and V do from one step to later ones; how wrong a velocity is that is evaluated alone,
 among K/V that are held or drift; and what the schedules make of a budget. Prints the tables, writes them and the
@@ -230,7 +230,7 @@ def draw_lines(tables: dict[str, Any], lines: dict[str, str], label: str, path: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1, help="captions of each task")
-    parser.add_argument("--out", type=Path, default=Path("docs/method"))
+    parser.add_argument("--out", type=Path, default=Path("docs/background/method"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tables, runs = {}, {}

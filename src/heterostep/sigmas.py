@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# Near pure noise log(1 - sigma) has no end, and velocities go straight over sigma itself (docs/method.md).
+# Near pure noise log(1 - sigma) has no end, and velocities go straight over sigma itself (docs/background/method.md).
 MARGIN = 0.02
 
 
@@ -12,7 +12,8 @@ def log_alpha(sigma: torch.Tensor) -> torch.Tensor:
     """What velocities, keys and values go nearly straight over: log(1 - sigma + 0.02), which rises as sigma falls.
 
     1 - sigma is the part of the signal in the latents. Over sigma itself a line through two evaluations overshoots, the
-    more so the earlier and the farther it is followed: measured on the bundled model's dense runs (docs/method.md).
+    more so the earlier and the farther it is followed: measured on the bundled model's dense runs
+    (docs/background/method.md).
 
     Args:
         sigma: flow-matching noise levels, 0..1, of any shape.

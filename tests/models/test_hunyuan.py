@@ -17,7 +17,7 @@ from seams import Seamed
 from small_hunyuan1 import KINDS, LATENT_CHANNELS, TEXT_DIM, run_hunyuan1, small_hunyuan1
 
 NAME = "HunyuanVideoTransformer3DModel"
-PAGE = Path(__file__).parents[2] / "docs" / "adding-a-model.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "adding-a-model.md"
 TOKENS, GIVEN, TEXT = 48, 16, 6
 
 

@@ -163,11 +163,11 @@ def matrix(results: dict[str, Results], shares: Sequence[float] = SHARES) -> lis
     counted.
 
     Args:
-        results: by regime, what a comparison writes (docs/compare.md).
+        results: by regime, what a comparison writes (docs/reference/results.md).
         shares: of the evaluations.
 
     Returns:
-        rows as docs/compare.md describes them.
+        rows as docs/reference/results.md describes them.
     """
     rows = []
     for regime, result in results.items():

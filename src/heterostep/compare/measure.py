@@ -211,7 +211,10 @@ def _lpips(a: torch.Tensor, b: torch.Tensor) -> float | None:
 
 @dataclass
 class Record:
-    """One generation's line of `results.json`; see docs/compare.md. A batch's seconds and memory are not a video's."""
+    """One generation's line of `results.json`; see docs/reference/results.md.
+
+    A batch's seconds and memory are not a video's.
+    """
 
     method: str
     value: float

@@ -1,6 +1,6 @@
 """The comparison as one file: `results.json` and the videos that it names -> `index.html`, which needs no network.
 
-`docs/compare.md` describes every key of `results.json`. Here is what the page says, and in which order;
+`docs/reference/results.md` describes every key of `results.json`. Here is what the page says, and in which order;
 `page.html.jinja` has its HTML.
 """
 

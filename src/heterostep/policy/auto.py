@@ -11,7 +11,8 @@ How fast a velocity changes is measured in the run itself. Over sigma its relati
 
 fast while the video takes its shape, and again at the very end. The level hardly differs between tasks, guidance
 scales, shifts and solvers (without guidance it is a third); the exponent does (1.4 to 1.7 in text-to-video, 1.0 to 1.3
-where a first frame is given). So the first changes tell the exponent, and later ones steady both (docs/method.md).
+where a first frame is given). So the first changes tell the exponent, and later ones steady both
+(docs/background/method.md).
 """
 
 from __future__ import annotations
