@@ -3,7 +3,7 @@ PROMPT ?= a red circle moving right over blue stripes
 
 COMPARE ?= --count 2 --points 2 --runtimes 1,0.5,0.25 --methods heterostep,steps,easycache,first-block-cache
 
-.PHONY: compare demo test test-all test-diffusers lint format clean
+.PHONY: compare demo docs package test test-all test-diffusers lint format clean
 
 demo: .venv/.library
 	mkdir -p demo
@@ -38,14 +38,26 @@ format: .venv/.dev
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
+# The site, in docs/_build: open docs/_build/index.html. A warning is an error.
+docs: .venv/.docs
+	.venv/bin/sphinx-build -W --keep-going -q -b html docs docs/_build
+	@echo "The site is docs/_build/index.html"
+
+# Wheel and sdist, and whether they work outside of the checkout.
+package: .venv/.dev
+	rm -rf dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv/bin/python -m build --outdir dist
+	.venv/bin/python tests/packages.py dist
+
 clean:
-	rm -rf .venv .venv-diffusers demo report .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-diffusers demo report dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
 # What a target needs, and no more: a demo can do without the tests' tools.
 .venv/.library: EXTRA =
 .venv/.compare: EXTRA = [compare]
 .venv/.dev: EXTRA = [dev]
-.venv/.library .venv/.compare .venv/.dev: pyproject.toml constraints.txt
+.venv/.docs: EXTRA = [docs]
+.venv/.library .venv/.compare .venv/.dev .venv/.docs: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -c constraints.txt -e ".$(EXTRA)"
 	touch $@

@@ -162,7 +162,7 @@ class Adapter(abc.ABC):
 
         Returns:
             for each argument, by name, its shape behind the batch and then its dtype. A negative prompt's are the same
-            with "negative_" before their names, unless they are given too.
+            with `negative_` before their names, unless they are given too.
 
         Raises:
             HeterostepError: the family does not say.

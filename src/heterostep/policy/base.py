@@ -64,7 +64,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Change:
-    """How much the guided velocity changed from one dense step to the next: |v_stop - v_start|_1 / |v_stop|_1.
+    """How much the guided velocity changed from one dense step to the next: `|v_stop - v_start|_1 / |v_stop|_1`.
 
     `value` is the mean over the samples; given tokens (a first frame) have no part in it. `guided` is False where the
     velocity is one prediction, not made of several by guidance.
