@@ -12,8 +12,12 @@ from typing import Any
 
 import typer
 from docutils import nodes
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.domains.python import PyObject
+from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.nodes import make_refnode
 
 ROOT = Path(__file__).parents[1]
 DOCS = Path(__file__).parent
@@ -98,7 +102,31 @@ class Commands(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 
+def find_by_last_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, shown: nodes.Element) -> Any:
+    """`Adapter` in a docstring is heterostep.models.Adapter, if no other public name ends so."""
+    if node.get("refdomain") != "py":
+        return None
+    python = env.domains.python_domain
+    found = python.find_obj(env, None, None, node["reftarget"], None, 1)
+    if len(found) != 1:
+        return None
+    (name, entry), *_ = found
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, shown, name)
+
+
+def without_factories(
+    app: Sphinx, kind: str, name: str, found: Any, options: Any, signature: str | None, returns: str | None
+) -> Any:
+    """`<factory>`, as dataclasses print it, is no Python, and leaves a signature without its links."""
+    return signature and (signature.replace("<factory>", "..."), returns)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.add_directive("commands", Commands)
+    app.connect("missing-reference", find_by_last_name)
+    app.connect("autodoc-process-signature", without_factories)
     app.connect("source-read", link_to_repository)
     return {"parallel_read_safe": True}

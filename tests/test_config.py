@@ -1,3 +1,7 @@
+import dataclasses
+import inspect
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -102,3 +106,21 @@ def test_numbers_of_any_kind_are_taken():
 def test_a_config_of_another_kind_is_one_line():
     with pytest.raises(HeterostepError, match="must be an HSAConfig, not dict"):
         HSAConfig.of({"share": 0.5}, {})
+
+
+def test_every_option_says_its_effect_its_default_and_when_to_change_it():
+    arguments = re.search(r"^Args:\n(.*?)^Raises:", inspect.getdoc(HSAConfig), re.DOTALL | re.MULTILINE)[1]
+    said = {
+        name: " ".join(text.split())
+        for name, text in re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", arguments, re.DOTALL | re.MULTILINE)
+    }
+    fields = dataclasses.fields(HSAConfig)
+    assert list(said) == [field.name for field in fields]
+    for field in fields:
+        effect, default, change = re.fullmatch(
+            r"(.+) Default: (.+?)\. ((?:Change|Raise|Set|Switch|Try) .+)", said[field.name]
+        ).groups()
+        assert effect and change
+        if field.default is not None:
+            expected = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+            assert default.split(",")[0].strip('"') == expected

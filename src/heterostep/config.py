@@ -94,44 +94,57 @@ def _with_old_names(config: _Config) -> _Config:
 @_with_old_names
 @dataclass(frozen=True)
 class HSAConfig:
-    """Options of heterogeneous step allocation. Give exactly one of `runtime` and `share`.
+    """How much of the dense run to spend, and where. Give exactly one of `runtime` and `share`.
+
+    Words: a dense step evaluates all tokens, a sparse step some, a skipped step none; a token that is not evaluated has
+    a held velocity. K and V are the keys and values of attention.
 
     Args:
-        runtime: seconds of the denoising loop over the dense loop's seconds, 0..1; kept online by timing steps.
-        share: token evaluations over dense token evaluations, 0..1; deterministic. A sequence gives one active share
-            for each step: with `report.active_share` it replays a run exactly.
-        policy: where evaluations go and which tokens get them. "auto": all tokens, at steps between which the velocity
-            changes by equal amounts; "hsa": the paper's step divisors, with velocities held as they are; or the name of
-            one added by `heterostep.policy.register_policy`.
-        sparse_share: for "auto": share of the evaluations, 0..1, that goes to single tokens at steps between the dense
-            ones: to those whose velocities change fastest. Above 0 the K and V of all tokens are kept. At 0 what
-            dense steps leave of the budget, less than one of them, is not spent (except on LTX-2, whose sound runs at
-            every step).
-        divisors: for "hsa": the step divisors that tokens may get, ascending, each a multiple of the one before; by
-            default (1, 2, 4, 8). A token of divisor d is evaluated at every d-th step; all tokens meet at multiples of
-            the largest divisor in play. To give them is to choose "hsa".
-        round_robin: for experiments: as many tokens at each step, each at least once in so many steps. It is its own
-            policy, "round-robin".
-        dense_start: steps at the beginning that are all dense; by default as the policy sees fit.
-        dense_end: steps at the end that are all dense.
-        regroup_every: for "hsa": tokens are ranked anew at every such dense step that single tokens follow.
-        extrapolate: how far a held velocity follows its last change over log(1 - sigma), 0..1: 0 holds it as it is, as
-            the paper does; 1 extends the line through its last two evaluations. By default the policy decides: "auto"
-            by how large that change was, "hsa" takes 0.
-        solver: "pipeline" feeds held velocities to the scheduler that the pipeline has; "euler" is the paper's update,
-            a first-order step on the same sigma grid.
-        score: "velocity" ranks tokens by how fast their velocity changes. For experiments: "random" is a control;
-            "oracle" evaluates all tokens for nothing and ranks them by how wrong their held velocity is.
-        sync: "hold" keeps the K/V of skipped tokens as they were, as the paper does; "drift" lets them go on along
-            each token's last change, at the price of a byte for each of their values. "fresh" recomputes them at every
-            step for nothing, a bound for experiments: it tells what stale K/V cost, and is no faster than dense.
+        runtime: the target in time: seconds of the denoising loop over those of the dense loop, above 0 and at most 1.
+            The run times its own steps and plans the rest accordingly. Default: none. Change it to choose between speed
+            and nearness to the dense video on your machine.
+        share: the target in work: token evaluations over those of the dense run, above 0 and at most 1. The same seed
+            gives the same video. A sequence gives the share of the tokens that each step evaluates, 0..1. Default:
+            none. Change it, in place of `runtime`, where a run has to be repeatable or is compared.
+        policy: which steps are evaluated, and for which tokens. "auto": all tokens, at steps between which the velocity
+            changes by equal amounts. "hsa": the paper's step divisors, with velocities held as they are. Or the name of
+            one that `register_policy` has added. Default: "auto". Change it for the paper's method, or your own.
+        sparse_share: the part of the evaluations, 0..1, that goes to single tokens at steps between the dense ones, to
+            those whose velocities change fastest; for "auto". Above 0 the K and V of all tokens are kept. At 0 what is
+            left of the budget, less than one dense step, is not spent (but on LTX-2, whose sound runs at every step).
+            Default: 0. Try 0.2 for videos that change in a small part of the picture alone.
+        divisors: the step divisors that tokens may get, ascending, each a multiple of the one before; a token of
+            divisor d is evaluated at every d-th step. For "hsa", which they choose. Default: (1, 2, 4, 8) there. Change
+            them to repeat the paper's experiments.
+        round_robin: evaluate as many tokens at each step, each at least once in this many steps; its own policy,
+            "round-robin". Default: none. Change it for experiments alone.
+        dense_start: how many steps at the beginning are dense at the least. Default: the policy decides. Try a
+            larger one where the composition differs from the dense video's.
+        dense_end: how many steps at the end are dense. Default: 0. Try 1 or 2 where fine details differ; the budget
+            stays, so other steps pay for it.
+        regroup_every: rank the tokens anew at every n-th of the dense steps that sparse ones follow; for policies with
+            sparse steps. Default: 1, at each. Raise it for experiments alone.
+        extrapolate: how far a held velocity follows its last change, over log(1 - sigma), 0..1. 0 holds it as it is, as
+            the paper does; 1 extends the line through its last two evaluations. Default: the policy decides, "auto" by
+            how large that change was, "hsa" takes 0. Change it for experiments alone.
+        solver: how a step is made from velocities. "pipeline" leaves it to the pipeline's own scheduler; "euler" makes
+            first-order steps on the same noise levels, as the paper does. Default: "pipeline". Change it to repeat the
+            paper's method.
+        score: what tokens are ranked by. "velocity": how fast their velocities change. "random" is a control. "oracle"
+            evaluates all tokens, saves nothing, and ranks them by how wrong their held velocities are. Default:
+            "velocity". Change it for experiments alone.
+        sync: what is done to the K and V of tokens that are not evaluated. "hold" keeps them as they were, as the paper
+            does. "drift" moves them along each token's last change, for one more byte for each value. "fresh" computes
+            them at every step and saves nothing: a bound. Default: "hold". Try "drift" where you use `sparse_share`.
         kv_store: where K and V are kept. "device": in the model's precision; "fp8": in half of the bytes; "offload" and
             "fp8-offload": in pinned host memory, fetched a layer ahead. "auto" takes the first of device, fp8,
             fp8-offload that fits beside the run, or two of them by layer. A sequence names one for each layer and
-            guidance branch, as a report's `replay` does.
-        vram: bytes / 1e9 of the device's memory that the process may use, for "auto"; by default what is free.
+            guidance branch. Default: "auto". Change it to rule fp8 out, which is not exact.
+        vram: gigabytes (1e9 bytes) of the device's memory that the process may use; for "auto". Default: what is free
+            when the run begins. Set it where other programs will need memory too.
         cuda_graphs: whether calls with few active tokens may be recorded and replayed, where K and V are all in the
-            "device" store. The same kernels run on the same numbers, without the host's time to launch each.
+            "device" store. The same kernels run on the same numbers, without the host's time to launch each. Default:
+            True. Switch it off to debug, or to free the memory that recorded calls keep.
 
     Raises:
         HeterostepError: a value is out of its range.

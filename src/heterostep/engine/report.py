@@ -13,11 +13,15 @@ SCHEMA = 3
 
 @dataclass(frozen=True)
 class RuntimeReport:
-    """The denoising loop: asked (or None) and achieved as ratios to the dense loop; seconds of both.
+    """The time of the denoising loop.
 
-    `seconds` are all of the loop's. `warmup_seconds` of them went to calls that were made for the first time
-    (compilation, autotuning); they are in neither `achieved` nor `dense_seconds`, which is this machine's estimate from
-    the run's own dense steps.
+    Attributes:
+        target: seconds asked for, over the dense loop's; None where a share was asked for.
+        achieved: seconds taken, over the dense loop's, without warm-up; None where the run was
+            interrupted or its steps could not be timed.
+        seconds: all of the loop's, warm-up included.
+        dense_seconds: what the dense loop would take, estimated from the run's own dense steps.
+        warmup_seconds: of `seconds`, those of calls that were made for the first time (compilation, autotuning).
     """
 
     target: float | None
@@ -29,9 +33,12 @@ class RuntimeReport:
 
 @dataclass(frozen=True)
 class ShareReport:
-    """Token evaluations over dense token evaluations: asked (or None) and spent.
+    """Token evaluations over those of the dense run.
 
-    `unspent` is what whole dense steps left of the asked share, less than one of them.
+    Attributes:
+        target: asked for; None where a runtime was.
+        achieved: spent.
+        unspent: what whole dense steps left of the asked share, less than one of them.
     """
 
     target: float | None
@@ -41,7 +48,7 @@ class ShareReport:
 
 @dataclass(frozen=True)
 class StepsReport:
-    """Evaluations per token."""
+    """How often a token was evaluated: the mean over all tokens, the rarest, the most frequent."""
 
     mean: float
     min: int
@@ -52,11 +59,12 @@ class StepsReport:
 class MemoryReport:
     """Where K and V were kept, and bytes.
 
-    kv_cache_bytes: the most K/V held at once on the device, with what decoding and transfers use.
-    kv_host_bytes: the most held in host memory for it.
-    peak_bytes: the process's peak (on CUDA: the device's peak of allocated memory).
-    kv_store: the store's name, or how many layers had which; "none" where nothing was kept.
-    fell_back: memory ran out in the run, and `kv_store` took over from a larger one.
+    Attributes:
+        kv_cache_bytes: the most K/V held at once on the device, with what decoding and transfers use.
+        peak_bytes: the process's peak (on CUDA: the device's peak of allocated memory).
+        kv_host_bytes: the most held in host memory for it.
+        kv_store: the store's name, or how many layers had which; "none" where nothing was kept.
+        fell_back: memory ran out in the run, and `kv_store` took over from a larger one.
     """
 
     kv_cache_bytes: int
@@ -68,7 +76,17 @@ class MemoryReport:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """Where a run is, for `on_step`. Steps count from 0; shares and runtimes are ratios to dense."""
+    """Where a run is, as `on_step` is told after each step.
+
+    Attributes:
+        step: the step that was made, from 0.
+        num_inference_steps: of the run.
+        active_share: of the tokens, those that this step evaluated, 0..1.
+        elapsed_seconds: of the denoising loop so far.
+        projected_runtime: seconds that the whole run will take as it is planned now, over the dense loop's; None while
+            no step has been timed.
+        projected_share: token evaluations of the whole run as it is planned now, over the dense run's.
+    """
 
     step: int
     num_inference_steps: int
@@ -80,17 +98,26 @@ class StepInfo:
 
 @dataclass(frozen=True)
 class Report:
-    """One generation's account.
+    """What one generation was asked for and what it did.
 
     Attributes:
+        pipeline: its class name.
+        num_inference_steps: denoising steps.
+        runtime: the time of the denoising loop.
+        share: token evaluations.
+        steps: evaluations per token.
+        memory: where K and V were kept.
         active_share: tokens evaluated over all tokens, one per step; as `share=` it replays the run.
         replay: options that repeat the run bit for bit: `enable(pipe, **report.replay)`, then the same call and seed.
             Beside the shares they name the stores that K and V were in, which free memory would choose anew. Where
             memory ran out in mid-run (`memory.fell_back`), a replay has the store of its end throughout.
-        steps_map: evaluations per token of the first sample, int [frames, height, width] of the token grid.
-        steps_maps: the same for every sample, [samples, frames, height, width].
+        steps_maps: evaluations per token of each sample, int [samples, frames, height, width] of the token grid.
+        policy: what decided where evaluations went.
+        solver: how steps were made.
         finished: False where the run was interrupted.
         advice: what would probably serve better than this run's settings, one sentence; None where nothing is known.
+        seed: of the noise, where the command made the video; None from Python, where it is in your generator.
+        schema: the version of the keys of `to_json`.
     """
 
     pipeline: str
