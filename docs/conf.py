@@ -46,8 +46,6 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-# The guide takes in pages by name, and by `*` those that are added later.
-suppress_warnings = ["toc.empty_glob"]
 
 html_theme = "furo"
 html_title = "heterostep"
