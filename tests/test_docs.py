@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import heterostep
 from small import run, small_pipeline
@@ -89,3 +90,22 @@ def test_the_reference_has_every_public_name():
     assert {f"heterostep.{name}" for name in heterostep.__all__} <= documented
     for name in documented:
         assert inspect.getdoc(pydoc.locate(name)), name
+
+
+def test_the_version_and_the_address_are_the_same_everywhere():
+    """`pyproject.toml`, the package and `CITATION.cff`."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    (version,) = re.findall(r'^version = "(.+)"$', project, re.MULTILINE)
+    assert version == heterostep.__version__ == citation["version"]
+    (repository,) = re.findall(r'^Repository = "(.+)"$', project, re.MULTILINE)
+    assert repository == citation["repository-code"]
+    assert all(url.startswith(repository) for url in re.findall(r'^\w+ = "(https://.+)"$', project, re.MULTILINE))
+
+
+def test_the_versions_that_are_tested_are_those_that_are_pinned():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    for name in ("CONTRIBUTING.md", "docs/guide/install.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for package in ("torch", "diffusers", "transformers"):
+            assert pins[package] in text, f"{package} {pins[package]} in {name}"
