@@ -140,7 +140,7 @@ class Adapter(abc.ABC):
         return timestep == 0 if _per_token(timestep) else None
 
     def from_frames(self, model: Any, inputs: dict[str, Any]) -> bool:
-        """Whether the video goes on from given frames: its velocities then change less while it takes its shape."""
+        """Whether the video continues given frames: its velocities then change less while it takes its shape."""
         clean = self.clean_tokens(model, inputs)
         return clean is not None and bool(clean.any())
 

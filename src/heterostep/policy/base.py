@@ -1,4 +1,4 @@
-"""What a policy decides: how many tokens each step evaluates, which ones, and how the others' velocities go on.
+"""What a policy decides: how many tokens each step evaluates, which ones, and how the others' velocities are continued.
 
 A step is dense (all tokens), sparse (some) or skipped (none). A policy is one class in one file: `auto.py` is the
 default, `hsa.py` the paper's, and `register_policy` adds another.
@@ -49,7 +49,7 @@ class Run:
         sigmas: noise levels 1..0, falling, one more than there are steps.
         tokens: by default very many, for a forecast before they are known.
         restarts: steps at which another transformer takes over; they are dense.
-        from_frames: whether the video goes on from given frames (image-to-video).
+        from_frames: whether the video continues given frames (image-to-video).
     """
 
     sigmas: tuple[float, ...]
