@@ -175,7 +175,7 @@ def enable(
     on_step: Callable[[StepInfo], None] | None = None,
     **options: Any,
 ) -> None:
-    """Let the pipeline's next generations spend steps where the video moves.
+    """Make the pipeline's next generations faster: from now on its calls evaluate the transformer at some steps only.
 
     Enabling again replaces the earlier options; where that fails, the earlier ones stay. Works before and after offload
     is enabled, and LoRA may be put on and taken off in between. Of pipelines that share a transformer only this one's
@@ -185,6 +185,7 @@ def enable(
         pipe: a diffusers pipeline of one of the supported families (`heterostep.pipeline.supported()`).
         config: an `HSAConfig`; or give its fields as keywords: `enable(pipe, runtime=0.5)`.
         on_step: called after each denoising step with a `StepInfo`.
+        options: fields of `HSAConfig`.
 
     Raises:
         HeterostepError: an option is out of range, or the pipeline or its scheduler is not supported.
@@ -211,6 +212,9 @@ def enable(
 def disable(pipe: Pipeline) -> None:
     """Give the pipeline back as it was. On a pipeline that is not enabled this does nothing.
 
+    Args:
+        pipe: the pipeline that was enabled.
+
     Raises:
         HeterostepError: it is no pipeline.
     """
@@ -229,8 +233,19 @@ def enabled(
     on_step: Callable[[StepInfo], None] | None = None,
     **options: Any,
 ) -> Iterator[Pipeline]:
-    """`enable` for the length of a with block. Afterwards, also after an exception, it is as before: off, or on with
-    the options that it had."""
+    """`enable` for the length of a with block.
+
+    Afterwards, also after an exception, the pipeline is as before: off, or on with the options that it had.
+
+    Args:
+        pipe, config, on_step, options: as in `enable`.
+
+    Yields:
+        The pipeline.
+
+    Raises:
+        HeterostepError: as in `enable`.
+    """
     before = _open.get(pipe) if isinstance(pipe, _PIPELINES) else None
     enable(pipe, config=config, on_step=on_step, **options)
     try:
@@ -242,7 +257,10 @@ def enabled(
 
 
 def report(pipe: Pipeline) -> Report:
-    """What the last generation was asked for and did; also after `disable`.
+    """What the pipeline's last generation was asked for and what it did; also after `disable`.
+
+    Args:
+        pipe: a pipeline that has generated while it was enabled.
 
     Raises:
         HeterostepError: the pipeline was never enabled, or has generated nothing since.
