@@ -147,14 +147,17 @@ class CFGGuider:
 
     def __init__(self, model: ModelPatcher, positive: list, negative: list, cfg: float) -> None:
         self.model_patcher, self.model_options, self.cfg = model, model.model_options, cfg
-        self.conds = [[{"context": c, "uuid": uuid.uuid4(), **o} for c, o in conds] for conds in (positive, negative)]
+        self.conds = {
+            name: [{"context": c, "uuid": uuid.uuid4(), **o} for c, o in conds]
+            for name, conds in (("positive", positive), ("negative", negative))
+        }
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, model_options: dict, seed: int | None = None) -> Any:
         executor = wrapped(self.predict_noise, self, "predict_noise", self.model_options["transformer_options"])
         return executor.execute(x, sigma, model_options, seed)
 
     def predict_noise(self, x: torch.Tensor, sigma: torch.Tensor, model_options: dict, seed: int | None = None) -> Any:
-        conds = self.conds if self.cfg != 1 else [self.conds[0], []]
+        conds = [self.conds["positive"], self.conds["negative"] if self.cfg != 1 else []]
         positive, negative = self.calc_cond_batch(conds, x, sigma, model_options)
         return positive if self.cfg == 1 else negative + (positive - negative) * self.cfg
 

@@ -291,6 +291,15 @@ def test_a_conditioning_that_comes_later_is_evaluated_when_it_does(wan):
     assert made.isfinite().all() and calls >= 6
 
 
+def test_a_given_frame_is_known_before_anything_changes(wan):
+    """With half of four steps: the first two from a text alone, the first and the third from a frame."""
+    half = put_on(wan)
+    frame = {"concat_latent_image": torch.zeros(1, 4, 3, 8, 8)}
+    for options, evaluated in (({}, [1, 1, 0, 0]), (frame, [1, 0, 1, 0])):
+        sample(half, sigmas=comfy.shifted_sigmas(4), cfg=1.0, positive=[(TEXTS[0], options)])
+        assert account(half).report.active_share == evaluated
+
+
 def test_given_frames_do_not_count(pipe):
     """Image-to-video of Wan 2.2 5B: the first frame is given, by a mask and by its noise level."""
     model = comfy.ModelPatcher(comfy.WAN22(comfy.WanModel(pipe.transformer)))

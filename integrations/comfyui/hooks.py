@@ -74,6 +74,7 @@ class Hooks:
             sampler=given["sampler"],
             latents=given.get("latent_shapes") or [given["noise"].shape],
             mask=given.get("denoise_mask"),
+            from_frames=has_given_frames(guider, given.get("denoise_mask")),
             tell=self._say,
         )
         callback = given.get("callback")
@@ -122,6 +123,13 @@ def diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if options is None:
         return executor(*args, **kwargs)
     return options[KEY].call(executor, args, kwargs, options)
+
+
+def has_given_frames(guider: Any, mask: Any) -> bool:
+    """Whether the video continues frames: by a mask, or beside the noisy latents as image-to-video models read them."""
+    conds = getattr(guider, "conds", {}).values()
+    beside = any(cond.get("concat_latent_image") is not None for each in conds for cond in each or ())
+    return beside or (mask is not None and bool((mask == 0).any()))
 
 
 def refuse_other_caches(options: dict[str, Any]) -> None:

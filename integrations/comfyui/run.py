@@ -89,6 +89,7 @@ class Run:
         sampler: ComfyUI's sampler.
         latents: shapes of the latents, video first.
         mask: of the latents; where it is 0 they are given. None where all are made.
+        from_frames: whether the video continues given frames.
         tell: called with a short line of text at each step.
 
     Raises:
@@ -104,6 +105,7 @@ class Run:
         sampler: Any,
         latents: Sequence[Sequence[int]],
         mask: torch.Tensor | None = None,
+        from_frames: bool = False,
         tell: Callable[[str], Any] = lambda line: None,
     ) -> None:
         if any(later >= earlier for earlier, later in zip(sigmas, sigmas[1:])):
@@ -113,11 +115,11 @@ class Run:
         self._layout: Layout = WholeOutput()
         self._tokens: WanTokens | None = None
         grid = WHOLE
-        self._schedule = Schedule(config, Known(tuple(sigmas), Tokens(1)))
+        self._schedule = Schedule(config, Known(tuple(sigmas), Tokens(1), from_frames=from_frames))
         if self._schedule.sparse:
             self._layout = self._tokens = WanTokens(model, latents[0])
             grid = self._tokens.grid
-            self._schedule = Schedule(config, Known(tuple(sigmas), Tokens(grid.num_tokens)))
+            self._schedule = Schedule(config, Known(tuple(sigmas), Tokens(grid.num_tokens), from_frames=from_frames))
         self._schedule.check()
         self._grid, self._mask = grid, mask
         self._memoryless = self.sampler == "euler" and not getattr(sampler, "extra_options", {}).get("s_churn")
