@@ -7,11 +7,17 @@ parts of a training leave them as they are.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLWan
@@ -21,28 +27,41 @@ from data import open_clips
 from sizes import to_tensor
 from training import join_others, leave_others, save_atomically
 
+Batch = tuple[torch.Tensor, list[str]]
+# Batches of a folder that are read ahead, each by a thread of its own.
+AHEAD = 6
+_maker: world.World | None = None
 
-class Clips(torch.utils.data.Dataset):
-    """Clips [FRAMES, SIZE, SIZE, 3] with their captions, from a folder or by seed."""
 
-    def __init__(self, folder: Path | None, first: int, indexes: list[int]):
-        self.folder, self.first, self.indexes = folder, first, indexes
-        self.captions = [r["caption"] for r in json.loads((folder / "clips.json").read_text())] if folder else []
-        self.clips, self.maker = None, None
+def read(folder: Path, indexes: list[int], batch: int) -> Iterator[Batch]:
+    """Clips uint8 [B, FRAMES, SIZE, SIZE, 3] that `data` wrote, with their captions."""
+    clips, _ = open_clips(folder)
+    captions = [record["caption"] for record in json.loads((folder / "clips.json").read_text())]
+    groups = [indexes[at : at + batch] for at in range(0, len(indexes), batch)]
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting: deque[Future[np.ndarray]] = deque()
+        for at, group in enumerate(groups):
+            while len(waiting) < AHEAD and at + len(waiting) < len(groups):
+                waiting.append(pool.submit(clips.__getitem__, groups[at + len(waiting)]))
+            yield torch.from_numpy(waiting.popleft().result()), [captions[index] for index in group]
 
-    def __len__(self) -> int:
-        return len(self.indexes)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
-        index = self.indexes[index]
-        if self.folder:
-            if self.clips is None:
-                self.clips, _ = open_clips(self.folder)
-            return torch.from_numpy(self.clips[index].copy()), self.captions[index]
-        if self.maker is None:
-            self.maker = world.World()
-        frames, _, caption = self.maker.clip(self.first + index)
-        return torch.from_numpy(frames), caption
+def _render(seed: int) -> tuple[np.ndarray, str]:
+    global _maker
+    _maker = _maker or world.World()
+    frames, _, caption = _maker.clip(seed)
+    return frames, caption
+
+
+def render(seeds: list[int], batch: int, workers: int) -> Iterator[Batch]:
+    """The same of clips that are made now."""
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        made = pool.imap(_render, seeds, chunksize=2)
+        while some := list(itertools.islice(made, batch)):
+            frames, captions = zip(*some)
+            yield torch.from_numpy(np.stack(frames)), list(captions)
+        pool.close()
+        pool.join()
 
 
 def main() -> None:
@@ -52,7 +71,9 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the first rendered clip's seed")
     parser.add_argument("--count", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="of all GPUs together")
+    parser.add_argument(
+        "--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that render, of all GPUs together"
+    )
     parser.add_argument("--statistics", action="store_true")
     parser.add_argument("--frames", type=int, default=world.FRAMES, help="fewer for tests")
     parser.add_argument("--crop", type=int, default=world.SIZE, help="smaller for tests")
@@ -62,21 +83,15 @@ def main() -> None:
     started = time.perf_counter()
     vae = AutoencoderKLWan.from_pretrained(args.out / "vae").to(device).eval()
     number = len(open_clips(args.clips)[1]) if args.clips else args.count
-    source = Clips(args.clips, args.first, list(range(min(number, args.count)))[rank::count])
-    workers = args.workers // count
-    loader = torch.utils.data.DataLoader(
-        source,
-        batch_size=args.batch,
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        pin_memory=device.type == "cuda",
-        multiprocessing_context="spawn" if workers else None,
-        in_order=not workers,
-    )
+    indexes = list(range(min(number, args.count)))[rank::count]
+    if args.clips:
+        batches = read(args.clips, indexes, args.batch)
+    else:
+        batches = render([args.first + index for index in indexes], args.batch, max(1, args.workers // count))
     latents, captions = [], []
     moments = torch.zeros(2, vae.config.z_dim, dtype=torch.float64, device=device)
     values, said = torch.zeros((), dtype=torch.float64, device=device), 0.0
-    for frames, texts in loader:
+    for frames, texts in batches:
         frames = frames[:, : args.frames, : args.crop, : args.crop]
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             latent = vae.encode(to_tensor(frames.to(device, non_blocking=True))).latent_dist.mode().float()
@@ -86,9 +101,9 @@ def main() -> None:
         moments += torch.stack([flat.sum(1), flat.square().sum(1)]).double()
         values += flat.shape[1]
         spent = time.perf_counter() - started
-        if rank == 0 and (spent - said > 5 or len(captions) == len(source)):
+        if rank == 0 and (spent - said > 5 or len(captions) == len(indexes)):
             said = spent
-            print(f"{len(captions) * count}/{len(source) * count} clips  {spent:.0f} s", flush=True)
+            print(f"{len(captions) * count}/{len(indexes) * count} clips  {spent:.0f} s", flush=True)
     save_atomically({"latents": torch.cat(latents), "captions": captions}, args.out / f"latents-{args.first}-{rank}.pt")
     if count > 1:
         dist.all_reduce(moments)
