@@ -17,10 +17,10 @@ from PIL import Image
 import heterostep
 from heterostep import making, tiny
 from heterostep.errors import HeterostepError
+from heterostep.order import BadField, Order, check_shape, read_picture
 from heterostep.ui import jobs
 from heterostep.ui.estimate import Estimates, Size
 from heterostep.ui.jobs import FINAL, Studio
-from heterostep.ui.order import BadField, Order, check_shape, read_picture
 from heterostep.video import read_video
 from small import small_pipeline
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from typing import Any
@@ -55,26 +56,67 @@ def load(model: str, with_image: bool, precision: torch.dtype) -> tuple[Any, dic
     return pipe, defaults
 
 
+@dataclasses.dataclass(frozen=True)
+class SizeRules:
+    """The sizes that a model makes, as plain numbers that another process may have.
+
+    multiple: what height and width (pixels) must be a multiple of; stride: what a number of frames less one must be.
+    token: frames of latents, pixels in height and in width of a token; longest: tokens that an axis may have, None for
+    any; they are given for Wan models alone.
+    """
+
+    multiple: int
+    stride: int
+    token: tuple[int, int, int] | None = None
+    longest: int | None = None
+
+    def check(self, height: int, width: int, num_frames: int) -> None:
+        """Whether the model makes videos of this size (pixels, frames).
+
+        Raises:
+            HeterostepError: it does not; says which sizes it makes.
+        """
+        for name, value in (("height", height), ("width", width)):
+            if value % self.multiple:
+                raise HeterostepError(f"--{name} must be a multiple of {self.multiple} for this model, not {value}")
+        if num_frames != self.frames(num_frames):
+            raise HeterostepError(
+                f"--frames must be a multiple of {self.stride} plus 1 for this model, such as "
+                f"{num_frames // self.stride * self.stride + 1}, not {num_frames}"
+            )
+        if self.token is None or self.longest is None:
+            return
+        frames, pixels_high, pixels_wide = self.token
+        grid = (((num_frames - 1) // self.stride + 1) // frames, height // pixels_high, width // pixels_wide)
+        for name, tokens in zip(("frames", "height", "width"), grid):
+            if tokens > self.longest:
+                raise HeterostepError(
+                    f"--{name} is too large for this model: {tokens} tokens, of at most {self.longest}"
+                )
+
+    def frames(self, wanted: float) -> int:
+        """The number of frames that the model makes which is nearest to a wanted one."""
+        return max(round((wanted - 1) / self.stride), 0) * self.stride + 1
+
+
+def size_rules(pipe: Any) -> SizeRules:
+    """The sizes that a pipeline makes."""
+    multiple, stride = _strides(pipe)
+    longest = pipe.transformer.config.get("rope_max_seq_len")
+    if longest is None:
+        return SizeRules(multiple, stride)
+    frames, height, width = pipe.transformer.config.patch_size
+    spatial = pipe.vae_scale_factor_spatial
+    return SizeRules(multiple, stride, (frames, spatial * height, spatial * width), longest)
+
+
 def check_sizes(pipe: Any, height: int, width: int, num_frames: int) -> None:
     """Whether the pipeline makes videos of this size (pixels, frames).
 
     Raises:
         HeterostepError: it does not; says which sizes it makes.
     """
-    multiple, stride = _strides(pipe)
-    for name, value in (("height", height), ("width", width)):
-        if value % multiple:
-            raise HeterostepError(f"--{name} must be a multiple of {multiple} for this model, not {value}")
-    if num_frames % stride != 1 % stride:
-        raise HeterostepError(
-            f"--frames must be a multiple of {stride} plus 1 for this model, such as "
-            f"{num_frames // stride * stride + 1}, not {num_frames}"
-        )
-    longest = pipe.transformer.config.get("rope_max_seq_len", math.inf)
-    if longest < math.inf:
-        for name, tokens in zip(("frames", "height", "width"), wan_token_grid(pipe, height, width, num_frames)):
-            if tokens > longest:
-                raise HeterostepError(f"--{name} is too large for this model: {tokens} tokens, of at most {longest}")
+    size_rules(pipe).check(height, width, num_frames)
 
 
 def _strides(pipe: Any) -> tuple[int, int]:

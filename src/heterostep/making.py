@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import inspect
 import math
 import os
@@ -90,6 +91,38 @@ def load(model: str | None, with_image: bool, precision: Any) -> tuple[Any, dict
     # Most imports are behind us.
     interrupts.check()
     return pipe, defaults
+
+
+class Models:
+    """The model that a process holds, on its device: one at a time, for two large ones do not fit beside each other.
+
+    Args:
+        device, precision: where it goes, and in what its transformer and text encoder are.
+    """
+
+    def __init__(self, device: Any, precision: Any) -> None:
+        self.device, self.precision = device, precision
+        self._held: tuple[tuple[str | None, bool], Any, dict[str, Any]] | None = None
+
+    def get(self, model: str | None, with_image: bool) -> tuple[Any, dict[str, Any]]:
+        """As `load` gives it; loaded where it is not held."""
+        key = (model, with_image)
+        if self._held is None or self._held[0] != key:
+            if self._held is not None:
+                self._held = None
+                self.tidy()
+            pipe, defaults = load(model, with_image, self.precision)
+            pipe.to(self.device)
+            self._held = (key, pipe, defaults)
+        return self._held[1:]
+
+    def tidy(self) -> None:
+        """Give back the memory of what is not held any more."""
+        import torch
+
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def check_target(config: HSAConfig, num_steps: int) -> float:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich import filesize
 
-from heterostep.cli.options import DEVICE_HELP, check_outputs, device_of, out_of_memory, silence
+from heterostep.cli.options import DEVICE_HELP, check_outputs, out_of_memory, silence
+from heterostep.devices import device_of
 from heterostep.errors import HeterostepError
 from heterostep.files import replacing, writing
 

@@ -10,17 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from heterostep.cli.options import (
-    DEVICE_HELP,
-    DTYPE_HELP,
-    Dtype,
-    check_folder,
-    check_guidance,
-    device_of,
-    out_of_memory,
-    precision_of,
-    silence,
-)
+from heterostep.cli.options import DEVICE_HELP, DTYPE_HELP, check_folder, check_guidance, out_of_memory, silence
+from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError
 from heterostep.files import writing
 from heterostep.making import load

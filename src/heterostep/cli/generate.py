@@ -13,17 +13,9 @@ import typer
 
 import heterostep
 from heterostep import making
-from heterostep.cli.options import (
-    DEVICE_HELP,
-    DTYPE_HELP,
-    Dtype,
-    check_guidance,
-    check_outputs,
-    device_of,
-    precision_of,
-    silence,
-)
+from heterostep.cli.options import DEVICE_HELP, DTYPE_HELP, check_guidance, check_outputs, silence
 from heterostep.config import HSAConfig
+from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError
 from heterostep.files import replacing
 

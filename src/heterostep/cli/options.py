@@ -8,9 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from heterostep import interrupts
 from heterostep.errors import HeterostepError
@@ -19,16 +17,6 @@ from heterostep.making import is_out_of_memory
 
 DEVICE_HELP = "cpu, cuda or cuda:N; auto takes CUDA where there is one."
 DTYPE_HELP = "auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32 whose products have TF32's ten bits."
-
-
-class Dtype(str, Enum):
-    """Precisions of the transformer and the text encoder."""
-
-    auto = "auto"
-    float32 = "float32"
-    tf32 = "tf32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 def check_guidance(guidance: float | None) -> None:
@@ -79,35 +67,6 @@ def silence() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def device_of(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise HeterostepError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise HeterostepError(f"there is no device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def precision_of(dtype: Dtype, device: Any) -> Any:
-    import torch
-
-    if dtype is Dtype.auto:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype is Dtype.tf32:
-        from heterostep.precision import use_tf32
-
-        use_tf32()
-        return torch.float32
-    return getattr(torch, dtype.value)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from heterostep.cli.options import DEVICE_HELP, DTYPE_HELP, Dtype, device_of, precision_of, silence
+from heterostep.cli.options import DEVICE_HELP, DTYPE_HELP, silence
+from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError
 
 
@@ -29,9 +30,9 @@ def ui(
     if missing := [name for module, name in wanted.items() if importlib.util.find_spec(module) is None]:
         raise HeterostepError(f"the page wants {' and '.join(missing)}: pip install 'heterostep[ui]'")
     with silence():
+        from heterostep.order import check_model
         from heterostep.ui import server
         from heterostep.ui.jobs import Studio
-        from heterostep.ui.order import check_model
 
         check_model(model)
         place = device_of(device)

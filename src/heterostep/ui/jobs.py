@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
-import re
 import secrets
 import shutil
 import tempfile
@@ -22,8 +20,8 @@ from heterostep import making, pipeline, tiny
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError, first_line
 from heterostep.files import replacing
+from heterostep.order import BadField, Order, check_shape, in_form
 from heterostep.ui.estimate import Estimates, Size
-from heterostep.ui.order import BadField, Order, check_shape
 
 if TYPE_CHECKING:
     from heterostep.engine.report import StepInfo
@@ -112,7 +110,7 @@ class Studio:
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._queue: list[Job] = []
         self._closed = False
-        self._loaded: tuple[tuple[str | None, bool], Any, dict[str, Any]] | None = None
+        self._models = making.Models(self.device, precision)
         self._defaults: dict[tuple[str | None, bool], dict[str, Any]] = {}
         self._dense: OrderedDict[tuple[Any, ...], making.Result] = OrderedDict()
         self._thread = threading.Thread(target=self._work, name="heterostep-ui", daemon=True)
@@ -260,7 +258,7 @@ class Studio:
             except BadField as error:
                 job.message, job.fault = str(error), error.field
             except HeterostepError as error:
-                job.message, job.fault = _in_form(str(error), job.order)
+                job.message, job.fault = in_form(str(error), job.order.model)
             except Exception as error:
                 _log.exception("a video could not be made")
                 full = making.is_out_of_memory(error)
@@ -313,18 +311,8 @@ class Studio:
         job.check()
 
     def _load(self, model: str | None, with_image: bool) -> tuple[Any, dict[str, Any]]:
-        key = (model, with_image)
-        if self._loaded is None or self._loaded[0] != key:
-            if self._loaded is not None:
-                # Two large models do not fit beside each other.
-                self._loaded = None
-                gc.collect()
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-            pipe, defaults = making.load(model, with_image, self.precision)
-            pipe.to(self.device)
-            self._loaded, self._defaults[key] = (key, pipe, defaults), defaults
-        return self._loaded[1:]
+        pipe, self._defaults[model, with_image] = self._models.get(model, with_image)
+        return pipe, self._defaults[model, with_image]
 
     def _size(self, order: Order) -> Size | None:
         """None where the model's own size is not known before it is loaded."""
@@ -390,13 +378,3 @@ def _write(
     with replacing(job.folder / files["report"]) as part:
         part.write_text(json.dumps(making.report_content(result, reference)) + "\n", encoding="utf-8")
     return files
-
-
-def _in_form(message: str, order: Order) -> tuple[str, str]:
-    """A fault as the page tells it, and the field that it is about, for the page has fields in place of options."""
-    options = re.findall(r"--([a-z-]+)", message)
-    fault = options[0].replace("-", "_") if options else ""
-    if order.model is not None and order.model in message:
-        fault = "model"
-    message = message.replace("give it with --image", "give one").replace("leave out --image", "take that away")
-    return re.sub(r"--([a-z])", r"\1", message), fault

@@ -28,10 +28,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import heterostep
 from heterostep import configs, tiny
 from heterostep.errors import HeterostepError
+from heterostep.order import BadField, Order, Picture, check_shape, read_picture
 from heterostep.planning import timings
 from heterostep.planning.plan import plan
 from heterostep.ui.jobs import Job, Studio
-from heterostep.ui.order import BadField, Order, Picture, check_shape, read_picture
 
 STATIC = Path(__file__).parent / "static"
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")

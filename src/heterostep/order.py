@@ -1,10 +1,14 @@
-"""What a person asks the page for, read from a form; each fault is one line and the field that it is about."""
+"""What a person asks for, in a form of the page, a line of a batch or a request to the service.
+
+Each fault is one line and the field that it is about.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import math
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,12 +27,23 @@ LONGEST_PROMPT = 2000
 LEAST_LEFT = 1 / 3
 LEAST_PIXELS = 16
 DEFAULT_STEPS = 40
+LEAST_TARGET = 0.001
+# The fields of a request as data, beside its image and its size as height and width; diffusers' names are taken too.
+FIELDS = ("prompt", "model", "size", "frames", "steps", "guidance", "negative", "seed")
+DIALS = ("runtime", "share")
+MORE_FIELDS = ("policy", "sparse_share", "height", "width")
+ALIASES = {
+    "num_frames": "frames",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "negative_prompt": "negative",
+}
 
 Number = TypeVar("Number", int, float)
 
 
 class BadField(HeterostepError):
-    """A fault in one field of the form; `field` is its name there."""
+    """A fault in one field; `field` is its name in the form or the request."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -90,7 +105,7 @@ class Order:
             model=form.get("model", "").strip() or None,
             picture=picture,
             dial=dial,
-            target=_number(form, "target", float, 0.5, 0.001, 1),
+            target=_number(form, "target", float, 0.5, LEAST_TARGET, 1),
             policy=form.get("policy") or "auto",
             sparse_share=_number(form, "sparse_share", float, 0.0, 0, 1),
             steps=_number(form, "steps", int, DEFAULT_STEPS, 1, 1000),
@@ -108,6 +123,57 @@ class Order:
             sizes = order.sizes(tiny.DEFAULTS)
             check_shape(picture.image, sizes["width"], sizes["height"])
         return order
+
+    @classmethod
+    def of_data(cls, data: Mapping[str, Any], picture: Picture | None = None) -> Order:
+        """The order in a request's data: FIELDS, one of DIALS, MORE_FIELDS; the faster video alone.
+
+        Args:
+            data: texts or numbers by name, as JSON or a form has them; None is as good as left out.
+
+        Raises:
+            BadField: a field is unknown or given twice, or a value is not what it should be.
+        """
+        form: dict[str, str] = {}
+        for given, value in data.items():
+            name = ALIASES.get(given, given)
+            if name not in (*FIELDS, *DIALS, *MORE_FIELDS):
+                known = ", ".join((*FIELDS, *DIALS, *MORE_FIELDS))
+                raise BadField(given, f"no field is called {given[:40]!r}; the fields are {known}")
+            if value is None:
+                continue
+            if name in form:
+                raise BadField(given, f"give {name} or {given}, not both of them")
+            if isinstance(value, bool) or not isinstance(value, str | int | float):
+                raise BadField(given, f"{given} should be a text or a number, not {_shown(value)}")
+            if name in ("prompt", "negative", "model", "policy", "size") and not isinstance(value, str):
+                raise BadField(given, f"{given} should be a text, not {_shown(value)}")
+            form[name] = str(value)
+        if size := form.pop("size", None):
+            match = re.fullmatch(r"\s*(\d{1,5})\s*[xX]\s*(\d{1,5})\s*", size)
+            if match is None:
+                raise BadField("size", f"size should be a width and a height, such as 832x480, not {size[:20]!r}")
+            if "width" in form or "height" in form:
+                raise BadField("size", "give size or width and height, not both of them")
+            form["width"], form["height"] = match.groups()
+        dials = [name for name in DIALS if form.get(name, "").strip()]
+        if len(dials) > 1:
+            raise BadField("share", "give runtime or share, not both of them")
+        for dial in dials:
+            # What is told of it is told by the name that it was given by.
+            _number(form, dial, float, 0.5, LEAST_TARGET, 1)
+            form |= {"dial": dial, "target": form[dial]}
+        try:
+            return cls.of(form, picture)
+        except BadField as error:
+            if error.field == "target":
+                raise BadField(dials[0] if dials else "runtime", str(error)) from error
+            raise
+
+    def data(self) -> dict[str, Any]:
+        """Everything that the faster video depends on, as plain types; the picture by its digest."""
+        content = {name: value for name, value in vars(self).items() if name not in ("picture", "dense")}
+        return content | {"image": None if self.picture is None else self.picture.digest}
 
     def config(self) -> HSAConfig:
         """The options of the faster run.
@@ -210,6 +276,16 @@ def check_shape(image: Image.Image, width: int, height: int) -> str | None:
     return None if left > 0.98 else f"{image.width} x {image.height}: its middle is cropped to {width} x {height}"
 
 
+def in_form(message: str, model: str | None) -> tuple[str, str]:
+    """A fault of the command's as told where there are fields in place of options, and the field that it is about."""
+    options = re.findall(r"--([a-z-]+)", message)
+    fault = options[0].replace("-", "_") if options else ""
+    if model is not None and model in message:
+        fault = "model"
+    message = message.replace("give it with --image", "give one").replace("leave out --image", "take that away")
+    return re.sub(r"--([a-z])", r"\1", message), fault
+
+
 def check_model(model: str | None) -> None:
     """Whether a model that can only be a folder is there; hub ids are known when they are loaded.
 
@@ -220,6 +296,11 @@ def check_model(model: str | None) -> None:
         return
     if model.startswith(("/", ".", "~")) or model.count("/") != 1 or "\\" in model:
         raise BadField("model", f"there is no folder {model}")
+
+
+def _shown(value: Any) -> str:
+    names = {bool: "true or false", list: "a list", dict: "an object"}
+    return names.get(type(value), repr(value)[:20])
 
 
 def _number(
