@@ -10,7 +10,7 @@ import io
 import math
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -125,11 +125,12 @@ class Order:
         return order
 
     @classmethod
-    def of_data(cls, data: Mapping[str, Any], picture: Picture | None = None) -> Order:
+    def of_data(cls, data: Mapping[str, Any], picture: Picture | None = None, others: Sequence[str] = ()) -> Order:
         """The order in a request's data: FIELDS, one of DIALS, MORE_FIELDS; the faster video alone.
 
         Args:
             data: texts or numbers by name, as JSON or a form has them; None is as good as left out.
+            others: fields that the caller has taken out of the data; they are told where one is unknown.
 
         Raises:
             BadField: a field is unknown or given twice, or a value is not what it should be.
@@ -138,7 +139,7 @@ class Order:
         for given, value in data.items():
             name = ALIASES.get(given, given)
             if name not in (*FIELDS, *DIALS, *MORE_FIELDS):
-                known = ", ".join((*FIELDS, *DIALS, *MORE_FIELDS))
+                known = ", ".join((*FIELDS, *DIALS, *MORE_FIELDS, *others))
                 raise BadField(given, f"no field is called {given[:40]!r}; the fields are {known}")
             if value is None:
                 continue

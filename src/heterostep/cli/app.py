@@ -10,6 +10,7 @@ import typer
 
 import heterostep
 from heterostep import interrupts
+from heterostep.cli.batch import batch
 from heterostep.cli.bench import bench
 from heterostep.cli.compare import compare
 from heterostep.cli.generate import generate, scene
@@ -18,7 +19,7 @@ from heterostep.cli.ui import ui
 from heterostep.errors import HeterostepError, first_line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-for _command in (plan, bench, scene, generate, compare, ui):
+for _command in (plan, bench, scene, generate, batch, compare, ui):
     app.command()(_command)
 
 
