@@ -57,13 +57,18 @@ def batch(
         found = lines.read(prompts, defaults, model)
         from heterostep.workers import cluster
 
+        cluster.check_options(device, gpus_per_video)
+
         async def hire() -> Sequence[Worker]:
             cluster.connect(address)
-            return cluster.hire(model, device, dtype.value, workers, gpus_per_video)
+            return cluster.hire(model, device, dtype.value, workers)
 
         with manifest.opened(out) as made, _Watcher(quiet) as watcher:
             try:
                 counts = asyncio.run(run(found, made, hire, watcher))
+            except KeyboardInterrupt:
+                watcher.stopped()
+                raise
             finally:
                 cluster.disconnect()
     if not quiet:
@@ -96,6 +101,7 @@ class _Watcher:
 
         self.console = Console(stderr=True, highlight=False)
         self.quiet = quiet
+        self.counts: Counts | None = None
         self.bar = Progress(
             BarColumn(20),
             TextColumn("{task.fields[text]}"),
@@ -112,11 +118,18 @@ class _Watcher:
     def __exit__(self, *exception: object) -> None:
         self.bar.stop()
 
+    def stopped(self) -> None:
+        """Somebody pressed Ctrl-C."""
+        if self.counts is not None:
+            made = self.counts.before + self.counts.made
+            self.say(f"{made} of {self.counts.all} videos are made: the same command goes on")
+
     def say(self, text: str) -> None:
         if not self.quiet or " failed: " in text:
             self.console.print(text, soft_wrap=True, markup=False)
 
     def show(self, counts: Counts, running: Sequence[Job]) -> None:
+        self.counts = counts
         parts = sum(job.done / job.steps for job in running if job.steps)
         at = ", ".join(f"line {job.id} {job.done}/{job.steps}" for job in running if job.steps)
         failed = f", {counts.failed} failed" * bool(counts.failed)

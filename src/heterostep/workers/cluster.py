@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import socket
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -18,12 +19,26 @@ if TYPE_CHECKING:
     from heterostep.order import Order
 
 
+def check_options(device: str, gpus_per_video: int = 1) -> None:
+    """Whether workers can be had like this, before Ray is begun.
+
+    Raises:
+        HeterostepError: they cannot.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise HeterostepError(f"--device is auto, cpu or cuda here, for Ray chooses the GPUs, not {device}")
+    if gpus_per_video != 1:
+        raise HeterostepError("a video on several GPUs is not to be had yet: leave out --gpus-per-video")
+
+
 def connect(address: str | None) -> None:
-    """Begin a Ray of this process's own on this machine, or join the cluster at an address.
+    """Begin a Ray of this process's own on this machine, or join the cluster at an address (host:port, or "auto").
 
     Raises:
         HeterostepError: there is no cluster at the address.
     """
+    if address not in (None, "auto"):
+        _reach(address or "")
     # Nothing is sent to Ray's makers. Who reaches this machine's ports cannot use them: Ray asks for its own token.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A worker without GPUs sees those that there are: it does not use them.
@@ -56,7 +71,18 @@ class Spec:
     gpus: int
 
 
-def hire(model: str | None, device: str, dtype: str, count: int | None, gpus_per_video: int) -> list[RayWorker]:
+def _reach(address: str) -> None:
+    """Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in address:
+        raise HeterostepError(f"--address is host:port of a Ray cluster's head, or auto, not {address}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise HeterostepError(f"no Ray at {address}: {first_line(error)}") from error
+
+
+def hire(model: str | None, device: str, dtype: str, count: int | None) -> list[RayWorker]:
     """Workers for the machines that are connected: one a GPU, or one for all cores where there is none.
 
     Args:
@@ -66,10 +92,6 @@ def hire(model: str | None, device: str, dtype: str, count: int | None, gpus_per
     Raises:
         HeterostepError: there is not enough for so many.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise HeterostepError(f"--device is auto, cpu or cuda here, for Ray chooses the GPUs, not {device}")
-    if gpus_per_video != 1:
-        raise HeterostepError("a video on several GPUs is not to be had yet: leave out --gpus-per-video")
     have = ray.cluster_resources()
     gpus, cpus = int(have.get("GPU", 0)), max(int(have.get("CPU", 1)), 1)
     if device == "auto":
