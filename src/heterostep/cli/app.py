@@ -15,11 +15,12 @@ from heterostep.cli.bench import bench
 from heterostep.cli.compare import compare
 from heterostep.cli.generate import generate, scene
 from heterostep.cli.plan import plan
+from heterostep.cli.serve import serve
 from heterostep.cli.ui import ui
 from heterostep.errors import HeterostepError, first_line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-for _command in (plan, bench, scene, generate, batch, compare, ui):
+for _command in (plan, bench, scene, generate, batch, serve, compare, ui):
     app.command()(_command)
 
 
