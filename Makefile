@@ -3,7 +3,7 @@ PROMPT ?= a red circle moving right over blue stripes
 
 COMPARE ?= --count 2 --points 2 --runtimes 1,0.5,0.25 --methods heterostep,steps,easycache,first-block-cache
 
-.PHONY: compare demo docs package test test-all test-diffusers lint format clean
+.PHONY: compare demo docs package test test-all test-diffusers test-ray lint format clean
 
 demo: .venv/.library
 	mkdir -p demo
@@ -28,6 +28,11 @@ test-diffusers:
 	grep -v '^diffusers==' constraints.txt > .venv-diffusers/constraints.txt
 	.venv-diffusers/bin/pip install -c .venv-diffusers/constraints.txt -e ".[dev]" diffusers==$(DIFFUSERS)
 	OMP_NUM_THREADS=1 .venv-diffusers/bin/pytest -n 2 -m "not slow"
+
+# Batches and the service on a real Ray: .venv gets the extra `ray`.
+test-ray: .venv/.dev
+	.venv/bin/pip install -c constraints.txt -e ".[dev,ray]"
+	OMP_NUM_THREADS=1 .venv/bin/pytest tests/batch tests/service
 
 lint: .venv/.dev
 	.venv/bin/ruff check

@@ -80,8 +80,7 @@ def serve(
                     typer.echo(f"The service is http://{shown}:{port}/v1/videos (Ctrl-C ends it)")
                 threading.Event().wait()
             finally:
-                with contextlib.suppress(Exception):
-                    serving.end()
+                # Serve ends with the Ray that it runs on.
                 cluster.disconnect()
 
 

@@ -72,7 +72,7 @@ async def start_workers(workers: Sequence[RayWorker]) -> About:
 
 
 def begin(settings: Settings, workers: Sequence[RayWorker], about: About) -> None:
-    """Listen, and answer requests until `end`. Ray is connected, the workers are started."""
+    """Listen, and answer requests for as long as Ray is connected. The workers are started."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(
         proxy_location="HeadOnly",
@@ -80,11 +80,6 @@ def begin(settings: Settings, workers: Sequence[RayWorker], about: About) -> Non
         logging_config=LoggingConfig(log_level=logging.ERROR, enable_access_log=False),
     )
     serve.run(_deployment(settings).bind(settings, list(workers), about), name=NAME, route_prefix="/")
-
-
-def end() -> None:
-    """Stop listening."""
-    serve.shutdown()
 
 
 def _deployment(settings: Settings) -> Any:
