@@ -12,6 +12,7 @@ import torch
 
 from heterostep.errors import HeterostepError, first_line
 from heterostep.models import kinds
+from heterostep.models.base import Kind
 from heterostep.models.wan import TEXT_STATES
 
 SIZES = ("height", "width", "num_frames", "guidance_scale")
@@ -23,8 +24,47 @@ def load(model: str, with_image: bool, precision: torch.dtype) -> tuple[Any, dic
     Raises:
         HeterostepError: it is no model, one that this command does not know, or cannot do what is asked; says which.
     """
+    _, kind, wanted = _wanted(model, with_image)
+    pipeline = getattr(diffusers, wanted)
+    # Half precision in Wan's VAE shows in the pixels, and the VAE is small.
+    dtype: Any = {"default": precision, "vae": torch.float32} if wanted.startswith("Wan") else precision
     try:
-        name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
+        pipe = pipeline.from_pretrained(model, dtype=dtype)
+    except Exception as error:
+        raise HeterostepError(f"cannot load {model}: {first_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, _defaults(pipeline, kind)
+
+
+def sibling(pipe: Any, model: str, with_image: bool) -> tuple[Any, dict[str, Any]] | None:
+    """What `load` would give, on the weights of a pipeline that was loaded from the same model.
+
+    Returns:
+        None where the other pipeline has parts of its own.
+
+    Raises:
+        HeterostepError: the model cannot do what is asked.
+    """
+    config, kind, wanted = _wanted(model, with_image)
+    pipeline = getattr(diffusers, wanted)
+    parts: dict[str, Any] = {}
+    for name, parameter in list(inspect.signature(pipeline.__init__).parameters.items())[1:]:
+        if name in pipe.components:
+            parts[name] = pipe.components[name]
+        elif name in pipe.config:
+            parts[name] = pipe.config[name]
+        elif parameter.default is parameter.empty or config.get(name) not in (None, [None, None]):
+            return None
+    made = pipeline(**parts)
+    made.set_progress_bar_config(disable=True)
+    return made, _defaults(pipeline, kind)
+
+
+def _wanted(model: str, with_image: bool) -> tuple[dict[str, Any], Kind, str]:
+    """A model's index, its kind, and the name of the pipeline that does what is asked."""
+    try:
+        config = diffusers.DiffusionPipeline.load_config(model)
+        name = config["_class_name"]
     except Exception as error:
         # A folder, the hub and the network fail in many ways.
         raise HeterostepError(f"{model} is no diffusers model folder or hub id: {first_line(error)}") from error
@@ -36,24 +76,20 @@ def load(model: str, with_image: bool, precision: torch.dtype) -> tuple[Any, dic
         )
     kind = known[name]
     wanted = kind.image if with_image else kind.text
-    if wanted is None:
+    if wanted is None and not with_image:
         raise HeterostepError(f"{model} makes videos from a first frame: give it with --image")
-    pipeline = getattr(diffusers, wanted)
-    # Half precision in Wan's VAE shows in the pixels, and the VAE is small.
-    dtype: Any = {"default": precision, "vae": torch.float32} if wanted.startswith("Wan") else precision
-    try:
-        pipe = pipeline.from_pretrained(model, dtype=dtype)
-    except Exception as error:
-        raise HeterostepError(f"cannot load {model}: {first_line(error)}") from error
-    if with_image and name == "WanPipeline" and not pipe.config.expand_timesteps:
+    if wanted is None or (with_image and name == "WanPipeline" and not config.get("expand_timesteps")):
         raise HeterostepError(f"{model} makes videos from text alone: leave out --image")
-    pipe.set_progress_bar_config(disable=True)
+    return config, kind, wanted
+
+
+def _defaults(pipeline: type, kind: Kind) -> dict[str, Any]:
     parameters = inspect.signature(pipeline.__call__).parameters
     defaults = {size: parameters[size].default for size in SIZES} | {"fps": kind.fps}
     if defaults["num_frames"] is None:
         # LTX-2 leaves it open, for later checkpoints predict it from the prompt.
         defaults["num_frames"] = 121
-    return pipe, defaults
+    return defaults
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,8 +93,22 @@ def load(model: str | None, with_image: bool, precision: Any) -> tuple[Any, dict
     return pipe, defaults
 
 
+def sibling(pipe: Any, model: str | None, with_image: bool) -> tuple[Any, dict[str, Any]] | None:
+    """What `load` would give, on the weights of a loaded pipeline of the model; None where it has weights of its own.
+
+    Raises:
+        HeterostepError: the model cannot do this.
+    """
+    from heterostep import checkpoints, tiny
+
+    made = checkpoints.sibling(pipe, str(tiny.WEIGHTS) if model is None else model, with_image)
+    return made if made is None or model is not None else (made[0], tiny.DEFAULTS)
+
+
 class Models:
     """The model that a process holds, on its device: one at a time, for two large ones do not fit beside each other.
+
+    The pipelines for text and for a first frame have the same weights where the checkpoint allows it.
 
     Args:
         device, precision: where it goes, and in what its transformer and text encoder are.
@@ -102,19 +116,23 @@ class Models:
 
     def __init__(self, device: Any, precision: Any) -> None:
         self.device, self.precision = device, precision
-        self._held: tuple[tuple[str | None, bool], Any, dict[str, Any]] | None = None
+        self._held: dict[str | None, dict[bool, tuple[Any, dict[str, Any]]]] = {}
 
     def get(self, model: str | None, with_image: bool) -> tuple[Any, dict[str, Any]]:
         """As `load` gives it; loaded where it is not held."""
-        key = (model, with_image)
-        if self._held is None or self._held[0] != key:
-            if self._held is not None:
-                self._held = None
+        if model in self._held and with_image not in self._held[model]:
+            pipe, _ = self._held[model][not with_image]
+            if (made := sibling(pipe, model, with_image)) is not None:
+                self._held[model][with_image] = made
+                return made
+        if with_image not in self._held.get(model, {}):
+            if self._held:
+                self._held.clear()
                 self.tidy()
             pipe, defaults = load(model, with_image, self.precision)
             pipe.to(self.device)
-            self._held = (key, pipe, defaults)
-        return self._held[1:]
+            self._held[model] = {with_image: (pipe, defaults)}
+        return self._held[model][with_image]
 
     def tidy(self) -> None:
         """Give back the memory of what is not held any more."""

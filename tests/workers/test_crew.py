@@ -118,13 +118,6 @@ def test_waiting_and_running_jobs_are_cancelled():
     ran(scene())
 
 
-def test_a_list_of_both_kinds_changes_models_once():
-    worker = FakeWorker()
-    crew, made = crew_of([worker], by_kind=True)
-    ran(through(crew, [job(number, with_image=number % 2 == 1) for number in range(6)]))
-    assert worker.jobs == ["0", "2", "4", "1", "3", "5"]
-
-
 def test_what_cannot_be_kept_ends_the_crew():
     async def ended(job):
         raise OSError("no space left")

@@ -147,7 +147,7 @@ async def _make(
             await asyncio.sleep(LOOK_EVERY)
             await crew.look()
 
-    async with Crew(workers, ended, lost, by_kind=True) as crew:
+    async with Crew(workers, ended, lost) as crew:
         for line in missing:
             await crew.submit(job_of(line))
         watching = asyncio.create_task(show(crew))

@@ -52,6 +52,7 @@ class Job:
     """A video to be made.
 
     order: gives what is asked for, when its turn comes; raises HeterostepError where that is not to be had any more.
+    with_image: whether it is of a first frame: what a worker that is started anew loads first.
     state: "waiting", "running", "done", "failed" or "cancelled".
     message, fault: why it failed, and the field that it is about.
     losses: workers that were lost while they made it.
@@ -79,8 +80,6 @@ class Crew:
         ended: awaited with each job that has come to an end, before its state says so; may change the outcome to a
             failure by raising HeterostepError. Any other exception ends the crew: `idle` raises it.
         lost: told of each job whose worker was lost, and what is done about it.
-        by_kind: let a worker take jobs of the kind that it has loaded before the others, so that a list of both kinds
-            changes models once.
     """
 
     def __init__(
@@ -88,12 +87,11 @@ class Crew:
         workers: Sequence[Worker],
         ended: Callable[[Job], Awaitable[None]],
         lost: Callable[[Job, str], None] = lambda job, what: None,
-        by_kind: bool = False,
     ) -> None:
         self.workers = list(workers)
         self.waiting: list[Job] = []
         self.running: dict[Worker, Job] = {}
-        self._ended, self._lost, self._by_kind = ended, lost, by_kind
+        self._ended, self._lost = ended, lost
         self._changed = asyncio.Condition()
         self._fault: Exception | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -182,20 +180,11 @@ class Crew:
                 await self._ended(job)
             job.state = "failed"
 
-    async def _next(self, loaded: bool | None) -> Job:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.waiting)
-            first = self.waiting[0]
-            if self._by_kind and loaded is not None:
-                first = next((job for job in self.waiting if job.with_image == loaded), first)
-            self.waiting.remove(first)
-            return first
-
     async def _work(self, worker: Worker) -> None:
-        loaded: bool | None = None
         while True:
-            job = await self._next(loaded)
-            loaded = job.with_image
+            async with self._changed:
+                await self._changed.wait_for(lambda: self.waiting)
+                job = self.waiting.pop(0)
             job.state, job.worker, job.done = "running", worker, 0
             self.running[worker] = job
             try:
