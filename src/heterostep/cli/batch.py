@@ -35,7 +35,8 @@ def batch(
     workers: Annotated[int | None, typer.Option(min=1, help=WORKERS_HELP)] = None,
     gpus_per_video: Annotated[int, typer.Option(min=1, help=GPUS_HELP)] = 1,
     address: Annotated[
-        str | None, typer.Option(help="Of a Ray cluster, or auto.  [default: a Ray on this machine, for this batch]")
+        str | None,
+        typer.Option(help="Of a Ray cluster's head, host:port.  [default: a Ray on this machine, for this batch]"),
     ] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP.replace(", cuda or cuda:N", " or cuda"))] = "auto",
     dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,

@@ -32,13 +32,13 @@ def check_options(device: str, gpus_per_video: int = 1) -> None:
 
 
 def connect(address: str | None) -> None:
-    """Begin a Ray of this process's own on this machine, or join the cluster at an address (host:port, or "auto").
+    """Begin a Ray of this process's own on this machine, or join the cluster at an address, host:port.
 
     Raises:
         HeterostepError: there is no cluster at the address.
     """
-    if address not in (None, "auto"):
-        _reach(address or "")
+    if address is not None:
+        _reach(address)
     # Nothing is sent to Ray's makers. Who reaches this machine's ports cannot use them: Ray asks for its own token.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A worker without GPUs sees those that there are: it does not use them.
@@ -51,8 +51,13 @@ def connect(address: str | None) -> None:
     try:
         ray.init(**options)
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        where = "on this machine" if address is None else f"at {address}"
-        raise HeterostepError(f"no Ray {where}: {first_line(error)}") from error
+        if address is None:
+            raise HeterostepError(f"no Ray on this machine: {first_line(error)}") from error
+        # Ray does not say that this was why.
+        hint = (
+            "" if "RAY_AUTH_MODE" in os.environ else " (where a cluster asks for Ray's token, set RAY_AUTH_MODE=token)"
+        )
+        raise HeterostepError(f"no Ray at {address}: {first_line(error)}{hint}") from error
 
 
 def disconnect() -> None:
@@ -75,7 +80,7 @@ def _reach(address: str) -> None:
     """Ray itself tries for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in address:
-        raise HeterostepError(f"--address is host:port of a Ray cluster's head, or auto, not {address}")
+        raise HeterostepError(f"--address is host:port of a Ray cluster's head, not {address}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
