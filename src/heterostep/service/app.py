@@ -80,7 +80,7 @@ async def _http_fault(request: Request, error: HTTPException) -> Response:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    return _refusal(Refused(500, "the service failed; its log says how"))
+    return _refusal(Refused(500, "the service failed; Ray Serve's log says how"))
 
 
 class _Guard:

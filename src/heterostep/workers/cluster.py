@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -97,19 +98,29 @@ def hire(model: str | None, device: str, dtype: str, count: int | None) -> list[
     Raises:
         HeterostepError: there is not enough for so many.
     """
-    have = ray.cluster_resources()
-    gpus, cpus = int(have.get("GPU", 0)), max(int(have.get("CPU", 1)), 1)
+    gpus, cpus = _each("GPU"), _each("CPU")
     if device == "auto":
         device = "cuda" if gpus else "cpu"
-    what, most = ("GPU", gpus) if device == "cuda" else ("CPU core", cpus)
-    count = count or (gpus if device == "cuda" else 1)
+    what, most = ("GPU", sum(gpus)) if device == "cuda" else ("CPU core", sum(cpus))
+    # Those that others use now are not waited for, unless they are asked for.
+    count = count or (max(int(ray.available_resources().get("GPU", 0)), 1) if device == "cuda" else 1)
     if not most:
         raise HeterostepError("--device cuda, but Ray sees no GPU")
     if count > most:
         raise HeterostepError(f"--workers {count}, but Ray sees {most} {what}{'s' * (most > 1)}")
-    part = (max(cpus // count, 1), 0) if device == "cpu" else (1, 1)
+    part = (_largest(cpus, count), 0) if device == "cpu" else (1, 1)
     spec = Spec(model, device, dtype, *part)
     return [RayWorker(f"worker {number}", spec) for number in range(1, count + 1)]
+
+
+def _each(resource: str) -> list[int]:
+    """How much of it each machine has."""
+    return [int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"]]
+
+
+def _largest(cpus: Sequence[int], count: int) -> int:
+    """The most cores that each of so many workers can have, each on one machine."""
+    return next((part for part in range(max(cpus), 1, -1) if sum(each // part for each in cpus) >= count), 1)
 
 
 @ray.remote(concurrency_groups={"aside": 2})
@@ -117,6 +128,8 @@ class _Actor:
     """A `Maker` in a process of its own. What it is asked aside is answered while a video is made."""
 
     def __init__(self, spec: Spec) -> None:
+        # Into Ray's log of this process.
+        logging.basicConfig(level=logging.WARNING)
         self.maker = Maker(spec.model, spec.device, spec.dtype)
 
     def start(self, with_image: bool) -> About | str:

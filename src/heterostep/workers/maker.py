@@ -110,19 +110,19 @@ class Maker:
         except Cancelled:
             return Outcome(message="cancelled", cancelled=True)
         except HeterostepError as error:
+            self._tidy()
             message, fault = in_form(str(error), order.model)
             return Outcome(message=message, fault=getattr(error, "field", fault))
         except Exception as error:
             full = making.is_out_of_memory(error)
             if not full:
                 _log.exception("a video could not be made")
+            self._tidy()
             return Outcome(message=f"out of memory: {SMALLER}" if full else f"it failed: {first_line(error)}")
         finally:
             with self._lock:
                 self._progress = None
                 self._cancelled.discard(job)
-            if self._models is not None:
-                self._models.tidy()
 
     def progress(self) -> Progress | None:
         """Where the present job is."""
@@ -139,6 +139,11 @@ class Maker:
             place = device_of(self.device)
             self._models = making.Models(place, precision_of(self.dtype, place))
         return self._models.get(self.model, with_image)
+
+    def _tidy(self) -> None:
+        """What a failed run leaves goes back, so that the next one has the memory."""
+        if self._models is not None:
+            self._models.tidy()
 
     def _check(self, job: str) -> None:
         if job in self._cancelled:
