@@ -45,3 +45,21 @@ def watched() -> Iterator[None]:
         _seen.clear()
         if ours:
             signal.signal(signal.SIGINT, usual)
+
+
+@contextlib.contextmanager
+def also_terminated() -> Iterator[None]:
+    """Let a service manager's or a scheduler's SIGTERM end the block as Ctrl-C does."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        # None is a handler that was not set from Python.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

@@ -119,15 +119,15 @@ def test_twenty_lines_a_lost_worker_and_a_broken_line(tmp_path):
     assert times(out) == after and time.monotonic() - began < 30
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_batch_that_is_stopped_goes_on(tmp_path, ending):
     path, out = write(tmp_path / "prompts.jsonl", rows(8, steps=20)), tmp_path / "out"
     process = subprocess.Popen(command(path, "--out", out), stderr=subprocess.PIPE, text=True)
     until(lambda: len(done(out)) >= 2)
     process.send_signal(ending)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == (130 if ending == signal.SIGINT else -signal.SIGKILL)
-    if ending == signal.SIGINT:
+    assert process.returncode == (-signal.SIGKILL if ending == signal.SIGKILL else 130)
+    if ending != signal.SIGKILL:
         assert err.endswith("heterostep: interrupted\n") and "the same command goes on" in err
     before = times(out)
     assert 2 <= len(before) < 8

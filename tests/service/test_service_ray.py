@@ -1,5 +1,6 @@
 """The service on a real Ray Serve with two workers and the bundled model: `make test-ray`."""
 
+import contextlib
 import json
 import os
 import signal
@@ -32,8 +33,8 @@ def free_port():
 class Service:
     """The command in a process of its own."""
 
-    def __init__(self, *arguments, token=None):
-        self.port, self.token = free_port(), token
+    def __init__(self, *arguments, token=None, ending=signal.SIGINT):
+        self.port, self.token, self.ending = free_port(), token, ending
         environment = {**os.environ} | ({} if token is None else {"HETEROSTEP_TOKEN": token})
         command = [sys.executable, "-m", "heterostep", "serve", "--port", str(self.port), *map(str, arguments)]
         self.process = subprocess.Popen(
@@ -47,7 +48,7 @@ class Service:
 
     def __exit__(self, *exception):
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(self.ending)
         self.out, self.err = self.process.communicate(timeout=60)
 
     def ask(self, method, path="", content=None, token=None):
@@ -152,6 +153,24 @@ def test_a_lost_worker_costs_no_video(service, tmp_path):
         assert read_video(tmp_path / "video.mp4")[0].shape == (5, 64, 64, 3)
 
 
+def test_what_is_finished_outlives_the_process_that_serves(service):
+    video = service.ask("POST", "", {**SMALL, "seed": 200})[2]["id"]
+    service.settle()
+    content = service.content(video)
+    found = psutil.Process(service.process.pid).children(recursive=True)
+    (replica,) = (each for each in found if "ServeReplica" in " ".join(each.cmdline()))
+    replica.kill()
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            if service.ask("GET", f"/{video}")[0] == 200:
+                break
+        time.sleep(0.5)
+    assert service.content(video) == content
+    later = service.ask("POST", "", {**SMALL, "seed": 201})[2]["id"]
+    assert service.settle()[later]["status"] == "completed"
+
+
 def test_a_target_in_seconds_is_the_requests_own(service):
     ids = {
         target: service.ask("POST", "", {**SMALL, "share": None, "runtime": target, "steps": 24}) for target in (0.5, 1)
@@ -163,7 +182,7 @@ def test_a_target_in_seconds_is_the_requests_own(service):
 
 
 def test_a_token_and_a_folder_of_its_own():
-    with Service("--workers", 1, token="a token of some length") as made:
+    with Service("--workers", 1, token="a token of some length", ending=signal.SIGTERM) as made:
         assert made.ask("GET", token="another one")[0] == 401
         assert made.ask("GET")[2]["data"] == []
         video = made.ask("POST", "", SMALL)[2]["id"]

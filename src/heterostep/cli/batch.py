@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from heterostep import interrupts
 from heterostep.cli.options import DEVICE_HELP, DTYPE_HELP, check_folder, silence
 from heterostep.devices import Dtype
 from heterostep.errors import HeterostepError
@@ -60,11 +62,15 @@ def batch(
 
         cluster.check_options(device, gpus_per_video)
 
+        terminating = contextlib.ExitStack()
+
         async def hire() -> Sequence[Worker]:
             cluster.connect(address)
+            # Ray has a handler of its own.
+            terminating.enter_context(interrupts.also_terminated())
             return cluster.hire(model, device, dtype.value, workers)
 
-        with manifest.opened(out) as made, _Watcher(quiet) as watcher:
+        with manifest.opened(out) as made, _Watcher(quiet) as watcher, terminating:
             try:
                 counts = asyncio.run(run(found, made, hire, watcher))
             except KeyboardInterrupt:

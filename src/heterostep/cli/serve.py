@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from heterostep import interrupts
 from heterostep.cli.batch import MODEL_HELP, WORKERS_HELP, check_ray
 from heterostep.cli.options import DEVICE_HELP, DTYPE_HELP, check_folder, silence
 from heterostep.devices import Dtype
@@ -78,7 +79,8 @@ def serve(
                 if not quiet:
                     shown = f"[{host}]" if ":" in host else host
                     typer.echo(f"The service is http://{shown}:{port}/v1/videos (Ctrl-C ends it)")
-                threading.Event().wait()
+                with interrupts.also_terminated():
+                    threading.Event().wait()
             finally:
                 # Serve ends with the Ray that it runs on.
                 cluster.disconnect()

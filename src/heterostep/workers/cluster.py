@@ -100,7 +100,7 @@ def hire(model: str | None, device: str, dtype: str, count: int | None) -> list[
     """
     gpus, cpus = _each("GPU"), _each("CPU")
     if device == "auto":
-        device = "cuda" if gpus else "cpu"
+        device = "cuda" if any(gpus) else "cpu"
     what, most = ("GPU", sum(gpus)) if device == "cuda" else ("CPU core", sum(cpus))
     # Those that others use now are not waited for, unless they are asked for.
     count = count or (max(int(ray.available_resources().get("GPU", 0)), 1) if device == "cuda" else 1)
