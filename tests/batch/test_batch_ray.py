@@ -66,7 +66,7 @@ class Watcher:
     def __init__(self):
         self.said, self.workers, self.killed = [], [], None
 
-    def say(self, text):
+    def say(self, text, fault=False):
         self.said.append(text)
 
     def show(self, counts, running):

@@ -78,7 +78,7 @@ def test_without_workers_all_that_waits_fails():
     jobs = [job(1), job(2)]
     with pytest.raises(HeterostepError, match="no worker is left: worker 1 does not start"):
         ran(through(crew, jobs))
-    assert {each.state for each in jobs} == {"failed"} and [id for id, _ in made] == ["1", "2"]
+    assert {each.state for each in jobs} == {"failed"} and made == []
     with pytest.raises(HeterostepError, match="no worker is left"):
         asyncio.run(crew.submit(job(3)))
 

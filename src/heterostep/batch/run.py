@@ -39,8 +39,8 @@ class Counts:
 class Watcher(Protocol):
     """Is told of a batch as it goes on."""
 
-    def say(self, text: str) -> None:
-        """Something happened."""
+    def say(self, text: str, fault: bool = False) -> None:
+        """Something happened; a fault is told in any case."""
 
     def show(self, counts: Counts, running: Sequence[Job]) -> None:
         """How far it is; some times a second."""
@@ -78,7 +78,7 @@ def _missing(lines: Lines, manifest: Manifest, counts: Counts, watcher: Watcher)
     def fail(number: int, key: str | None, message: str) -> None:
         counts.failed += 1
         manifest.fail(number, key, message)
-        watcher.say(f"line {number} failed: {message}")
+        watcher.say(f"line {number} failed: {message}", fault=True)
 
     for bad in lines.bad:
         fail(bad.number, None, bad.message)
@@ -123,7 +123,7 @@ async def _make(
         if job.outcome is None or job.outcome.made is None:
             counts.failed += 1
             manifest.fail(line.number, line.key, job.message)
-            watcher.say(f"line {line.number} failed: {job.message}")
+            watcher.say(f"line {line.number} failed: {job.message}", fault=True)
             return
         seconds = time.perf_counter() - began[job.id]
         worker = job.worker.name if job.worker is not None else ""

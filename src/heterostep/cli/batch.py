@@ -14,7 +14,7 @@ import typer
 from heterostep import interrupts
 from heterostep.cli.options import DEVICE_HELP, DTYPE_HELP, check_folder, silence
 from heterostep.devices import Dtype
-from heterostep.errors import HeterostepError
+from heterostep.errors import HeterostepError, first_line
 
 if TYPE_CHECKING:
     from heterostep.batch.run import Counts
@@ -76,6 +76,11 @@ def batch(
             except KeyboardInterrupt:
                 watcher.stopped()
                 raise
+            except OSError as error:
+                why = error.strerror or first_line(error)
+                raise HeterostepError(
+                    f"cannot write to {out} ({why}): the same command goes on once that works"
+                ) from error
             finally:
                 cluster.disconnect()
     if not quiet:
@@ -131,8 +136,8 @@ class _Watcher:
             made = self.counts.before + self.counts.made
             self.say(f"{made} of {self.counts.all} videos are made: the same command goes on")
 
-    def say(self, text: str) -> None:
-        if not self.quiet or " failed: " in text:
+    def say(self, text: str, fault: bool = False) -> None:
+        if fault or not self.quiet:
             self.console.print(text, soft_wrap=True, markup=False)
 
     def show(self, counts: Counts, running: Sequence[Job]) -> None:

@@ -78,7 +78,8 @@ class Crew:
     Args:
         workers: started ones.
         ended: awaited with each job that has come to an end, before its state says so; may change the outcome to a
-            failure by raising HeterostepError. Any other exception ends the crew: `idle` raises it.
+            failure by raising HeterostepError. Any other exception ends the crew, as does the loss of the last worker:
+            `idle` raises it, and the jobs that wait fail without being told of.
         lost: told of each job whose worker was lost, and what is done about it.
     """
 
@@ -170,15 +171,11 @@ class Crew:
                 self._fault = error
             elif not self.workers:
                 self._fault = HeterostepError(f"no worker is left: {first_line(error)}")
-            failed = self.waiting if self._fault else []
-            if self._fault:
-                self.waiting = []
+            if self._fault is not None:
+                for job in self.waiting:
+                    job.state, job.message = "failed", first_line(self._fault)
+                self.waiting.clear()
             self._changed.notify_all()
-        for job in failed:
-            job.message = first_line(self._fault) if self._fault else ""
-            with contextlib.suppress(Exception):
-                await self._ended(job)
-            job.state = "failed"
 
     async def _work(self, worker: Worker) -> None:
         while True:
