@@ -194,7 +194,7 @@ def test_videos_are_cancelled(bench):
     running, waiting = bench.create(prompt="wait"), bench.create()
     bench.until(running, "in_progress")
     told = bench.client.delete(f"/v1/videos/{waiting}").json()
-    assert told["status"] == "cancelled" and told["error"] is None
+    assert told["status"] == "cancelled" and told["error"] is None and told["deleted"] is False
     assert bench.client.delete(f"/v1/videos/{running}").json()["status"] == "cancelled"
     last = bench.create(seed=5)
     bench.until(last, "completed")

@@ -223,4 +223,4 @@ async def _delete(request: Request, videos: Videos) -> Response:
     video = videos.find(request.path_params["video"])
     if await videos.end(video):
         return JSONResponse({"id": video.id, "object": "video.deleted", "deleted": True})
-    return JSONResponse(_shown(video, videos))
+    return JSONResponse(_shown(video, videos) | {"deleted": False})
