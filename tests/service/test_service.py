@@ -7,13 +7,13 @@ import threading
 import time
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from starlette.testclient import TestClient
 
 from crews import ABOUT, FakeWorker
 from heterostep import cli
 from heterostep.errors import HeterostepError
-from heterostep.order import Order
+from heterostep.order import Order, read_picture
 from heterostep.service.app import application, digest, is_loopback
 from heterostep.service.limits import Limits, Refused
 from heterostep.service.store import Store
@@ -294,6 +294,16 @@ def test_without_a_token_foreign_names_and_sites_are_refused(bench):
 def test_loopback_addresses():
     assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.9.9.9", "::1", "[::1]")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.0.2.1", "localhost.example", "")))
+
+
+def test_a_first_frame_waits_in_the_size_of_the_video():
+    given = read_picture(picture(640, 480), "first.png")
+    order = LIMITS.order({"prompt": "a", "size": "64x48"}, given, ABOUT, None)
+    assert order.picture.image.size == (64, 48) and order.picture == given
+    # The pipeline's own cropping leaves it as it is.
+    assert ImageOps.fit(order.picture.image, (64, 48)).tobytes() == order.picture.image.tobytes()
+    with pytest.raises(Refused, match="would be left"):
+        LIMITS.order({"prompt": "a"}, read_picture(picture(400, 20), "first.png"), ABOUT, None)
 
 
 def test_limits_alone():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from heterostep.errors import HeterostepError
-from heterostep.order import BadField, Order, Picture, in_form
+from heterostep.order import BadField, Order, Picture, check_shape, in_form
 from heterostep.workers.maker import About
 
 # Fields of a request beside those of an order; the picture comes as a file.
@@ -78,12 +78,15 @@ class Limits:
                     raise BadField("seconds", "give seconds or num_frames, not both of them")
                 fields["frames"] = about.rules.frames(_seconds(seconds) * fps)
             order = Order.of_data({**fields, "model": model}, picture, OWN)
-            self._check(order, about)
+            width, height = self._checked_size(order, about)
+            if order.picture is not None:
+                order = replace(order, picture=_cropped(order.picture, width, height))
         except BadField as error:
             raise Refused(400, str(error), "invalid_value", error.field) from error
         return order
 
-    def _check(self, order: Order, about: About) -> None:
+    def _checked_size(self, order: Order, about: About) -> tuple[int, int]:
+        """Width and height of the video."""
         sizes = order.sizes(about.defaults)
         height, width, frames = (sizes[name] for name in ("height", "width", "num_frames"))
         if height * width > self.pixels:
@@ -97,11 +100,20 @@ class Limits:
         except HeterostepError as error:
             message, fault = in_form(str(error), None)
             raise BadField("size" if fault in ("height", "width") else "num_frames", message) from error
+        return width, height
 
 
 def model_name(model: str | None) -> str:
     """What a service's model is called in its answers."""
     return "heterostep-tiny" if model is None else model
+
+
+def _cropped(picture: Picture, width: int, height: int) -> Picture:
+    """A first frame as the video begins with it: a photograph that waits would take a hundred times the memory."""
+    from PIL import ImageOps
+
+    check_shape(picture.image, width, height)
+    return replace(picture, image=ImageOps.fit(picture.image, (width, height)))
 
 
 def _seconds(text: Any) -> float:
