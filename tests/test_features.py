@@ -213,7 +213,7 @@ def test_compiled_blocks(name):
 
 
 def test_what_does_not_go_together_is_refused(row):
-    from diffusers import FirstBlockCacheConfig
+    from diffusers import ContextParallelConfig, FirstBlockCacheConfig, ParallelConfig
 
     pipe = row.build()
     model = transformers(pipe)[-1]
@@ -230,8 +230,8 @@ def test_what_does_not_go_together_is_refused(row):
     with pytest.raises(HeterostepError, match="compile_repeated_blocks"):
         heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     model._compiled_call_impl = None
-    model._parallel_config = object()
-    with pytest.raises(HeterostepError, match="one device"):
+    model._parallel_config = ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=2))
+    with pytest.raises(HeterostepError, match="ring attention is not supported"):
         heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     model._parallel_config = None
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")

@@ -5,6 +5,7 @@ import torch
 
 import heterostep
 from heterostep.engine import cuda_graphs
+from ranks import together
 from rows import ROWS, equal, transformers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -190,3 +191,13 @@ def test_a_device_that_is_not_the_current_one(options):
         assert heterostep.report(pipe).runtime.dense_seconds > 0.01
         assert torch.cuda.current_device() == 0
     torch.testing.assert_close(*videos, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_make_the_video_of_one():
+    beside = ["whole_steps", "two_experts", "single_tokens", "drift", "fp8_offload", "ltx2", "hunyuan15"]
+    results = together("parallel_checks", [*beside, "seconds", "rankings"], device="cuda")
+    for name in beside:
+        assert all(not isinstance(each, str) and each["error"] < 0.05 for each in results[name]), (name, results[name])
+    for name in ("seconds", "rankings"):
+        assert results[name][0] == results[name][1] and not isinstance(results[name][0], str), results[name]

@@ -13,9 +13,9 @@ SOURCE = Path(heterostep.__file__).parent
 # A module imports from the floors below its own, and from its own package.
 FLOORS = [
     {"errors"},
-    {"files", "grid", "sigmas", "metrics", "interrupts", "precision"},
+    {"files", "grid", "launch", "sigmas", "metrics", "interrupts", "precision"},
     {"config", "compat", "configs", "devices", "kernels", "video"},
-    {"kv", "plan_picture", "policy", "viz"},
+    {"kv", "parallel", "plan_picture", "policy", "viz"},
     {"models"},
     {"engine", "checkpoints"},
     {"pipeline"},

@@ -5,7 +5,8 @@ Checked with diffusers 0.42.0 and 0.42.1 (`make test-diffusers`) and PyTorch 2.1
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -61,6 +62,45 @@ def adapter_state(layers: Iterable[Any]) -> list[Any]:
 def blocks_compiled(model: torch.nn.Module) -> bool:
     """Whether parts of the model are compiled (`compile_repeated_blocks`)."""
     return any(module._compiled_call_impl is not None for module in model.modules())
+
+
+def split_inputs(model: torch.nn.Module) -> dict[str, Any]:
+    """Which of a forward's inputs context parallelism splits before it is called, by name, and how
+    (`ContextParallelInput`)."""
+    splits = (hook.metadata for hook in diffusers_hooks(model) if type(hook).__name__ == "ContextParallelSplitHook")
+    return {name: how for split in splits for name, how in split.items() if not how.split_output}
+
+
+def split_plan(model: torch.nn.Module) -> dict[str, Any]:
+    """Where context parallelism splits and gathers a model's tokens, as `enable_parallelism(cp_plan=)` takes it."""
+    plan = {}
+    for name, module in model.named_modules():
+        for hook in diffusers_hooks(module):
+            if type(hook).__name__ == "ContextParallelSplitHook":
+                plan[name] = hook.metadata
+            elif type(hook).__name__ == "ContextParallelGatherHook":
+                (plan[name],) = hook.metadata
+    return plan
+
+
+def all_gather(received: torch.Tensor, sent: torch.Tensor, group: Any) -> None:
+    """Every rank's tensor, one after the other, under the name that PyTorch has for it."""
+    import torch.distributed as dist
+
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(received, sent, group=group)
+
+
+@contextlib.contextmanager
+def cpu_as_accelerator() -> Iterator[None]:
+    """Let `enable_parallelism` count the CPU as one device, where torch has no other: it divides by their number."""
+    count = torch.accelerator.device_count
+    if count() == 0:
+        torch.accelerator.device_count = lambda: 1
+    try:
+        yield
+    finally:
+        torch.accelerator.device_count = count
 
 
 def use_backend(model: Any, name: str) -> None:

@@ -16,13 +16,13 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from heterostep import compat, policy
+from heterostep import compat, parallel, policy
 from heterostep.config import HSAConfig
 from heterostep.engine.report import Report, StepInfo
 from heterostep.engine.runner import Runner
 from heterostep.engine.wrapping import WrappedStep, is_wrapped
 from heterostep.errors import HeterostepError
-from heterostep.models import FAMILIES
+from heterostep.models import FAMILIES, cp_plan
 
 
 def supported() -> list[str]:
@@ -55,8 +55,10 @@ class _Session:
         scheduler = first_order(original) if self.config.solver == "euler" else original
         step = WrappedStep(scheduler, self.runner.end_step, self.runner.stepped)
         pipe.scheduler = scheduler
+        local = [attn for model in transformers(pipe) for attn in self.runner.adapter.local_attentions(model)]
         try:
-            yield
+            with parallel.exchanging_nothing(local):
+                yield
         finally:
             step.restore()
             # A scheduler that the user has set meanwhile is theirs to keep.
@@ -87,7 +89,7 @@ def _enabled_class(cls: Any) -> Any:
             raise HeterostepError(
                 "this is a copy of a pipeline that heterostep was enabled on: make it with from_pipe() instead"
             )
-        with session.call(self):
+        with session.call(self), parallel.clear_refusals():
             return cls.__call__(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: int) -> Any:
@@ -139,6 +141,16 @@ def transformers(pipe: Any) -> list[Any]:
     return found[:1] if len(found) == 2 and found[0] is found[1] else found
 
 
+def spread(pipe: Any, ranks: int) -> None:
+    """Spread a pipeline's transformers over so many processes, by the plans that work; before or after `enable`.
+
+    Raises:
+        HeterostepError: they cannot be.
+    """
+    for model in transformers(pipe):
+        parallel.enable(model, ranks, cp_plan(model))
+
+
 def check_pipeline(pipe: Any) -> None:
     """Whether heterostep runs on this pipeline as it is.
 
@@ -153,6 +165,8 @@ def check_pipeline(pipe: Any) -> None:
         raise HeterostepError(f"{name} with {inner} is not supported{hint}; supported are {', '.join(supported())}")
     for model in models:
         _check_model(model)
+    if len({parallel.ranks_of(getattr(model, "_parallel_config", None)).size for model in models}) > 1:
+        raise HeterostepError("one of the two transformers is on several GPUs: call enable_parallelism on both, alike")
     _check_scheduler(pipe.scheduler)
 
 
@@ -164,8 +178,8 @@ def _check_model(model: Any) -> None:
         raise HeterostepError(
             f"another cache ({name}) skips steps on the transformer: switch it off first, for both would skip at once"
         )
-    if getattr(model, "_parallel_config", None) is not None:
-        raise HeterostepError("parallelism (enable_parallelism) is not supported: run the transformer on one device")
+    adapter = FAMILIES[type(model).__name__].adapter
+    parallel.check(model, adapter.parallel, adapter.cp_plan(model) if adapter.parallel else None)
 
 
 def enable(

@@ -28,6 +28,7 @@ def plan_anew(generation: Generation) -> None:
     if generation.config.runtime is None:
         generation.counts = schedule.within_share(generation.counts, begin, generation.changes)
         return
+    generation.clock.agree()
     fitted = fitted_cost(generation)
     if fitted is None:
         return

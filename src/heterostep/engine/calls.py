@@ -13,6 +13,7 @@ from heterostep.engine.cuda_graphs import ReplayedCalls
 from heterostep.errors import HeterostepError
 from heterostep.kv.cache import KVCache, StaticKV, Workspace
 from heterostep.models import FAMILIES, Call
+from heterostep.parallel import ranks_of
 
 
 class DirectCalls:
@@ -93,7 +94,7 @@ class DirectCalls:
         self.workspace.reset()
 
     def _velocity(self, rows: torch.Tensor) -> torch.Tensor:
-        self.rows = rows
+        self.rows = rows = self.call.active_rows(rows)
         if self.call.index is None:
             self.held = rows
             return rows
@@ -109,7 +110,10 @@ class DirectCalls:
             self.workspace.ahead = ahead if index is None else ahead.scatter(1, index, 0.0)
         for (_, processor), store in zip(self._seams.attentions, self.stores, strict=True):
             processor.kv = store if keep else None
-        inputs = self.inputs if index is None else self.adapter.select(self.model, self.inputs, index)
+        inputs = self.inputs
+        if index is not None:
+            ranks = ranks_of(getattr(self.model, "_parallel_config", None))
+            inputs = self.adapter.select(self.model, inputs, ranks.padded(index))
         try:
             return self.model(**inputs)
         finally:

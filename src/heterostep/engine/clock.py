@@ -7,13 +7,21 @@ import time
 
 import torch
 
+from heterostep.parallel import ALONE, Ranks
+
 
 class StepClock:
-    """Marks the start of each step; on CUDA with events, so that no step waits for the host."""
+    """Marks the start of each step; on CUDA with events, so that no step waits for the host.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._cuda = device, device.type == "cuda"
+    Args:
+        device: where the steps run.
+        ranks: the processes that make them together, and must plan by the same seconds.
+    """
+
+    def __init__(self, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self._device, self._cuda, self._ranks = device, device.type == "cuda", ranks
         self._marks: list = []
+        self._agreed: list[float] = []
 
     def mark(self) -> None:
         """A step begins, or the last one has ended."""
@@ -25,13 +33,18 @@ class StepClock:
         else:
             self._marks.append(time.perf_counter())
 
+    def agree(self) -> None:
+        """Take the first rank's seconds of what has been timed; every rank has to be here."""
+        if self._ranks.size > 1:
+            self._agreed += self._ranks.agreed(self.durations()[len(self._agreed) :])
+
     def durations(self) -> list[float]:
         """Seconds between one mark and the next; on CUDA this waits for the last mark."""
-        if self._cuda:
-            if self._marks:
-                self._marks[-1].synchronize()
-            return [a.elapsed_time(b) / 1000 for a, b in zip(self._marks, self._marks[1:])]
-        return [b - a for a, b in zip(self._marks, self._marks[1:])]
+        marks = self._marks[len(self._agreed) :]
+        if self._cuda and marks:
+            marks[-1].synchronize()
+            return self._agreed + [a.elapsed_time(b) / 1000 for a, b in zip(marks, marks[1:])]
+        return self._agreed + [b - a for a, b in zip(marks, marks[1:])]
 
 
 # A call that is made for the first time and takes so many times what it should was compiled, or woke something up.

@@ -14,6 +14,7 @@ from heterostep import compat
 from heterostep.engine.wrapping import WrappedForward
 from heterostep.errors import HeterostepError
 from heterostep.models.base import Seams
+from heterostep.parallel import Ranks, ranks_of
 
 
 class Expert:
@@ -31,6 +32,30 @@ class Expert:
         self.wrapped = WrappedForward(model, answer)
         self.signature = inspect.signature(type(model).forward)
         self._note_places()
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share its tokens."""
+        return ranks_of(getattr(self.model, "_parallel_config", None))
+
+    def inputs(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A forward's arguments by name, whole where each rank was given a part."""
+        inputs = dict(self.signature.bind(self.model, *args, **kwargs).arguments)
+        inputs.pop("self")
+        return self._of_ranks(inputs, self.ranks.whole)
+
+    def call(self, inputs: dict[str, Any]) -> Any:
+        """The model's own forward."""
+        return self.wrapped.inner(**self._of_ranks(inputs, self.ranks.part))
+
+    def _of_ranks(self, inputs: dict[str, Any], change: Callable[[torch.Tensor, int], torch.Tensor]) -> dict[str, Any]:
+        """Those inputs changed that ranks have parts of: diffusers' hooks, which split them, are around our forward."""
+        split = {
+            name: change(inputs[name], how.split_dim)
+            for name, how in compat.split_inputs(self.model).items()
+            if inputs.get(name) is not None and how.expected_dims in (None, inputs[name].ndim)
+        }
+        return {**inputs, **split}
 
     def _note_places(self) -> None:
         self._names = {name: module for name, module in self.model.named_modules() if module in self.seams.touched}

@@ -141,6 +141,17 @@ def _twin(model: Any) -> tuple[Any, list[int]]:
     return made.eval(), _depths(config)
 
 
+def of_a_rank(call: CallMemory, size: int) -> CallMemory:
+    """What one of `size` ranks holds that share a call's tokens (`heterostep.parallel`)."""
+    if size == 1:
+        return call
+    # Q, K and V of a layer under way to the other ranks, and those that come from them.
+    exchanged = 2 * 3 * max((layer.vectors * layer.dim * layer.dtype.itemsize for layer in call.layers), default=0)
+    plain, dense, sparse = ((peak + exchanged) // size for peak in (call.plain, call.dense, call.sparse))
+    layers = tuple(replace(layer, vectors=layer.vectors // size) for layer in call.layers)
+    return replace(call, plain=plain, dense=dense, sparse=sparse, layers=layers)
+
+
 @torch.no_grad()
 def call_memory(model: Any, inputs: dict[str, Any], share: float = 0.5) -> CallMemory:
     """The forecast of one call; nothing is allocated or computed.

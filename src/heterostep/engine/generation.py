@@ -17,6 +17,7 @@ from heterostep.config import HSAConfig
 from heterostep.engine.clock import StepClock
 from heterostep.engine.schedule import Schedule
 from heterostep.kv.cache import KVCache, StaticKV, Workspace
+from heterostep.parallel import ALONE, Ranks
 from heterostep.sigmas import log_alpha
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Generation:
     elapsed: torch.Tensor  # [B, N] sigma between that and this step
     stride: torch.Tensor  # [B, N] `log_alpha` between each token's last two evaluations
     weight: torch.Tensor  # [B], how far held velocities follow their slope
+    ranks: Ranks = ALONE  # the processes that share the tokens
     changes: list[Change] = field(default_factory=list)
     ignored: torch.Tensor | None = None  # `clean` in the layout of the model's output, once it is known
     branches: list[Branch] = field(default_factory=list)

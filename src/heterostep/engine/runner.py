@@ -26,7 +26,7 @@ import torch
 
 from heterostep import compat
 from heterostep.config import HSAConfig
-from heterostep.engine import account, forecast, ranking, steps, stores
+from heterostep.engine import account, ranking, steps, stores
 from heterostep.engine.cuda_graphs import MOST_ROWS, ReplayedCalls
 from heterostep.engine.expert import Expert, compile_kernels, in_background
 from heterostep.engine.generation import Branch, Generation
@@ -128,8 +128,7 @@ class Runner:
         with self._lock:
             if self._thread != threading.get_ident():
                 return expert.wrapped.inner(*args, **kwargs)
-            inputs = dict(expert.signature.bind(expert.model, *args, **kwargs).arguments)
-            inputs.pop("self")
+            inputs = expert.inputs(args, kwargs)
             device = inputs["hidden_states"].device
             # Kernels, events, streams and graphs are made on the device that is current.
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -184,7 +183,7 @@ class Runner:
             try:
                 output = self._call_model(expert, generation, branch, inputs, index, keep)
             except torch.OutOfMemoryError:
-                if generation.fell_back or generation.stores is None or forecast.smaller(generation.stores) is None:
+                if not stores.can_fall_back(generation):
                     raise
                 output = None
             if output is None:
@@ -244,12 +243,12 @@ class Runner:
         else:
             branch.free_kv()
         if index is None:
-            return expert.wrapped.inner(**inputs)
-        inputs = self.adapter.select(expert.model, inputs, index)
+            return expert.call(inputs)
+        inputs = self.adapter.select(expert.model, inputs, expert.ranks.padded(index))
         few = index.numel() <= MOST_ROWS
         if few and self.config.cuda_graphs and generation.stores is not None and generation.stores.all_on_device:
             return self._replayed(expert, generation, branch, inputs, index)
-        return expert.wrapped.inner(**inputs)
+        return expert.call(inputs)
 
     def _replayed(
         self, expert: Expert, generation: Generation, branch: Branch, inputs: dict[str, Any], index: torch.Tensor
@@ -262,7 +261,7 @@ class Runner:
             rows: list[torch.Tensor] = []
             self._taken = rows
             try:
-                output = expert.wrapped.inner(**given["inputs"])
+                output = expert.call(given["inputs"])
             finally:
                 self._taken = None
             return rows[0], output
@@ -304,6 +303,7 @@ class Runner:
 
     def _on_velocity(self, rows: torch.Tensor) -> torch.Tensor | None:
         """The output projection's rows of the active tokens [b, n, C] -> everyone's velocities [b, N, C]."""
+        rows = self._call.active_rows(rows)
         if self._taken is not None:
             self._taken.append(rows)
             # What the model does with all tokens' values, it may do with these.
@@ -358,7 +358,9 @@ class Runner:
             memoryless=self._memoryless,
             first=first,
             clean=clean,
+            ranks=expert.ranks,
         )
+        expert.ranks.check_same(inputs["hidden_states"])
         return generation
 
     def _ignored(self, generation: Generation, velocity: torch.Tensor) -> torch.Tensor | None:
@@ -416,7 +418,7 @@ class Runner:
     def _rank_by_truth(self, expert: Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]) -> None:
         """Rank the tokens by how wrong their held velocities are, which costs a dense call. Decided by one branch."""
         self._taken = []
-        expert.wrapped.inner(**inputs)
+        expert.call(inputs)
         (rows,), self._taken = self._taken, None
         error = (rows.float() - held(generation, branch).float()).abs().sum(-1)
         error = error.view(-1, *generation.elapsed.shape).mean(0)

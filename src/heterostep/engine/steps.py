@@ -27,6 +27,7 @@ from heterostep.engine.generation import Generation
 from heterostep.engine.schedule import Schedule
 from heterostep.engine.trajectory import Trajectory
 from heterostep.grid import TokenGrid
+from heterostep.parallel import ALONE, Ranks
 from heterostep.policy import Change
 from heterostep.sigmas import log_alpha
 
@@ -41,6 +42,7 @@ def begin(
     memoryless: bool,
     first: int = 0,
     clean: torch.Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Generation:
     """A run before its first step; its clock starts.
 
@@ -53,6 +55,7 @@ def begin(
         memoryless: whether the sampler's step depends on nothing but what it is given (Euler).
         first: the sampler's step that the run begins with.
         clean: bool [B, N], tokens that carry no noise; None where all do.
+        ranks: the processes that share the tokens.
     """
     sigmas, total, config = schedule.run.sigmas, schedule.run.tokens.total, schedule.config
     times = log_alpha(torch.tensor(sigmas, dtype=torch.float32, device="cpu")).tolist()
@@ -64,7 +67,7 @@ def begin(
         schedule=schedule,
         counts=schedule.plan(),
         clean=clean,
-        clock=StepClock(device),
+        clock=StepClock(device, ranks),
         times=times,
         trajectory=Trajectory(sigmas, times, schedule.policy.corrects and memoryless),
         evaluations=torch.zeros(samples, total, dtype=torch.int32, device=device),
@@ -72,6 +75,7 @@ def begin(
         elapsed=torch.zeros(samples, total, device=device),
         stride=torch.ones(samples, total, device=device),
         weight=torch.full((samples,), float(config.extrapolate or 0.0), device=device),
+        ranks=ranks,
     )
     generation.clock.mark()
     return generation
@@ -113,6 +117,7 @@ def end_step(
     before = generation.trajectory.step
     change, given = generation.trajectory.evaluated(step, velocity, ignored())
     if change is not None and not generation.all_dense:
+        change = generation.ranks.from_first(change)
         policy = generation.schedule.policy
         if len(change) == generation.samples:
             generation.weight = policy.weight(change)
@@ -128,6 +133,7 @@ def stepped(generation: Generation) -> None:
     generation.steps_done = generation.step + 1
     if generation.steps_done == generation.schedule.run.num_steps:
         generation.finished = True
+        generation.clock.agree()
         generation.release()
         account.log_end(generation)
     else:

@@ -15,6 +15,7 @@ from heterostep.engine.expert import Expert
 from heterostep.engine.generation import Branch, Generation
 from heterostep.errors import HeterostepError, first_line
 from heterostep.kv.cache import KVCache, StaticKV
+from heterostep.parallel import ALONE, Ranks
 
 _log = logging.getLogger("heterostep")
 
@@ -24,7 +25,13 @@ class DoesNotFit(HeterostepError):
 
 
 def place(
-    config: HSAConfig, model: Any, inputs: dict[str, Any], batches: Sequence[int], share: float, attentions: int
+    config: HSAConfig,
+    model: Any,
+    inputs: dict[str, Any],
+    batches: Sequence[int],
+    share: float,
+    attentions: int,
+    ranks: Ranks = ALONE,
 ) -> forecast.Stores:
     """A store for each attention of each guidance branch.
 
@@ -35,6 +42,7 @@ def place(
         batches: samples in the calls of each guidance branch.
         share: active tokens of the sparse calls, at the most.
         attentions: of the model, that keep the tokens' K and V.
+        ranks: the processes that share the tokens; each of them gets the same stores.
 
     Raises:
         DoesNotFit: not even the smallest; the message says what is lacking.
@@ -50,7 +58,7 @@ def place(
         name = "device" if name == "auto" else name
         return forecast.Stores((name,) * attentions * len(batches), ())
     try:
-        call = forecast.call_memory(model, inputs, share)
+        call = forecast.of_a_rank(forecast.call_memory(model, inputs, share), ranks.size)
     except Exception as error:
         # A forecast runs the model without its weights, which backends and quantised layers may not bear.
         reason = error if isinstance(error, HeterostepError) else f"memory cannot be forecast ({first_line(error)})"
@@ -62,8 +70,8 @@ def place(
     layers = [replace(each, vectors=each.vectors * b // batch, drifts=drifts) for b in batches for each in call.layers]
     present = forecast.room_on(device, config.vram, call.dense)
     assert present is not None
-    room = present - (call.static + call.held) * sum(batches) // batch
-    host_room = forecast.host_room()
+    present -= (call.static + call.held) * sum(batches) // batch
+    room, host_room = ranks.least([present, forecast.host_room() // ranks.size])
     stores = forecast.choose(layers, room - call.dense, room - call.sparse, host_room)
     if stores is not None:
         return stores
@@ -107,7 +115,7 @@ def place_for(expert: Expert, generation: Generation, inputs: dict[str, Any]) ->
     attentions = sum(processor.store is KVCache for _, processor in expert.seams.attentions)
     batches = [branch.batch for branch in generation.branches]
     try:
-        generation.stores = place(generation.config, expert.model, inputs, batches, share, attentions)
+        generation.stores = place(generation.config, expert.model, inputs, batches, share, attentions, generation.ranks)
     except DoesNotFit as error:
         advice = "make a smaller or shorter video or offload other models"
         if not generation.schedule.run.tokens.least:
@@ -122,6 +130,14 @@ def reserve(branch: Branch, device: torch.device) -> None:
         torch.cuda.empty_cache()
     for store in empty:
         store.reserve(device)
+
+
+def can_fall_back(generation: Generation) -> bool:
+    """Whether there are smaller stores to try when memory runs out."""
+    # Where it ran out on one rank alone, the others are in the middle of the same call and cannot begin it anew.
+    if generation.fell_back or generation.stores is None or generation.ranks.size > 1:
+        return False
+    return forecast.smaller(generation.stores) is not None
 
 
 def fall_back(generation: Generation) -> None:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from heterostep.errors import HeterostepError
 from heterostep.models import hunyuan, hunyuan15, ltx, ltx2, wan
 from heterostep.models.attention import CachedAttention
 from heterostep.models.base import Adapter, Call, Family, Kind, Seams, TokenGrid
 
-__all__ = ["FAMILIES", "Adapter", "CachedAttention", "Call", "Family", "Kind", "Seams", "TokenGrid", "register_family"]
+__all__ = [
+    "FAMILIES",
+    "Adapter",
+    "CachedAttention",
+    "Call",
+    "Family",
+    "Kind",
+    "Seams",
+    "TokenGrid",
+    "cp_plan",
+    "register_family",
+]
 
 # By the class name of the transformer; each file has its own.
 FAMILIES: dict[str, Family] = {
@@ -38,6 +50,18 @@ def register_family(
     if not isinstance(adapter, Adapter) or not pipelines or isinstance(pipelines, str):
         raise HeterostepError("register_family wants a class name, an Adapter and the class names of its pipelines")
     FAMILIES[transformer] = Family(adapter, tuple(pipelines), dict(kinds or {}))
+
+
+def cp_plan(model: Any) -> dict[str, Any] | None:
+    """The plan by which a transformer's tokens are shared, for `model.enable_parallelism(config=, cp_plan=)`.
+
+    Raises:
+        HeterostepError: its family does not work over several GPUs.
+    """
+    family = FAMILIES.get(type(model).__name__)
+    if family is None or not family.adapter.parallel:
+        raise HeterostepError(f"{type(model).__name__} on several GPUs is not supported: run it on one device")
+    return family.adapter.cp_plan(model)
 
 
 def kinds() -> dict[str, Kind]:

@@ -12,6 +12,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from heterostep.kernels import norm_rotate, rotate
 from heterostep.kv.cache import KVCache, StaticKV, Workspace
+from heterostep.parallel import Split, ranks_of
 
 
 def normed_and_rotated(
@@ -45,6 +46,7 @@ class CachedAttention:
     Attributes:
         store: the kind of store that it wants, `KVCache` or `StaticKV`.
         kv: this call's store, set by the runner; None while the call runs as the plain model would.
+        ranks: the processes that share the model's tokens.
     """
 
     store: type[KVCache] | type[StaticKV] = KVCache
@@ -52,6 +54,7 @@ class CachedAttention:
     def __init__(self, original: Any, call: Any) -> None:
         self.original, self.call = original, call
         self.kv: Any = None
+        self.ranks = ranks_of(getattr(original, "_parallel_config", None))
 
     @classmethod
     def make_store(cls, name: str, workspace: Workspace) -> KVCache | StaticKV:
@@ -82,6 +85,11 @@ class CachedAttention:
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
         self.original._parallel_config = config
+        self.ranks = ranks_of(config)
+
+    def split(self, hidden_states: torch.Tensor) -> Split:
+        """How the tokens are split of which this rank has [B, n, ...]."""
+        return self.ranks.split(hidden_states.shape[1], self.call.index, self.call.num_tokens)
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None

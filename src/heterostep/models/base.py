@@ -6,7 +6,7 @@ Shapes: B batch of a call, N tokens, n active tokens, C values a token.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,10 @@ class Call:
     index: torch.Tensor | None = None
     num_tokens: int = 0
     grid: TokenGrid | None = None
+
+    def active_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The output projection's rows [B, n or more, C] without those that only filled up the ranks' parts."""
+        return rows if self.index is None else rows[:, : self.index.shape[1]]
 
 
 @dataclass
@@ -107,9 +111,11 @@ class Adapter(abc.ABC):
     Attributes:
         least_active: tokens that a step evaluates at the least; above 0 where a step does more than these tokens'
             velocities, such as an audio stream.
+        parallel: whether it works over several GPUs (`heterostep.parallel`).
     """
 
     least_active: int = 0
+    parallel: bool = False
 
     @abc.abstractmethod
     def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
@@ -151,6 +157,15 @@ class Adapter(abc.ABC):
     def expert_switch(self, pipe: Any) -> int | None:
         """The scheduler's step at which a second transformer takes over; None where there is one alone."""
         return None
+
+    def cp_plan(self, model: Any) -> dict[str, Any] | None:
+        """Where context parallelism splits and gathers tokens, as `enable_parallelism(cp_plan=)` takes it; None for
+        diffusers' own plan."""
+        return None
+
+    def local_attentions(self, model: Any) -> Iterable[Any]:
+        """Attention modules whose K and V every rank has whole: nothing need be exchanged for them."""
+        return ()
 
     def prompt_shapes(self, pipe: Any, model: Any, arguments: Mapping[str, Any]) -> dict[str, tuple]:
         """What the pipeline takes in place of a prompt, for plans: they have no text encoder.

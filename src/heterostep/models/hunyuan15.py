@@ -17,13 +17,15 @@ from torch.nn.functional import pad
 from heterostep.kernels import gather_rows, rotate
 from heterostep.models.attention import CachedAttention
 from heterostep.models.base import Adapter, Call, Family, Seams, TokenGrid
+from heterostep.parallel import ranks_of
 
 
 class JointAttention(CachedAttention):
     """Queries of the active video tokens and of the text attend to K and V of everything."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
-        if self.kv is None:
+        # diffusers' own cannot share a sequence that text is a part of.
+        if self.kv is None and self.ranks.size == 1:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         heads = (attn.heads, -1)
         query, key, value = (
@@ -39,20 +41,23 @@ class JointAttention(CachedAttention):
             text_query = attn.norm_added_q(text_query)
         if attn.norm_added_k is not None:
             text_key = attn.norm_added_k(text_key)
-        query, key, value = (
-            torch.cat(pair, dim=1) for pair in ((query, text_query), (key, text_key), (value, text_value))
-        )
+        # Of the video each rank has a part, the text it has whole.
+        split = self.split(hidden_states)
+        video = self.ranks.to_heads(split, query, key, value)
+        texts = self.ranks.own_heads(text_query, text_key, text_value)
+        query, key, value = (torch.cat(pair, dim=1) for pair in zip(video, texts))
         text, index = text_query.shape[1], self.call.index
         if index is not None:
             behind = torch.arange(text, device=index.device) + self.call.num_tokens
             index = torch.cat([index, behind.expand(len(index), -1)], dim=1)
-        key, value = self.kv.update(key, value, index)
+        if self.kv is not None:
+            key, value = self.kv.update(key, value, index)
         queries, keys = (
             pad(attention_mask, (x.shape[1] - attention_mask.shape[1], 0), value=True).bool() for x in (query, key)
         )
         out = self.attend(query, key, value, queries[:, None, :, None] & keys[:, None, None, :])
-        video_out = attn.to_out[1](attn.to_out[0](out[:, :-text]))
-        return video_out, attn.to_add_out(out[:, -text:])
+        video_out = attn.to_out[1](attn.to_out[0](self.ranks.to_tokens(split, out[:, :-text])))
+        return video_out, attn.to_add_out(self.ranks.all_heads(out[:, -text:]))
 
 
 def _patch_sizes(model: Any) -> tuple[int, int, int]:
@@ -62,6 +67,8 @@ def _patch_sizes(model: Any) -> tuple[int, int, int]:
 
 class HunyuanVideo15Adapter(Adapter):
     """See `heterostep.models.base.Adapter`."""
+
+    parallel = True
 
     def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
         return TokenGrid(
@@ -79,10 +86,17 @@ class HunyuanVideo15Adapter(Adapter):
 
     def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> Seams:
         def select_patches(output):
-            return None if call.index is None else gather_rows(output, call.index)
+            return None if call.index is None else gather_rows(output, ranks().padded(call.index))
 
         def select_rotary(output):
-            return None if call.index is None else tuple(table[call.index] for table in output)
+            if call.index is None:
+                return None
+            index = ranks().padded(call.index)
+            # Context parallelism has split them, all tokens', before.
+            return tuple(ranks().part(ranks().whole(table, 0)[index], 1) for table in output)
+
+        def ranks():
+            return ranks_of(model._parallel_config)
 
         seams = Seams()
         seams.hook_output(model.x_embedder, select_patches)
@@ -91,6 +105,17 @@ class HunyuanVideo15Adapter(Adapter):
         for block in model.transformer_blocks:
             seams.replace_processor(block.attn, JointAttention(block.attn.processor, call))
         return seams
+
+    def cp_plan(self, model: Any) -> dict[str, Any]:
+        # diffusers has none. Text stays whole on each rank; `JointAttention` is what makes this right.
+        from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+
+        tables = {which: ContextParallelInput(0, expected_dims=2, split_output=True) for which in (0, 1)}
+        return {
+            "rope": tables,
+            "transformer_blocks.0": {"hidden_states": ContextParallelInput(1, expected_dims=3)},
+            "proj_out": ContextParallelOutput(1, expected_dims=3),
+        }
 
     def prompt_shapes(self, pipe: Any, model: Any, arguments: Mapping[str, Any]) -> dict[str, tuple]:
         first, second = pipe.tokenizer_max_length, pipe.tokenizer_2_max_length

@@ -9,7 +9,7 @@ Shapes: B batch, N video tokens, n active ones, H heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class VideoAttention(CachedAttention):
         if attention_mask is not None:
             # Rows are those of the queries, or one for all; columns are those of all keys.
             attention_mask = attention_mask[:, None].expand(-1, attn.heads, -1, -1)
-        out = self.attend(query, key, value, attention_mask)
+        out = self.attend_to(query, key, value, attention_mask, own=encoder_hidden_states is None)
         if perturbation_mask is not None:
             out = torch.lerp(own_value, out, perturbation_mask)
         if attn.to_gate_logits is not None:
@@ -85,14 +85,34 @@ class VideoAttention(CachedAttention):
             _normed_and_rotated(attn, attn.norm_k, rows, (table, table), by_head)
 
     def key_value(self, attn: Any, states: torch.Tensor, rotary_emb: Any) -> tuple[torch.Tensor, ...]:
-        """The states' own V [B, n, H * D]; K and V to attend to, [B, N, H, D]."""
+        """The states' own V [B, n, H * D]; their K and V by head, [B, n, H, D]."""
         own_value = attn.to_v(states)
         key = _normed_and_rotated(attn, attn.norm_k, attn.to_k(states), rotary_emb, by_head=True)
-        return own_value, *self.kv.update(key, own_value.unflatten(2, (attn.heads, -1)), self.call.index)
+        return own_value, key, own_value.unflatten(2, (attn.heads, -1))
+
+    def attend_to(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, own: bool
+    ) -> torch.Tensor:
+        """Attend with these K and V [B, n, H, D] and those that are kept: [B, n, H * D].
+
+        Args:
+            own: whether the queries are the video's too. The audio's are whole on each rank.
+        """
+        split = self.split(key)
+        if own:
+            query, key, value = self.ranks.to_heads(split, query, key, value)
+        else:
+            (query,), (key, value) = self.ranks.own_heads(query), self.ranks.to_heads(split, key, value)
+        key, value = self.kv.update(key, value, self.call.index)
+        out = self.attend(query, key, value, mask)
+        return self.ranks.to_tokens(split, out) if own else self.ranks.all_heads(out)
 
 
 class AudioAttention(VideoAttention):
-    """Attention whose K and V are of the audio: fresh at every step, so nothing is kept; normed and rotated alike."""
+    """Attention whose K and V are of the audio: fresh at every step, so nothing is kept; normed and rotated alike.
+
+    Every rank has them whole.
+    """
 
     # Stays empty.
     store = StaticKV
@@ -103,8 +123,14 @@ class AudioAttention(VideoAttention):
         key = _normed_and_rotated(attn, attn.norm_k, attn.to_k(states), rotary_emb)
         return value, key, value.unflatten(2, (attn.heads, -1))
 
+    def attend_to(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, own: bool
+    ) -> torch.Tensor:
+        """As in `VideoAttention`; nothing is exchanged."""
+        return self.attend(query, key, value, mask)
 
-class TextAttention(VideoAttention):
+
+class TextAttention(AudioAttention):
     """Attention to text that no step modulates: K and V are computed once and kept, in one place for recorded calls."""
 
     store = StaticKV
@@ -126,6 +152,7 @@ class LTX2Adapter(Adapter):
 
     # The audio's velocity is wanted at every step; a video token more or less costs nothing beside it.
     least_active = 1
+    parallel = True
 
     def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
         num_tokens = inputs["hidden_states"].shape[1]
@@ -169,6 +196,26 @@ class LTX2Adapter(Adapter):
             if text_is_static:
                 seams.replace_processor(block.attn2, TextAttention(block.attn2.processor, call))
         return seams
+
+    def cp_plan(self, model: Any) -> dict[str, Any]:
+        # diffusers' own splits the text, whose mask it then has no use for, and not all of the rotary tables.
+        from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+
+        # Split tables are [B, H, N, D / 2], the others [B, N, H * D].
+        dim, dims = (2, 4) if model.config.rope_type == "split" else (1, 3)
+        tables = {which: ContextParallelInput(dim, expected_dims=dims, split_output=True) for which in (0, 1)}
+        return {
+            # One for all is [B] and stays.
+            "": {"timestep": ContextParallelInput(1, expected_dims=2)},
+            "rope": tables,
+            "cross_attn_rope": tables,
+            "transformer_blocks.0": {"hidden_states": ContextParallelInput(1, expected_dims=3)},
+            "proj_out": ContextParallelOutput(1, expected_dims=3),
+        }
+
+    def local_attentions(self, model: Any) -> Iterable[Any]:
+        for block in model.transformer_blocks:
+            yield from (block.attn2, block.audio_attn1, block.audio_attn2, block.audio_to_video_attn)
 
     def prompt_shapes(self, pipe: Any, model: Any, arguments: Mapping[str, Any]) -> dict[str, tuple]:
         # The states of all of the encoder's layers; the connectors make the transformer's of them.

@@ -19,6 +19,7 @@ from heterostep.kernels import gather_rows
 from heterostep.kv.cache import StaticKV
 from heterostep.models.attention import CachedAttention, is_plain, normed_and_rotated
 from heterostep.models.base import Adapter, Call, Family, Kind, Seams, TokenGrid
+from heterostep.parallel import ranks_of
 
 # WanAttention gives the text this many states; what comes before them is the image's.
 TEXT_STATES = 512
@@ -36,8 +37,11 @@ class SelfAttention(CachedAttention):
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query = normed_and_rotated(attn.norm_q, query, rotary_emb, attn.heads)
         key = normed_and_rotated(attn.norm_k, key, rotary_emb, attn.heads, by_head=True)
-        key, value = self.kv.update(key, value.unflatten(2, (attn.heads, -1)), self.call.index)
-        return attn.to_out[1](attn.to_out[0](self.attend(query, key, value)))
+        split = self.split(hidden_states)
+        query, key, value = self.ranks.to_heads(split, query, key, value.unflatten(2, (attn.heads, -1)))
+        key, value = self.kv.update(key, value, self.call.index)
+        out = self.ranks.to_tokens(split, self.attend(query, key, value))
+        return attn.to_out[1](attn.to_out[0](out))
 
     def prepare(self, attn: Any, hidden_states: torch.Tensor) -> None:
         """See `CachedAttention.prepare`."""
@@ -91,6 +95,8 @@ class CrossAttention(CachedAttention):
 class WanAdapter(Adapter):
     """See `heterostep.models.base.Adapter`."""
 
+    parallel = True
+
     def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
         sizes, patch = inputs["hidden_states"].shape[2:], model.config.patch_size
         return TokenGrid(*(size // p for size, p in zip(sizes, patch, strict=True)))
@@ -121,12 +127,16 @@ class WanAdapter(Adapter):
             rows = output.flatten(2).transpose(1, 2)
             # Control videos may be shorter than the video: the model fills them up, but after this hook.
             rows = pad(rows, (0, 0, 0, call.num_tokens - rows.shape[1]))
-            return gather_rows(rows, call.index).transpose(1, 2)[..., None, None]
+            index = ranks_of(model._parallel_config).padded(call.index)
+            return gather_rows(rows, index).transpose(1, 2)[..., None, None]
 
         def select_rotary(output):
             if call.index is None:
                 return None
-            return tuple(gather_rows(table, call.index) for table in output)
+            ranks = ranks_of(model._parallel_config)
+            index = ranks.padded(call.index)
+            # Context parallelism has split them, all tokens', before.
+            return tuple(ranks.part(gather_rows(ranks.whole(table, 1), index), 1) for table in output)
 
         seams = Seams()
         seams.hook_output(model.patch_embedding, select_patches)
@@ -142,6 +152,13 @@ class WanAdapter(Adapter):
 
     def prompt_shapes(self, pipe: Any, model: Any, arguments: Mapping[str, Any]) -> dict[str, tuple]:
         return {"prompt_embeds": (arguments["max_sequence_length"], model.config.text_dim, model.dtype)}
+
+
+class VACEAdapter(WanAdapter):
+    """See `heterostep.models.base.Adapter`."""
+
+    # diffusers has no plan for its control blocks.
+    parallel = False
 
 
 # By the class name of the transformer: nothing of diffusers is imported for a family that is not used.
@@ -162,5 +179,5 @@ FAMILIES = {
             "WanImageToVideoPipeline": Kind(None, "WanImageToVideoPipeline", 16),
         },
     ),
-    "WanVACETransformer3DModel": Family(WanAdapter(), ("WanVACEPipeline", "Wan22VaceModularPipeline")),
+    "WanVACETransformer3DModel": Family(VACEAdapter(), ("WanVACEPipeline", "Wan22VaceModularPipeline")),
 }
