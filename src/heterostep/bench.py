@@ -20,18 +20,20 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from heterostep import configs
+from heterostep import configs, launch, parallel
 from heterostep.compat import use_backend
 from heterostep.engine.calls import DirectCalls
 from heterostep.engine.cuda_graphs import MOST_ROWS
 from heterostep.errors import HeterostepError
 from heterostep.kv.cache import STORES
+from heterostep.models import FAMILIES, cp_plan
 from heterostep.planning import timings
 from heterostep.planning.dry_run import dry_run
 
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 # What a kernel or operator is, by what its name has in it; the first that matches.
 KINDS = (
+    ("between GPUs", ("nccl", "gloo", "c10d", "all_to_all", "alltoall", "allgather")),
     ("attention", ("sdpa", "flash", "fmha", "attention")),
     ("linear", ("gemm", "nvjet", "cutlass", "addmm", "aten::mm", "aten::bmm", "xmma", "splitk")),
     # Before what gathers, for PyTorch's kernels of both are one template.
@@ -63,6 +65,7 @@ def bench(
     attention_backend: str | None = None,
     repeats: int = 5,
     device: torch.device | str = "cpu",
+    gpus: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     breakdown: bool = True,
     tell: Callable[[str], None] = lambda line: None,
@@ -80,6 +83,7 @@ def bench(
         cuda_graphs: replay calls of few tokens, as a run does.
         attention_backend: as `set_attention_backend` takes it.
         repeats: of everything, in turns.
+        gpus: that share the call; each has a process that calls this (`heterostep.launch`). K/V bytes are one's.
         breakdown: profile where the time goes, too.
         tell: called with a line of progress.
 
@@ -123,9 +127,13 @@ def bench(
     if attention_backend is not None:
         use_backend(model, attention_backend)
     inputs = {key: _random(key, value, device) for key, value in seen.calls[0].items()}
+    if gpus > 1:
+        parallel.enable(model, gpus, cp_plan(model))
+        parallel.check_heads(model, gpus)
     if compiled:
         model.compile_repeated_blocks(dynamic=False)
-    with torch.no_grad():
+    local = FAMILIES[type(model).__name__].adapter.local_attentions(model)
+    with torch.no_grad(), parallel.clear_refusals(), parallel.exchanging_nothing(local):
         calls = DirectCalls(model, inputs)
         drift = sync == "drift"
         replayed: set[tuple[str, float]] = set()
@@ -150,6 +158,7 @@ def bench(
     result = {
         "name": name,
         "device": timings.device_name(device),
+        "gpus": gpus,
         "torch": torch.__version__,
         "compiled": compiled,
         "sync": sync,
@@ -166,8 +175,8 @@ def bench(
         "breakdown": kinds,
     }
     identity = timings.identity(type(model).__name__, dict(model.config))
-    how = {name: result[name] for name in ("dtype", "batch", "attention_backend", "compiled", "sync")}
-    for store in stores:
+    how = {name: result[name] for name in ("dtype", "batch", "attention_backend", "compiled", "sync", "gpus")}
+    for store in stores if gpus == 1 or launch.rank() in (None, 0) else ():
         points = sorted((row["share"], row["seconds"]) for row in rows if row["store"] == store and row["share"] < 1)
         points.append((1.0, plain))
         with contextlib.suppress(OSError):

@@ -455,3 +455,31 @@ def test_a_plan_is_json(folder):
         assert set(content) == {field.name for field in dataclasses.fields(planning.Plan)}
         assert content["grid"] == [3, 4, 4] and [store["store"] for store in content["stores"]] == list(STORES)
         assert (content["chosen"] is None) is (content["peak_bytes"] is None)
+
+
+@pytest.mark.parametrize("name", quickly(["wan2.1-t2v-1.3b", "ltx-2"], ["wan2.1-t2v-1.3b"]))
+def test_one_of_several_gpus(name):
+    options = dict(runtime=0.5, policy="hsa", num_inference_steps=40)
+    one, two = plan(name, **options), plan(name, gpus=2, **options)
+    assert (one.gpus, two.gpus) == (1, 2) and one.tokens == two.tokens and one.share == two.share
+    assert one.weights == two.weights
+    for store in ("device", "fp8"):
+        assert by_name(two)[store].device_bytes == pytest.approx(by_name(one)[store].device_bytes / 2, rel=0.01)
+    assert one.activation_bytes / 2 < two.activation_bytes < one.activation_bytes
+    assert json.loads(two.to_json())["gpus"] == 2
+
+
+def test_gpus_that_cannot_share_a_video():
+    with pytest.raises(HeterostepError, match="the 12 heads of WanTransformer3DModel cannot be split over 5 GPUs"):
+        plan("wan2.1-t2v-1.3b", gpus=5, runtime=0.5)
+    with pytest.raises(HeterostepError, match="gpus must be at least 1"):
+        plan("wan2.1-t2v-1.3b", gpus=0, runtime=0.5)
+
+
+def test_seconds_are_those_of_as_many_gpus(folder):
+    pipe = small_wan("wan2.1-t2v")
+    identity = timings.identity("WanTransformer3DModel", dict(pipe.transformer.config))
+    how = {"dtype": "bfloat16", "batch": 1, "attention_backend": None, "compiled": False}
+    timings.keep(timings.Timed("card", identity, 48, ((1.0, 1.0),), how))
+    timings.keep(timings.Timed("card", identity, 48, ((1.0, 0.6),), how | {"gpus": 2}))
+    assert [plan(folder, gpus=gpus, share=1.0, **SMALL).dense_seconds for gpus in (1, 2)] == [24.0, pytest.approx(14.4)]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import heterostep
-from heterostep import interrupts
+from heterostep import interrupts, launch
 from heterostep.cli.batch import batch
 from heterostep.cli.bench import bench
 from heterostep.cli.compare import compare
@@ -63,22 +63,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         with interrupts.watched():
-            code = app(
-                _renamed(sys.argv[1:] if arguments is None else arguments),
-                prog_name="heterostep",
-                standalone_mode=False,
-            )
+            launch.follow()
+            given = _renamed(sys.argv[1:] if arguments is None else arguments)
+            code = app(given, prog_name="heterostep", standalone_mode=False, obj=given)
     except (HeterostepError, OSError) as error:
         return _fail(first_line(error), 2)
     except typer.TyperException as error:
         return _fail(first_line(Exception(error.format_message())), 2)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except Exception as error:
+        if launch.tell(f"{type(error).__name__}: {first_line(error)}", clear=False):
+            return 2
+        raise
     if code == 130:
         return _fail("interrupted", 130)
     return code or 0
 
 
 def _fail(message: str, code: int) -> int:
-    typer.echo(f"heterostep: {message}", err=True)
+    if not launch.tell(message, clear=code == 2):
+        typer.echo(f"heterostep: {message}", err=True)
     return code

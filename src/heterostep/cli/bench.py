@@ -9,13 +9,21 @@ from typing import Annotated, Any
 import typer
 from rich import filesize
 
-from heterostep.cli.options import DEVICE_HELP, check_outputs, out_of_memory, silence
-from heterostep.devices import device_of
+from heterostep.cli.options import (
+    DEVICE_HELP,
+    check_outputs,
+    is_seen,
+    on_device,
+    out_of_memory,
+    silence,
+    start_ranks,
+)
 from heterostep.errors import HeterostepError
 from heterostep.files import replacing, writing
 
 
 def bench(
+    context: typer.Context,
     config: Annotated[str, typer.Option(help="Short name, hub id or diffusers folder; weights are random.")],
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
@@ -29,6 +37,7 @@ def bench(
     attention_backend: Annotated[str | None, typer.Option(help="Such as _native_cudnn.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")] = 5,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    gpus: Annotated[int, typer.Option(min=1, help="One call on so many GPUs of this machine.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto: float32 on the CPU.")] = "auto",
     out: Annotated[Path | None, typer.Option("--json", help="JSON file for the result.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="The JSON line alone.")] = False,
@@ -41,14 +50,16 @@ def bench(
         raise HeterostepError(f"--shares wants numbers, as in 0.5,0.25, not {shares}") from error
     if dtype not in ("auto", "float32", "float16", "bfloat16"):
         raise HeterostepError(f"--dtype must be auto, float32, float16 or bfloat16, not {dtype}")
+    start_ranks(gpus, device, context.obj)
+    quiet = quiet or not is_seen(gpus)
     import torch
 
     from heterostep.bench import Size
     from heterostep.bench import bench as run_bench
 
-    place = device_of(device)
-    precision = getattr(torch, {"auto": "bfloat16" if place.type == "cuda" else "float32"}.get(dtype, dtype))
-    with silence(), out_of_memory("lower the size, or take fewer --layers, --stores or a smaller --dtype"):
+    advice = "lower the size, or take fewer --layers, --stores or a smaller --dtype"
+    with silence(), out_of_memory(advice), on_device(gpus, device) as place:
+        precision = getattr(torch, {"auto": "bfloat16" if place.type == "cuda" else "float32"}.get(dtype, dtype))
         result = run_bench(
             config,
             Size(height, width, frames),
@@ -61,9 +72,12 @@ def bench(
             attention_backend=attention_backend,
             repeats=repeats,
             device=place,
+            gpus=gpus,
             dtype=precision,
             tell=(lambda line: None) if quiet else (lambda line: typer.echo(line, err=True)),
         )
+    if not is_seen(gpus):
+        return
     if not quiet:
         _show_bench(result)
     typer.echo(json.dumps(result))
@@ -76,11 +90,12 @@ def _show_bench(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    device = result["device"] if result["gpus"] == 1 else f"{result['gpus']} x {result['device']}"
     how = ("compiled blocks" if result["compiled"] else "eager") + ", in drift" * (result["sync"] == "drift")
     table = Table(
         "store", "active share", "ms", "over plain", "K/V on the device", "in host memory",
         title=f"{result['name']}, {result['layers']} layers, {result['tokens']:,} tokens, {result['dtype']}, {how}, "
-        f"{result['device']}: a plain dense call takes {result['plain_seconds'] * 1000:.1f} ms",
+        f"{device}: a plain dense call takes {result['plain_seconds'] * 1000:.1f} ms",
     )  # fmt: skip
     for row in result["rows"]:
         what = "all, K/V kept" if row["share"] == 1 else f"{row['share']:g}" + ", replayed" * row["replayed"]

@@ -13,9 +13,19 @@ import typer
 
 import heterostep
 from heterostep import making
-from heterostep.cli.options import DEVICE_HELP, DTYPE_HELP, check_guidance, check_outputs, silence
+from heterostep.cli.options import (
+    DEVICE_HELP,
+    DTYPE_HELP,
+    GPUS_HELP,
+    check_guidance,
+    check_outputs,
+    is_seen,
+    on_device,
+    silence,
+    start_ranks,
+)
 from heterostep.config import HSAConfig
-from heterostep.devices import Dtype, device_of, precision_of
+from heterostep.devices import Dtype, precision_of
 from heterostep.errors import HeterostepError
 from heterostep.files import replacing
 
@@ -42,6 +52,7 @@ def scene(
 
 
 def generate(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     image: Annotated[
         Path | None, typer.Option(help="First frame: image-to-video. Cropped to the video's shape.")
@@ -69,6 +80,7 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")] = 0,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    gpus: Annotated[int, typer.Option(min=1, help=GPUS_HELP)] = 1,
     dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
     solver: Annotated[Solver, typer.Option(help="The update of skipped tokens.")] = Solver.pipeline,
     negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
@@ -88,8 +100,9 @@ def generate(
     making.check_target(config, steps)
     check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
     picture = making.open_image(image) if image is not None else None
-    with silence():
-        place = device_of(device)
+    start_ranks(gpus, device, context.obj)
+    quiet = quiet or not is_seen(gpus)
+    with silence(), on_device(gpus, device) as place:
         precision = precision_of(dtype, place)
         pipe, defaults = making.load(model, picture is not None, precision)
         asked: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance}
@@ -104,9 +117,14 @@ def generate(
             "leave out --sparse-share and --policy",
         ):
             pipe.to(place)
+            if gpus > 1:
+                from heterostep.pipeline import spread
+
+                spread(pipe, gpus)
             reference = _make(pipe, HSAConfig(share=1.0), options, seed, "dense", quiet) if both else None
             result = _make(pipe, config, options, seed, "dense" if dense else "sparse", quiet)
-    _write(result, reference, out, report, heatmap, fps)
+    if is_seen(gpus):
+        _write(result, reference, out, report, heatmap, fps)
     if not quiet:
         typer.echo(_summary(result, reference, [path for path in (out, report, heatmap) if path is not None]))
 

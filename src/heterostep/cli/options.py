@@ -7,10 +7,14 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from heterostep import interrupts
+import typer
+
+from heterostep import interrupts, launch
+from heterostep.devices import device_of
 from heterostep.errors import HeterostepError
 from heterostep.files import name_is_too_long
 from heterostep.making import is_out_of_memory
@@ -67,6 +71,54 @@ def silence() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+GPUS_HELP = "One video on so many GPUs of this machine."
+
+
+def start_ranks(gpus: int, device: str, arguments: Sequence[str]) -> None:
+    """Where several GPUs are asked for: this command once more on each of them, and out of here when they have ended.
+
+    In one of those processes, and for one GPU, this only checks.
+
+    Raises:
+        HeterostepError: there are not so many, or a process failed.
+    """
+    if gpus == 1:
+        return
+    if launch.rank() is not None:
+        if launch.size() != gpus:
+            raise HeterostepError(f"--gpus is {gpus}, but {launch.size()} processes were started")
+        return
+    place = device_of(device)
+    if place.index is not None:
+        raise HeterostepError("--gpus takes the first GPUs: leave out the number of --device")
+    if place.type == "cpu" and device == "auto":
+        raise HeterostepError(f"there are no {gpus} GPUs: torch sees none (--device cpu is for a try without)")
+    if place.type == "cuda":
+        import torch
+
+        if torch.cuda.device_count() < gpus:
+            raise HeterostepError(f"there are no {gpus} GPUs: torch sees {torch.cuda.device_count()}")
+    raise typer.Exit(launch.run(arguments, gpus))
+
+
+@contextlib.contextmanager
+def on_device(gpus: int, device: str) -> Iterator[Any]:
+    """Where this process computes, with the others where there are several."""
+    place = device_of(device)
+    if gpus == 1:
+        yield place
+        return
+    from heterostep import parallel
+
+    with parallel.joined(place.type) as place:
+        yield place
+
+
+def is_seen(gpus: int) -> bool:
+    """Whether this process shows its progress and writes the results."""
+    return gpus == 1 or launch.rank() in (None, 0)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ def plan(
     vram: Annotated[float | None, typer.Option(help="Gigabytes of the device.  [default: what is free]")] = None,
     kv_store: Annotated[str, typer.Option(help="auto, device, fp8, offload or fp8-offload.")] = "auto",
     offload: Annotated[str, typer.Option(help="none, or model: one model on the device at a time.")] = "none",
+    gpus: Annotated[int, typer.Option(min=1, help="That share the video; what is told is of each.")] = 1,
     image_to_video: Annotated[bool, typer.Option("--image-to-video", help="From a first frame.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.  [default: the model's]")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
@@ -73,6 +74,7 @@ def plan(
             image_to_video=image_to_video,
             offload=offload,
             attention_backend=attention_backend,
+            gpus=gpus,
             dtype=getattr(torch, dtype),
             config=config,
         )
@@ -93,6 +95,7 @@ def _show_plan(made: Plan, config: HSAConfig) -> None:
         "video": f"{made.height} x {made.width}, {made.num_frames} frames: {made.tokens:,} tokens "
         f"({frames} x {height} x {width}), {made.calls} transformer calls a step",
         "steps": f"{made.num_inference_steps}; {dial}: {made.share:.3f} of the dense token evaluations",
+        **({"on each of": f"{made.gpus} GPUs, what follows"} if made.gpus > 1 else {}),
         "weights": ", ".join(f"{name} {filesize.decimal(size)}" for name, size in made.weights.items()),
         "activations": filesize.decimal(made.activation_bytes),
         "dense peak": f"{filesize.decimal(made.dense_peak_bytes)} without heterostep",

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from heterostep import configs
+from heterostep import configs, parallel
 from heterostep.compat import use_backend
 from heterostep.config import HSAConfig
 from heterostep.engine import forecast
 from heterostep.engine.schedule import Schedule
 from heterostep.errors import HeterostepError
 from heterostep.kv.cache import STORES
-from heterostep.models import FAMILIES
+from heterostep.models import FAMILIES, cp_plan
 from heterostep.planning import timings
 from heterostep.planning.dry_run import DryRun, dry_run, dry_run_pipeline
 from heterostep.policy import Run, Tokens
@@ -70,6 +70,7 @@ class Plan:
         peak_bytes: with the chosen one; None where nothing fits.
         seconds, dense_seconds: of the denoising loop; None where this size was not timed on this device.
         device: that seconds are of.
+        gpus: that share the video. All bytes are one's, weights too, which each has whole.
     """
 
     model: str
@@ -93,6 +94,7 @@ class Plan:
     seconds: float | None
     dense_seconds: float | None
     device: str | None
+    gpus: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""
@@ -114,6 +116,7 @@ def plan(
     image_to_video: bool = False,
     offload: str = "none",
     attention_backend: str | None = None,
+    gpus: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     config: HSAConfig | None = None,
     **options: Any,
@@ -126,12 +129,15 @@ def plan(
         image_to_video: from a first frame, where the model does both.
         offload: "none", all models are on the device; "model", one at a time (`enable_model_cpu_offload`).
         attention_backend: as given to `set_attention_backend`; some copy their inputs. A pipeline's own by default.
+        gpus: that share the video (`enable_parallelism`).
         dtype: of weights and activations; Wan's VAE is counted in float32. A pipeline has its own.
         config: an `HSAConfig`, or its fields as keywords, as in `enable`; `vram` is the memory to plan for.
 
     Raises:
         HeterostepError: the model or an option is not known, the pipeline refuses the size, or the target is too low.
     """
+    if gpus < 1:
+        raise HeterostepError(f"gpus must be at least 1, not {gpus}")
     if offload not in OFFLOADS:
         raise HeterostepError(f"offload must be one of {', '.join(OFFLOADS)}, not {offload!r}")
     config = HSAConfig.of(config, options)
@@ -173,7 +179,7 @@ def plan(
         transformers = {name: size for name, size in weights.items() if name.startswith("transformer")}
         name = max(transformers, key=lambda name: transformers[name])
         weights = {name: transformers[name]}
-    return _plan(str(model) if found else type(model).__name__, seen, weights, sizes, config, attention_backend)
+    return _plan(str(model) if found else type(model).__name__, seen, weights, sizes, config, attention_backend, gpus)
 
 
 def _precision(name: str, pipeline: str, dtype: torch.dtype) -> torch.dtype:
@@ -188,10 +194,14 @@ def _plan(
     sizes: dict[str, Any],
     config: HSAConfig,
     backend: str | None,
+    gpus: int,
 ) -> Plan:
     transformer: Any = seen.model
     adapter = FAMILIES[type(seen.model).__name__].adapter
     grid = adapter.token_grid(seen.model, seen.calls[0])
+    if gpus > 1:
+        cp_plan(seen.model)
+        parallel.check_heads(seen.model, gpus)
     total, num_steps = grid.num_tokens, sizes["num_inference_steps"]
     switch = adapter.expert_switch(seen.pipe)
     restarts = () if switch is None or not 0 < switch < num_steps else (switch,)
@@ -203,7 +213,7 @@ def _plan(
     # Where the plan is made anew as the run goes, there may come to be sparse steps.
     keeps = config.sync != "fresh" and (bool(some) or (schedule.online and schedule.sparse))
     active = max(some, default=total // 2) / total
-    each = [forecast.call_memory(seen.model, call, active) for call in seen.calls]
+    each = [forecast.of_a_rank(forecast.call_memory(seen.model, call, active), gpus) for call in seen.calls]
     layers = [replace(layer, drifts=config.sync == "drift") for call in each for layer in call.layers]
     base = sum(weights.values()) + sum(call.held for call in each)
     plain = max(call.plain for call in each)
@@ -211,7 +221,7 @@ def _plan(
     dense, sparse = max(call.dense for call in each), max(call.sparse for call in each)
     limit = _limit(config, dense)
     # For another machine, its host memory is not known.
-    host = forecast.host_room() if torch.cuda.is_available() else UNLIMITED
+    host = forecast.host_room() // gpus if torch.cuda.is_available() else UNLIMITED
     room = UNLIMITED if limit is None else limit - beside
 
     def account(stores: forecast.Stores) -> StorePlan:
@@ -231,7 +241,7 @@ def _plan(
         chosen = account(forecast.uniform(config.kv_store, layers))
     states = seen.calls[0]["hidden_states"]
     how: dict[str, Any] = {"dtype": str(states.dtype).removeprefix("torch."), "batch": states.shape[0]}
-    how |= {"attention_backend": backend, "compiled": False}
+    how |= {"attention_backend": backend, "compiled": False, "gpus": gpus}
     if keeps:
         how |= {"store": None if chosen is None else chosen.store, "sync": config.sync}
     timed = timings.find(type(seen.model).__name__, dict(transformer.config), total, **how)
@@ -257,6 +267,7 @@ def _plan(
         seconds=seconds,
         dense_seconds=dense_seconds,
         device=None if timed is None else timed.device,
+        gpus=gpus,
         **sizes,
     )
 

@@ -25,7 +25,7 @@ class Timed:
         tokens: N.
         points: (active share, seconds of one call), ascending, the last one of share 1.
         how: all else that the seconds depend on: dtype, batch (samples of the call, guidance included), store,
-            attention_backend, compiled, sync.
+            attention_backend, compiled, sync, gpus (1 where it is not named).
     """
 
     device: str
@@ -111,10 +111,11 @@ def find(kind: str, config: dict[str, Any], tokens: int, **how: Any) -> Timed | 
         tokens: N.
         how: what the seconds depend on besides, as in `Timed`; what is not named may be anything.
     """
-    model = identity(kind, config)
+    model, how = identity(kind, config), {"gpus": 1, **how}
     here = device_name(torch.device("cuda")) if torch.cuda.is_available() else None
     for line in reversed(_lines()):
         alike = line["model"] == model and line["tokens"] == tokens and here in (None, line["device"])
-        if alike and all(name in line["how"] and line["how"][name] == value for name, value in how.items()):
+        known = {"gpus": 1, **line["how"]}
+        if alike and all(name in known and known[name] == value for name, value in how.items()):
             return Timed(line["device"], model, tokens, tuple((a, b) for a, b in line["points"]), line["how"])
     return None

@@ -1,0 +1,191 @@
+"""The command in several processes, one on each GPU: started, watched and ended together.
+
+`run` starts them, as torchrun would, and stays beside them. Rank 0 is the one that is seen: its progress and its
+results. Where one fails, all are ended and one line says why. None outlives the command, however that ends: a rank
+whose starter is gone ends itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from heterostep.errors import HeterostepError
+
+# What a rank finds in its environment beside torchrun's names: a pipe that closes when its starter ends, and a folder
+# for the line that it fails with.
+_LIFELINE, _FOLDER = "HETEROSTEP_LIFELINE", "HETEROSTEP_RANKS"
+# Seconds between two looks at the ranks; that others have to say what they failed with; that they have to clean up.
+LOOK, GRACE, PATIENCE = 0.05, 2.0, 3.0
+
+
+def rank() -> int | None:
+    """Which rank this process is, where `run` or torchrun started it; None where nobody did."""
+    found = os.environ.get("RANK", "")
+    return int(found) if found.isdigit() and "WORLD_SIZE" in os.environ else None
+
+
+def size() -> int:
+    """How many ranks there are."""
+    return int(os.environ["WORLD_SIZE"]) if rank() is not None else 1
+
+
+def follow() -> None:
+    """In a rank: end when the starter has ended. Without a starter of ours this does nothing."""
+    if _LIFELINE not in os.environ:
+        return
+    pipe = int(os.environ[_LIFELINE])
+
+    def wait() -> None:
+        # It is never written to.
+        os.read(pipe, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def tell(message: str, clear: bool = True) -> bool:
+    """In a rank: leave the line that it fails with for the starter to show.
+
+    Args:
+        clear: whether it says what was wrong, rather than that another rank is gone.
+
+    Returns:
+        whether there is a starter of ours that will.
+    """
+    if _FOLDER not in os.environ:
+        return False
+    path = Path(os.environ[_FOLDER]) / f"{rank()}.error"
+    if not path.exists():
+        with contextlib.suppress(OSError):
+            path.write_text(f"{0 if clear else 1} {time.time_ns()} {message}", encoding="utf-8")
+    return True
+
+
+def run(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", "heterostep")) -> int:
+    """Run Python with a program and these arguments in so many processes.
+
+    Args:
+        program: what Python is to run.
+
+    Returns:
+        0 where all ended well.
+
+    Raises:
+        HeterostepError: one failed; says what it said.
+        KeyboardInterrupt: Ctrl-C; all are ended before.
+    """
+    with tempfile.TemporaryDirectory(prefix="heterostep-", ignore_cleanup_errors=True) as folder:
+        with _started([sys.executable, *program, *arguments], ranks, Path(folder)) as children:
+            while (codes := [child.poll() for child in children]) != [0] * ranks:
+                if any(codes):
+                    # Others may know better why, or be about to end by themselves.
+                    _wait(lambda: all(child.poll() is not None for child in children), GRACE)
+                    break
+                time.sleep(LOOK)
+            codes = [child.poll() for child in children]
+        if any(code != 0 for code in codes):
+            raise HeterostepError(_why(codes, Path(folder)))
+    return 0
+
+
+@contextlib.contextmanager
+def _started(command: list[str], ranks: int, folder: Path) -> Iterator[list[subprocess.Popen]]:
+    """The ranks; afterwards none is left."""
+    # The other end is this process's, and closes with it, whatever ends it.
+    lifeline, other_end = os.pipe()
+    posix = os.name == "posix"
+    children: list[subprocess.Popen] = []
+    surroundings = {
+        **os.environ,
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        _FOLDER: str(folder),
+    }
+    surroundings.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    if posix:
+        surroundings[_LIFELINE] = str(lifeline)
+    try:
+        for number in range(ranks):
+            place = {"RANK": str(number), "LOCAL_RANK": str(number)}
+            with (folder / f"{number}.log").open("wb") as log:
+                shown = None if number == 0 else log
+                children.append(
+                    subprocess.Popen(
+                        command,
+                        env=surroundings | place,
+                        stdin=subprocess.DEVNULL,
+                        stdout=shown,
+                        stderr=shown,
+                        pass_fds=(lifeline,) if posix else (),
+                        # Ctrl-C is for the starter, which tells all.
+                        start_new_session=posix,
+                    )
+                )
+        yield children
+    finally:
+        _end(children)
+        os.close(lifeline)
+        os.close(other_end)
+
+
+def _end(children: Sequence[subprocess.Popen]) -> None:
+    """End what runs still: politely, so that unfinished files are removed, then at once."""
+    for number in (signal.SIGINT, getattr(signal, "SIGKILL", signal.SIGTERM)):
+        for child in children:
+            # What it has started itself goes with it.
+            with contextlib.suppress(OSError):
+                if os.name == "posix":
+                    if child.poll() is None or number != signal.SIGINT:
+                        os.killpg(child.pid, number)
+                elif child.poll() is None:
+                    child.kill()
+        _wait(lambda: all(child.poll() is not None for child in children), PATIENCE)
+    for child in children:
+        child.wait()
+
+
+def _wait(until: Callable[[], bool], seconds: float) -> None:
+    ends = time.monotonic() + seconds
+    while not until() and time.monotonic() < ends:
+        time.sleep(LOOK)
+
+
+def _why(codes: Sequence[int | None], folder: Path) -> str:
+    """One line: what the first rank said that knew what was wrong, or how it ended."""
+    said = []
+    for number in range(len(codes)):
+        with contextlib.suppress(OSError, ValueError):
+            order, when, message = (folder / f"{number}.error").read_text(encoding="utf-8").split(" ", 2)
+            said.append((int(order), int(when), number, message))
+    if said and min(said)[0] == 0:
+        return min(said)[3]
+    # Where one is killed, what the others say is that they miss it.
+    for number, code in enumerate(codes):
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            return f"the process of GPU {number} was ended from outside ({name}), perhaps for its memory"
+    if said:
+        _, _, number, message = min(said)
+        return f"GPU {number}: {message}"
+    number, code = next((number, code) for number, code in enumerate(codes) if code)
+    lines = (folder / f"{number}.log").read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f"the process of GPU {number} ended with {code}" + (f": {last}" if last else "")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
