@@ -454,3 +454,32 @@ def test_a_slow_first_step_is_warm_up(monkeypatch):
     assert report.warmup_seconds == pytest.approx(29.5, abs=0.6)
     assert report.dense_seconds == pytest.approx(10.0) and report.achieved == pytest.approx(0.5)
     assert heterostep.report(pipe).share.achieved == 0.5
+
+
+def test_what_every_run_takes_at_first_counts_from_the_second_on(monkeypatch):
+    """As CUDA graphs that each run records anew: fewer dense steps make up for them."""
+    from heterostep.engine import clock as timing
+
+    pipe, now, calls = small_pipeline(), [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def take(model, args):
+        calls.append(0)
+        now[0] += 2.5 if len(calls) == 1 else 0.5
+
+    pipe.transformer.blocks[0].register_forward_pre_hook(take)
+    reports = []
+    for _ in range(2):
+        calls.clear()
+        with heterostep.enabled(pipe, runtime=0.5):
+            run(pipe, steps=20, guidance_scale=1.0)
+        reports.append(heterostep.report(pipe))
+    first, second = reports
+    assert first.runtime.warmup_seconds == pytest.approx(2.0) and first.share.achieved == 0.5
+    assert second.runtime.warmup_seconds == 0 and second.share.achieved == pytest.approx(0.3)
+    assert [each.runtime.achieved for each in reports] == pytest.approx([0.5, 0.5])
+    with heterostep.enabled(pipe, runtime=0.5):
+        calls.clear()
+        run(pipe, steps=20, guidance_scale=1.0, size=32)
+    # Another size is another kind of run.
+    assert heterostep.report(pipe).runtime.warmup_seconds == pytest.approx(2.0)

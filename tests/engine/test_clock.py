@@ -27,6 +27,15 @@ def test_first_calls_that_are_slow_are_warm_up():
     assert steady.warmup == 0 and steady.steady == [1.2, 1.0, 1.1, 0.5]
 
 
+def test_in_a_second_run_of_the_kind_all_seconds_count():
+    """Recording CUDA graphs is slow in each run, compilation in the first alone."""
+    durations, shares = [1.0, 1.0, 0.4, 0.4, 0.05, 0.05], [1, 1, *[0.01] * 4]
+    first, second = StepCost(durations, shares), StepCost(durations, shares, warm=True)
+    assert first.warmup == pytest.approx(0.7, abs=0.05)
+    assert second.warmup == 0 and second.steady == durations
+    assert second.seconds(0.01) == pytest.approx(first.seconds(0.01))
+
+
 def test_what_a_sparse_step_costs_is_not_told_by_its_slow_first_calls():
     """Compiled, then recorded as a CUDA graph: the first three may be slow, as LTX-2's are on a GPU."""
     dense, slow = [1.75, 0.46, 0.46], [2.55, 0.39, 0.49]

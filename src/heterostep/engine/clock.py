@@ -56,6 +56,11 @@ FIRST_SPARSE = 3
 class StepCost:
     """seconds = fixed + (dense - fixed) * active share, fitted to the steps timed so far.
 
+    Args:
+        durations, shares: seconds and active share of each.
+        warm: whether this process has made such a run before. What its first calls take then, such as recording CUDA
+            graphs, every run takes, and it counts.
+
     Attributes:
         dense: seconds of a dense step, the median of those but the first.
         fixed: the part of a sparse step that does not shrink with its tokens.
@@ -64,7 +69,7 @@ class StepCost:
         warmup: seconds that compilation and other first calls took, of the first two steps and the first sparse ones.
     """
 
-    def __init__(self, durations: list[float], shares: list[float]) -> None:
+    def __init__(self, durations: list[float], shares: list[float], warm: bool = False) -> None:
         timed = list(zip(shares, durations))
         # The first step also warms caches and allocators, so it says little of the others.
         dense = [seconds for share, seconds in timed[1:] if share == 1] or [
@@ -80,7 +85,7 @@ class StepCost:
         least = max(statistics.median(known), 0.0)
         self.fixed = 0.0 if len(fixed) <= FIRST_SPARSE and least > self.dense else min(least, self.dense)
         sparse = [at for at, share in enumerate(shares) if 0 < share < 1]
-        first_calls = {0, 1, *sparse[:FIRST_SPARSE]}
+        first_calls = set() if warm else {0, 1, *sparse[:FIRST_SPARSE]}
         expected = [self.seconds(share) for share in shares]
         self.steady = [
             expected[at] if at in first_calls and seconds > SLOW * expected[at] else seconds

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from heterostep.engine.wrapping import WrappedForward
 from heterostep.errors import HeterostepError
 from heterostep.models.base import Seams
 from heterostep.parallel import Ranks, ranks_of
+
+# What runs this process has made to their end with a model.
+_made: weakref.WeakKeyDictionary[torch.nn.Module, set[Hashable]] = weakref.WeakKeyDictionary()
 
 
 class Expert:
@@ -75,6 +79,20 @@ class Expert:
         elif any(attn.processor is not processor for attn, processor in self.seams.attentions):
             raise HeterostepError("the attention processors were replaced: call heterostep.enable again")
         self._note_places()
+
+    def kind_of_run(self, inputs: dict[str, Any], how: Hashable) -> Hashable:
+        """What runs have in common that compile the same: the calls' shape and place, the model's state, and `how`."""
+        x = inputs["hidden_states"]
+        state = compat.blocks_compiled(self.model), repr(compat.adapter_state(self.adapters))
+        return tuple(x.shape), x.dtype, str(x.device), state, how
+
+    def has_made(self, kind: Hashable) -> bool:
+        """Whether this process has made a run of this kind to its end, under any runner."""
+        return kind in _made.get(self.model, ())
+
+    def note_made(self, kind: Hashable) -> None:
+        """A run of this kind has come to its end."""
+        _made.setdefault(self.model, set()).add(kind)
 
     @property
     def foreign(self) -> str | None:

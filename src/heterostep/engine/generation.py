@@ -115,6 +115,7 @@ class Generation:
     fell_back: bool = False  # a store ran out of memory, and a smaller one took over
     kv_bytes_peak: int = 0
     kv_host_bytes_peak: int = 0
+    warm: bool = False  # this process has made such a run before, so nothing is left to compile
     finished: bool = False
     over: bool = False  # the pipeline's call has ended: what comes is another generation
 

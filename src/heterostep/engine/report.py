@@ -21,7 +21,8 @@ class RuntimeReport:
             interrupted or its steps could not be timed.
         seconds: all of the loop's, warm-up included.
         dense_seconds: what the dense loop would take, estimated from the run's own dense steps.
-        warmup_seconds: of `seconds`, those of calls that were made for the first time (compilation, autotuning).
+        warmup_seconds: of `seconds`, those of calls that the process made for the first time (compilation,
+            autotuning): a second run of the kind has none.
     """
 
     target: float | None

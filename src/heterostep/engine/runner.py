@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -78,6 +78,7 @@ class Runner:
         self._lock = threading.RLock()
         self._thread: int | None = None  # whose pipeline call is under way
         self._memoryless = False
+        self._kind: Hashable = None  # of the generation's run, see `Expert.kind_of_run`
         self._compiling: threading.Thread | None = None
         self.experts = [self._wrap(position, model) for position, model in enumerate(models)]
 
@@ -361,6 +362,9 @@ class Runner:
             ranks=expert.ranks,
         )
         expert.ranks.check_same(inputs["hidden_states"])
+        how = (schedule.sparse, self.config.sync, self.config.kv_store, self.config.cuda_graphs)
+        self._kind = expert.kind_of_run(inputs, how)
+        generation.warm = expert.has_made(self._kind)
         return generation
 
     def _ignored(self, generation: Generation, velocity: torch.Tensor) -> torch.Tensor | None:
@@ -412,6 +416,9 @@ class Runner:
         if self._thread != threading.get_ident() or generation is None or generation.over or generation.step < 0:
             return
         steps.stepped(generation)
+        if generation.finished:
+            for expert in self.experts:
+                expert.note_made(self._kind)
         if self.on_step is not None:
             self.on_step(account.step_info(generation))
 
