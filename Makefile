@@ -3,7 +3,9 @@ PROMPT ?= a red circle moving right over blue stripes
 
 COMPARE ?= --count 2 --points 2 --runtimes 1,0.5,0.25 --methods heterostep,steps,easycache,first-block-cache
 
-.PHONY: compare demo docs package test test-all test-diffusers test-ray lint format clean
+ROOMS ?= --seconds 1200
+
+.PHONY: compare demo docs package rooms-model test test-all test-diffusers test-ray lint format clean
 
 demo: .venv/.library
 	mkdir -p demo
@@ -54,6 +56,17 @@ package: .venv/.dev
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv/bin/python -m build --outdir dist
 	.venv/bin/python tests/packages.py dist
 
+# The second, larger model: an NVIDIA GPU, half an hour and 60 GB of disk. ROOMS are options of its longest stage.
+rooms-model: .venv/.rooms
+	.venv/bin/python recipes/rooms data --count 7000
+	.venv/bin/python recipes/rooms text
+	.venv/bin/python recipes/rooms vae --init src/heterostep/tiny/weights/vae --seconds 600
+	.venv/bin/python recipes/rooms encode --clips runs/rooms/clips --statistics
+	.venv/bin/python recipes/rooms train $(ROOMS)
+	.venv/bin/python recipes/rooms assemble
+	.venv/bin/python recipes/rooms check
+	.venv/bin/python recipes/rooms release
+
 clean:
 	rm -rf .venv .venv-diffusers demo report dist docs/_build .mypy_cache .pytest_cache .ruff_cache
 
@@ -62,7 +75,8 @@ clean:
 .venv/.compare: EXTRA = [compare]
 .venv/.dev: EXTRA = [dev]
 .venv/.docs: EXTRA = [docs]
-.venv/.library .venv/.compare .venv/.dev .venv/.docs: pyproject.toml constraints.txt
+.venv/.rooms: EXTRA = [rooms]
+.venv/.library .venv/.compare .venv/.dev .venv/.docs .venv/.rooms: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -c constraints.txt -e ".$(EXTRA)"
 	touch $@

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 
-STAGES = ("data", "text", "vae", "encode", "train", "assemble", "sheet", "check", "pack", "unpack", "look", "manifest")
+STAGES = (
+    *("data", "text", "vae", "encode", "train", "assemble", "release"),
+    *("sheet", "check", "pack", "unpack", "look", "manifest"),
+)
 
 
 def main() -> None:

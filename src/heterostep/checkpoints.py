@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -16,6 +18,8 @@ from heterostep.models.base import Kind
 from heterostep.models.wan import TEXT_STATES
 
 SIZES = ("height", "width", "num_frames", "guidance_scale")
+# Beside a folder's model_index.json: what it makes by default, and prompts that it was not trained on.
+ABOUT = "heterostep.json"
 
 
 def load(model: str, with_image: bool, precision: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -33,7 +37,7 @@ def load(model: str, with_image: bool, precision: torch.dtype) -> tuple[Any, dic
     except Exception as error:
         raise HeterostepError(f"cannot load {model}: {first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe, _defaults(pipeline, kind)
+    return pipe, _defaults(pipeline, kind, model)
 
 
 def sibling(pipe: Any, model: str, with_image: bool) -> tuple[Any, dict[str, Any]] | None:
@@ -57,7 +61,7 @@ def sibling(pipe: Any, model: str, with_image: bool) -> tuple[Any, dict[str, Any
             return None
     made = pipeline(**parts)
     made.set_progress_bar_config(disable=True)
-    return made, _defaults(pipeline, kind)
+    return made, _defaults(pipeline, kind, model)
 
 
 def _wanted(model: str, with_image: bool) -> tuple[dict[str, Any], Kind, str]:
@@ -83,13 +87,38 @@ def _wanted(model: str, with_image: bool) -> tuple[dict[str, Any], Kind, str]:
     return config, kind, wanted
 
 
-def _defaults(pipeline: type, kind: Kind) -> dict[str, Any]:
+def about(model: str) -> dict[str, Any]:
+    """What a model's folder says of it in `heterostep.json`; nothing where there is no such file.
+
+    Returns:
+        "defaults": height and width (pixels), num_frames, guidance_scale and fps, any of them; "held_out": a list of
+        {"prompt": text, "image": path of a first frame, relative to the folder}, image or all of it may be missing.
+
+    Raises:
+        HeterostepError: the file cannot be read, or says something else.
+    """
+    path = Path(model) / ABOUT
+    if not path.is_file():
+        return {}
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        defaults, held_out = said.get("defaults", {}), said.get("held_out", [])
+        numbers = (isinstance(value, int | float) and value > 0 for value in defaults.values())
+        sound = set(defaults) <= {*SIZES, "fps"} and all(numbers) and all("prompt" in each for each in held_out)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise HeterostepError(f"{path} cannot be read: {first_line(error)}") from error
+    if not sound:
+        raise HeterostepError(f"{path} may have defaults ({', '.join(SIZES)}, fps) and held_out prompts, nothing else")
+    return {"defaults": defaults, "held_out": held_out}
+
+
+def _defaults(pipeline: type, kind: Kind, model: str) -> dict[str, Any]:
     parameters = inspect.signature(pipeline.__call__).parameters
     defaults = {size: parameters[size].default for size in SIZES} | {"fps": kind.fps}
     if defaults["num_frames"] is None:
         # LTX-2 leaves it open, for later checkpoints predict it from the prompt.
         defaults["num_frames"] = 121
-    return defaults
+    return defaults | about(model).get("defaults", {})
 
 
 @dataclasses.dataclass(frozen=True)

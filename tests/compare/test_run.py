@@ -19,7 +19,7 @@ from heterostep.compare.measure import Prompt, counted, generate, likeness, refu
 from heterostep.compare.methods import METHODS
 from heterostep.compare.methods.method import Method
 from heterostep.compare.methods.own import OWN
-from heterostep.compare.prompts import NEXT_SEED, held_out, read_prompts, with_seeds
+from heterostep.compare.prompts import NEXT_SEED, held_out, held_out_of, read_prompts, with_seeds
 from heterostep.compare.run import CHANCE, DENSE, Comparison, Settings, sweep
 from heterostep.errors import HeterostepError
 from heterostep.video import read_video
@@ -561,3 +561,42 @@ def test_which_methods_decide_for_a_whole_batch_is_in_the_results(pipe, tmp_path
     methods = [METHODS["steps"], METHODS["first-block-cache"]]
     results = Comparison(pipe, PROMPTS, methods, settings(batch=2, points=1, shown=0), tmp_path, "").run()
     assert [method["whole_batch"] for method in results["methods"]] == [False, True]
+
+
+def test_a_models_folder_brings_prompts_and_sizes_along(tmp_path):
+    from PIL import Image
+
+    from heterostep.checkpoints import about
+
+    (tmp_path / "frames").mkdir()
+    Image.new("RGB", (64, 48), "teal").save(tmp_path / "frames" / "0.png")
+    (tmp_path / "frames" / "1.png").write_bytes(b"no picture")
+    own = [
+        {"prompt": "a cat", "image": "frames/0.png"},
+        {"prompt": "a dog", "image": "frames/1.png"},
+        {"prompt": "an owl"},
+    ]
+    file = tmp_path / "heterostep.json"
+    file.write_text(json.dumps({"defaults": {"height": 48, "fps": 12}, "held_out": own}))
+    assert about(str(tmp_path))["defaults"] == {"height": 48, "fps": 12}
+    assert [(p.text, p.seed) for p in held_out_of(str(tmp_path), 2, 1)] == [("a dog", 1), ("an owl", 2)]
+    (prompt,) = held_out_of(str(tmp_path), 1, with_image=True)
+    assert prompt.image.shape == (48, 64, 3)
+    for count, first, fault in (
+        (4, 0, "has 3 prompts"),
+        (1, 1, "cannot read the image"),
+        (1, 2, "without first frames"),
+    ):
+        with pytest.raises(HeterostepError, match=fault):
+            held_out_of(str(tmp_path), count, first, with_image=True)
+    for content, fault in (
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"defaults": {"hight": 48}}', "may have"),
+    ):
+        file.write_text(content)
+        with pytest.raises(HeterostepError, match=fault):
+            about(str(tmp_path))
+    file.unlink()
+    with pytest.raises(HeterostepError, match="give --prompts"):
+        held_out_of(str(tmp_path), 1)

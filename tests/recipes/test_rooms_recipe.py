@@ -3,10 +3,14 @@
 import json
 import runpy
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
+
+from heterostep.cli import app
 
 pytest.importorskip("vizdoom", reason="vizdoom is not installed: pip install '.[rooms]'")
 pytest.importorskip("skimage", reason="scikit-image is not installed: pip install '.[rooms]'")
@@ -117,3 +121,12 @@ def test_every_stage_runs(stage, tmp_path):
     assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == ["image.png", "text.png"]
     result = stage("check", "--count", 1, *small)
     assert "agree" in result
+    stage("release", "--pipeline", tmp_path / "pipeline", "--to", tmp_path, "--count", 2, "--frames", 5, "--size", 64)
+    with tarfile.open(tmp_path / "rooms.tar") as archive:
+        archive.extractall(tmp_path / "elsewhere", filter="data")
+    model = str(tmp_path / "elsewhere" / "rooms")
+    asked = ["compare", "--model", model, "--image-to-video", "--count", "1", "--steps", "4", "--methods", "heterostep"]
+    made = CliRunner().invoke(app, [*asked, "--runtimes", "0.5", "--out", str(tmp_path / "report"), "--device", "cpu"])
+    assert made.exit_code == 0, made.output
+    settings = json.loads((tmp_path / "report" / "results.json").read_text())["settings"]
+    assert (settings["height"], settings["num_frames"], settings["fps"]) == (64, 5, 12)

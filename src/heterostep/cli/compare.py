@@ -20,7 +20,7 @@ from heterostep.making import load
 def compare(
     out: Annotated[Path, typer.Option(help="Folder; a comparison that was stopped goes on.")] = Path("report"),
     prompts: Annotated[
-        Path | None, typer.Option(help="File, a prompt a line.  [default: held-out captions of the bundled model]")
+        Path | None, typer.Option(help="File, a prompt a line.  [default: the model's held-out ones]")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Held-out captions, without --prompts.")] = 2,
     image_to_video: Annotated[
@@ -63,8 +63,6 @@ def compare(
     check_folder(out)
     if prompts is not None and not prompts.is_file():
         raise HeterostepError(f"there is no file {prompts}")
-    if prompts is None and model is not None:
-        raise HeterostepError("give --prompts: the held-out captions are the bundled model's")
     if missing := [name for name in ("torchmetrics", "jinja2") if importlib.util.find_spec(name) is None]:
         raise HeterostepError(f"the comparison wants {' and '.join(missing)}: pip install 'heterostep[compare]'")
     if vbench:
@@ -81,9 +79,11 @@ def compare(
     task = "image" if image_to_video else "text"
     todo_regimes = [] if regime is None else _regimes(regime, task)
     chosen = _methods(methods, METHODS)
+    # Faults are found before the model is loaded, which knows the size that first frames of a file are cropped to.
     if prompts is not None:
-        # Faults in it are found before the model is loaded, which knows the size that first frames are cropped to.
         source.read_prompts(prompts, seed, (1, 1) if image_to_video else None)
+    elif model is not None:
+        source.held_out_of(model, count, seed, image_to_video)
     tell = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
     command = "heterostep " + " ".join(map(shlex.quote, sys.argv[1:]))
     with silence(), out_of_memory("lower the size or --batch, or take a smaller --dtype"):
@@ -93,10 +93,12 @@ def compare(
         options: dict[str, Any] = {name: defaults[name] if value is None else value for name, value in asked.items()}
         checkpoints.check_sizes(pipe, **{name: options[name] for name in ("height", "width", "num_frames")})
         options["num_inference_steps"] = steps or 40
-        if prompts is None:
-            todo = source.held_out(count, seed, image_to_video)
-        else:
+        if prompts is not None:
             todo = source.read_prompts(prompts, seed, (options["width"], options["height"]) if image_to_video else None)
+        elif model is not None:
+            todo = source.held_out_of(model, count, seed, image_to_video)
+        else:
+            todo = source.held_out(count, seed, image_to_video)
         todo = source.with_seeds(todo, seeds)
         pipe.to(place)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from heterostep.compare.measure import Prompt
-from heterostep.errors import HeterostepError
+from heterostep.errors import HeterostepError, first_line
 
 # The seeds of the clips that `recipes/tiny` keeps out of training begin here.
 HELD_OUT = 10_005_000
@@ -26,6 +26,38 @@ def held_out(count: int, first: int = 0, with_image: bool = False) -> list[Promp
         scene = world.sample_scene(rng)
         image = world.render(scene, num_frames=1)[0] if with_image else None
         prompts.append(Prompt(world.caption(scene, rng), number, image))
+    return prompts
+
+
+def held_out_of(model: str, count: int, first: int = 0, with_image: bool = False) -> list[Prompt]:
+    """The prompts that a model's folder says it was not trained on (`heterostep.checkpoints.about`), with first frames.
+
+    Raises:
+        HeterostepError: it names none, or fewer; or a first frame cannot be read.
+    """
+    from PIL import Image
+
+    from heterostep.checkpoints import about
+
+    known = about(model).get("held_out", [])
+    if not known:
+        raise HeterostepError(f"give --prompts: {model} comes without prompts of its own")
+    if first + count > len(known):
+        raise HeterostepError(f"{model} has {len(known)} prompts of its own: lower --count or --seed")
+    prompts = []
+    for number, entry in enumerate(known[first : first + count], first):
+        image = None
+        if with_image:
+            if "image" not in entry:
+                raise HeterostepError(f"give --prompts: {model}'s own prompts come without first frames")
+            path = Path(model) / entry["image"]
+            try:
+                with Image.open(path) as opened:
+                    image = np.asarray(opened.convert("RGB"))
+            except Exception as error:
+                # Pillow's decoders raise more than OSError for broken files.
+                raise HeterostepError(f"cannot read the image {path}: {first_line(error)}") from error
+        prompts.append(Prompt(entry["prompt"], number, image))
     return prompts
 
 
