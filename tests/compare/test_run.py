@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from heterostep.compare import summary, table
-from heterostep.compare.judging import Judges, judge, world_scores
+from heterostep.compare.judging import Judges, activity, judge, world_scores
 from heterostep.compare.measure import Prompt, counted, generate, likeness, refuses_batch
 from heterostep.compare.methods import METHODS
 from heterostep.compare.methods.method import Method
@@ -257,11 +257,20 @@ def test_likeness_of_equal_and_of_other_clips(tmp_path):
     rng = np.random.default_rng(0)
     clip = rng.integers(0, 255, (3, 32, 32, 3), np.uint8)
     np.save(tmp_path / "dense.npy", clip)
-    assert judge(clip, tmp_path / "dense.npy", None) == {"psnr": None} and likeness(clip, clip)[
-        "ssim"
-    ] == pytest.approx(1)
+    same = judge(clip, tmp_path / "dense.npy", None)
+    assert same["psnr"] is None and 80 < same["activity"] < 90 and likeness(clip, clip)["ssim"] == pytest.approx(1)
+    assert activity(clip[:1]) == activity(clip[[0, 0, 0]]) == 0
     other = np.clip(clip.astype(int) + 8, 0, 255).astype(np.uint8)
     assert 28 < judge(other, tmp_path / "dense.npy", None)["psnr"] < 32 and 0.9 < likeness(other, clip)["ssim"] < 1
+
+
+def test_motion_is_the_shapes_or_else_the_change_from_frame_to_frame():
+    frozen, half = {"displacement": 0.0, "activity": 0.0}, {"displacement": 40.0, "activity": 3.0}
+    dense, unjudged = {"displacement": 80.0, "activity": 4.0}, {"displacement": None, "activity": 4.0}
+    assert [summary.motion_distance(each, dense) for each in (frozen, half, dense)] == [1, 0.5, 0]
+    assert summary.motion_distance({**half, "displacement": None}, unjudged) == 0.25
+    # Results that were written before there was such a figure.
+    assert summary.motion_distance({"displacement": None}, {"displacement": None}) is None
 
 
 def point(runtime, psnr, value=0.0, evaluations=None):
@@ -543,7 +552,7 @@ def test_judges_here_answer_at_once(tmp_path):
     np.save(tmp_path / "dense.npy", clip)
     judges = Judges(0)
     figures = judges.judge(clip, tmp_path / "dense.npy", prompt.text)
-    assert figures.done() and figures.result() == {"psnr": None, **world_scores(clip, prompt.text)}
+    assert figures.done() and figures.result() == {"psnr": None, "activity": 0.0, **world_scores(clip, prompt.text)}
     judges.close()
 
 

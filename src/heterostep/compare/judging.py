@@ -43,10 +43,17 @@ def judge(clip: np.ndarray, dense: Path, text: str | None) -> dict[str, Any]:
         text: the caption that the bundled model's world is to look for; None where it cannot.
 
     Returns:
-        `psnr` in dB, None where the clips are equal, and the `world_scores`.
+        `psnr` in dB, None where the clips are equal; `activity`; and the `world_scores`.
     """
     value = psnr(clip, np.load(dense))
-    return {"psnr": value if math.isfinite(value) else None} | ({} if text is None else world_scores(clip, text))
+    figures = {"psnr": value if math.isfinite(value) else None, "activity": activity(clip)}
+    return figures | ({} if text is None else world_scores(clip, text))
+
+
+def activity(clip: np.ndarray) -> float:
+    """Mean absolute change of the values from frame to frame, in grey levels: a frozen video has none."""
+    steps = (np.abs(later.astype(np.int16) - earlier).mean() for earlier, later in zip(clip, clip[1:]))
+    return float(np.mean(list(steps))) if len(clip) > 1 else 0.0
 
 
 class Judges:

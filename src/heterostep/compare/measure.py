@@ -229,6 +229,7 @@ class Record:
     caption: dict[str, float | None] | None = None
     displacement: float | None = None
     flicker: float | None = None
+    activity: float | None = None
     video: str | None = None
     heatmap: str | None = None
     vbench: dict[str, float] | None = None

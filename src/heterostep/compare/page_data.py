@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from heterostep.compare.chart import AXES, CAPTION, METRICS, MOTION, PSNR, RUNTIME, VBENCH, Metric, Value
-from heterostep.compare.summary import IDENTICAL_DB
+from heterostep.compare.summary import IDENTICAL_DB, motion_distance
 
 Record = dict[str, Any]
 _OURS = "heterostep"
@@ -100,9 +100,8 @@ class Report:
             return _mean((record.get("vbench") or {}).values())
         if metric is not MOTION:
             return number(record.get(metric.key))
-        own = number(record.get("displacement"))
-        base = next((number(r.get("displacement")) for r in self.dense if r["prompt"] == record["prompt"]), None)
-        return abs(own / base - 1) if own is not None and base else None
+        dense = next((r for r in self.dense if r["prompt"] == record["prompt"]), None)
+        return None if dense is None else number(motion_distance(record, dense))
 
     def of_dense(self, metric: Metric) -> Value | None:
         if metric.dense is not None:

@@ -336,7 +336,7 @@ class Comparison:
                 of_dense = statistics.median(line["seconds"] for line in dense[prompt])
                 runtime = value if name in bounds else statistics.median(seconds) / of_dense
             evaluations = first["rows"] / dense[prompt][0]["rows"]
-            optional = ("caption", "displacement", "flicker", "video", "heatmap")
+            optional = ("caption", "displacement", "flicker", "activity", "video", "heatmap")
             records.append(
                 Record(
                     method=name,

@@ -21,12 +21,20 @@ def _value(record: dict[str, Any], dense: dict[str, Any], metric: str) -> float 
         parts = [value for value in (record["caption"] or {}).values() if value is not None]
         return statistics.mean(parts) if parts else None
     if metric == "motion":
-        # The distance in motion from the dense run, as a share of its displacement.
-        moved, dense_moved = record["displacement"], dense["displacement"]
-        return None if moved is None or not dense_moved else abs(moved / dense_moved - 1)
+        return motion_distance(record, dense)
     if metric == "vbench":
         return statistics.mean(record["vbench"].values()) if record.get("vbench") else None
     return record[metric]
+
+
+def motion_distance(record: dict[str, Any], dense: dict[str, Any]) -> float | None:
+    """How far a video's motion is from the dense one's, as a share of that: 0 moves as much, 1 stands still.
+
+    Of the shapes' displacement where the bundled model's world has judged it, else of the change from frame to frame.
+    """
+    name = "displacement" if dense.get("displacement") is not None else "activity"
+    moved, dense_moved = record.get(name), dense.get(name)
+    return None if moved is None or not dense_moved else abs(moved / dense_moved - 1)
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
