@@ -13,7 +13,7 @@ SOURCE = Path(heterostep.__file__).parent
 # A module imports from the floors below its own, and from its own package.
 FLOORS = [
     {"errors"},
-    {"files", "grid", "launch", "sigmas", "metrics", "interrupts", "precision"},
+    {"addresses", "files", "grid", "launch", "sigmas", "metrics", "interrupts", "precision"},
     {"config", "compat", "configs", "devices", "kernels", "video"},
     {"kv", "parallel", "plan_picture", "policy", "viz"},
     {"models"},

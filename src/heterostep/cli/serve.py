@@ -55,6 +55,7 @@ def serve(
     if token is not None and not (len(token) >= LEAST_TOKEN and token.isascii() and token.isprintable()):
         raise HeterostepError(f"the token should have {LEAST_TOKEN} letters and digits or more")
     with silence():
+        from heterostep.addresses import is_loopback, listen
         from heterostep.order import check_model
         from heterostep.service import app, serving
         from heterostep.service.limits import Limits
@@ -62,11 +63,12 @@ def serve(
 
         check_model(model)
         cluster.check_options(device)
-        if token is None and not app.is_loopback(host):
+        if token is None and not is_loopback(host):
             raise HeterostepError(
                 f"whoever reaches {host} could use the service: set HETEROSTEP_TOKEN, a token that requests must bring"
             )
-        serving.check_address(host, port)
+        # Before Ray is begun and a model loaded.
+        listen(host, port).close()
         limits = Limits(queue, _pixels(max_size), max_frames, max_steps, keep=keep, keep_seconds=3600 * keep_hours)
         digest = None if token is None else app.digest(token)
         with _folder(folder) as place:

@@ -30,6 +30,7 @@ def ui(
     if missing := [name for module, name in wanted.items() if importlib.util.find_spec(module) is None]:
         raise HeterostepError(f"the page wants {' and '.join(missing)}: pip install 'heterostep[ui]'")
     with silence():
+        from heterostep.addresses import listen
         from heterostep.order import check_model
         from heterostep.ui import server
         from heterostep.ui.jobs import Studio
@@ -37,7 +38,7 @@ def ui(
         check_model(model)
         place = device_of(device)
         precision = precision_of(dtype, place)
-        sock = server.listen(host, port)
+        sock = listen(host, port)
         url, local = server.address(sock), host in server.LOOPBACK
         # From other machines, no folders of this one and no downloads.
         with sock, Studio(place, precision, model, only=not local) as studio:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import json
 import re
 from collections.abc import Awaitable, Callable
@@ -21,6 +20,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from heterostep.addresses import is_loopback
 from heterostep.errors import HeterostepError
 from heterostep.order import BadField, Picture, read_picture
 from heterostep.service.limits import Refused
@@ -29,14 +29,6 @@ from heterostep.service.videos import Video, Videos
 MOST_LISTED = 100
 
 Find = Callable[[], Videos]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own, that no other one reaches."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def digest(token: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,25 +37,6 @@ class Settings:
     limits: Limits
     folder: Path
     token: str | None = None
-
-
-def check_address(host: str, port: int) -> None:
-    """Whether it can be listened on.
-
-    Raises:
-        HeterostepError: it cannot.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError) as error:
-        raise HeterostepError(f"--host: no address is called {host}") from error
-    with socket.socket(family, kind, protocol) as sock:
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-        except OSError as error:
-            why = error.strerror or "it is not to be had"
-            raise HeterostepError(f"cannot listen on {host}, port {port} ({why}): give another --port") from error
 
 
 async def start_workers(workers: Sequence[RayWorker]) -> About:

@@ -301,28 +301,6 @@ def _planned(texts: Mapping[str, str]) -> dict[str, Any]:
     return {"fits": fits, "verdict": verdict, "lines": lines}
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that waits for browsers; port 0 takes a free one.
-
-    Raises:
-        HeterostepError: the address is not to be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError) as error:
-        raise HeterostepError(f"--host: no address is called {host}") from error
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(128)
-    except OSError as error:
-        sock.close()
-        why = error.strerror or "it is not to be had"
-        raise HeterostepError(f"cannot listen on {host}, port {port} ({why}): give another --port") from error
-    return sock
-
-
 def address(sock: socket.socket) -> str:
     """Where a browser finds it."""
     host, port = sock.getsockname()[:2]

@@ -1,0 +1,38 @@
+"""Addresses that the page and the service listen on."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+from heterostep.errors import HeterostepError
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own, that no other one reaches."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that waits for connections; port 0 takes a free one.
+
+    Raises:
+        HeterostepError: the address is not to be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise HeterostepError(f"--host: no address is called {host}") from error
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        why = error.strerror or "it is not to be had"
+        raise HeterostepError(f"cannot listen on {host}, port {port} ({why}): give another --port") from error
+    return sock

@@ -1,0 +1,24 @@
+"""What can be listened on, and which addresses nobody else reaches."""
+
+import pytest
+
+from heterostep.addresses import is_loopback, listen
+from heterostep.errors import HeterostepError
+
+
+def test_loopback_addresses():
+    assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.9.9.9", "::1", "[::1]")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.0.2.1", "localhost.example", "")))
+
+
+def test_an_address_is_one_processs_alone():
+    with listen("127.0.0.1", 0) as sock:
+        port = sock.getsockname()[1]
+        with pytest.raises(HeterostepError, match=f"cannot listen on 127.0.0.1, port {port} .*--port"):
+            listen("127.0.0.1", port)
+    listen("127.0.0.1", port).close()
+
+
+def test_no_such_address():
+    with pytest.raises(HeterostepError, match="no address"):
+        listen("no such host", 0)
