@@ -153,11 +153,10 @@ class SizeRules:
             return
         frames, pixels_high, pixels_wide = self.token
         grid = (((num_frames - 1) // self.stride + 1) // frames, height // pixels_high, width // pixels_wide)
-        for name, tokens in zip(("frames", "height", "width"), grid):
+        most = (self.stride * (self.longest * frames - 1) + 1, self.longest * pixels_high, self.longest * pixels_wide)
+        for name, tokens, limit, value in zip(("frames", "height", "width"), grid, most, (num_frames, height, width)):
             if tokens > self.longest:
-                raise HeterostepError(
-                    f"--{name} is too large for this model: {tokens} tokens, of at most {self.longest}"
-                )
+                raise HeterostepError(f"--{name} can be {limit} at the most for this model, not {value}")
 
     def frames(self, wanted: float) -> int:
         """The number of frames that the model makes which is nearest to a wanted one."""

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 SIZES = ("height", "width", "num_frames")
 
 
+class Cancelled(Exception):
+    """Somebody asked a run to end: raised in `on_step`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """One generation: its frames, uint8 [F, H, W, 3], its account, and its sound where the model makes any."""
@@ -279,12 +283,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_advice(
-    pipe: Any, config: HSAConfig, sizes: dict[str, Any], smaller: str, whole_steps: str
+    pipe: Any, config: HSAConfig, options: dict[str, Any], smaller: str, whole_steps: str
 ) -> Iterator[None]:
     """Running out of memory as one line that says what to do.
 
     Args:
-        sizes: height, width, num_frames, guidance_scale.
+        options: as `call_options` gives them.
         smaller, whole_steps: how to ask for a smaller run, and for one that keeps no K and V.
     """
     try:
@@ -296,6 +300,6 @@ def memory_advice(
             raise HeterostepError(f"out of memory: {smaller}") from error
         from heterostep.checkpoints import kv_cache_bytes
 
-        needed = kv_cache_bytes(pipe, **sizes)
+        needed = kv_cache_bytes(pipe, **{name: options[name] for name in (*SIZES, "guidance_scale")})
         cache = f"; the K/V cache alone needs {filesize.decimal(needed)}" if needed else ""
         raise HeterostepError(f"out of memory{cache}: {smaller}, or {whole_steps}") from error

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LONGEST_PROMPT = 2000
+# What to ask for, in fields, where memory ran out: a smaller run, or one that keeps no K and V.
+SMALLER = "take a smaller or shorter video"
+WHOLE_STEPS = "take the policy auto without single tokens"
 # Of a first frame, the least part that cropping to the video's shape may leave.
 LEAST_LEFT = 1 / 3
 LEAST_PIXELS = 16

@@ -259,6 +259,11 @@ def test_an_unreadable_image_is_refused(no_model, capsys):
     assert "cannot read the image first.png" in only_line(fails(capsys, "--image", "first.png"))
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux's folder where nobody can write a file, nor root")
+def test_a_folder_that_takes_no_files_is_refused(no_model, capsys):
+    assert "cannot write to the folder /proc" in only_line(fails(capsys, "--out", "/proc/video.mp4"))
+
+
 def test_a_folder_as_output_is_refused(no_model, capsys):
     Path("video.mp4").mkdir()
     assert "is a folder" in only_line(fails(capsys))
@@ -270,7 +275,7 @@ def test_a_folder_as_output_is_refused(no_model, capsys):
         (["--height", "100"], "--height must be a multiple of 16"),
         (["--width", "72"], "--width must be a multiple of 16"),
         (["--frames", "10"], "such as 9"),
-        (["--width", "1040"], "--width is too large for this model: 65 tokens, of at most 64"),
+        (["--width", "1040"], "--width can be 1024 at the most for this model, not 1040"),
     ],
 )
 def test_sizes_the_model_cannot_do(pipes, capsys, arguments, message):
@@ -280,6 +285,33 @@ def test_sizes_the_model_cannot_do(pipes, capsys, arguments, message):
 def test_a_folder_that_is_no_model(no_model, capsys):
     Path("model").mkdir()
     assert "no diffusers model" in only_line(fails(capsys, "--model", "model"))
+
+
+def test_a_path_that_is_no_folder(no_model, capsys):
+    assert "there is no folder ./models/wan" in only_line(fails(capsys, "--model", "./models/wan"))
+
+
+@pytest.mark.parametrize("option", [["--policy", "hsa"], ["--sync", "drift"], ["--both"]])
+def test_dense_goes_with_nothing_that_skips(no_model, capsys, option):
+    assert "--dense skips nothing" in only_line(fails(capsys, "--dense", *option))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing command; see heterostep --help"),
+        (["draw"], "No such command 'draw'; see heterostep --help"),
+        (["generate"], "Missing argument 'prompt'; see heterostep generate --help"),
+        (
+            ["generate", "x", "--solver", "rk4"],
+            "'rk4' is not one of 'pipeline', 'euler'; see heterostep generate --help",
+        ),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_says_where_to_look(capsys, arguments, message):
+    assert cli.main(arguments) == 2
+    err = only_line(capsys.readouterr().err)
+    assert message in err and "Value error" not in err
 
 
 def test_a_broken_model(no_model, capsys):

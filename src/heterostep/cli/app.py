@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (HeterostepError, OSError) as error:
         return _fail(first_line(error), 2)
     except typer.TyperException as error:
-        return _fail(first_line(Exception(error.format_message())), 2)
+        return _fail(_told(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
@@ -79,6 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == 130:
         return _fail("interrupted", 130)
     return code or 0
+
+
+def _told(error: typer.TyperException) -> str:
+    """A fault of the command line, and where to read more."""
+    message = first_line(Exception(error.format_message())).replace("Value error, ", "").removesuffix(".")
+    context = getattr(error, "ctx", None)
+    return message if context is None else f"{message}; see {context.command_path} --help"
 
 
 def _fail(message: str, code: int) -> int:

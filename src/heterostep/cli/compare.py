@@ -14,7 +14,8 @@ from heterostep.cli.options import DEVICE_HELP, DTYPE_HELP, check_folder, check_
 from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError
 from heterostep.files import writing
-from heterostep.making import load
+from heterostep.making import SIZES, load
+from heterostep.order import check_model
 
 
 def compare(
@@ -63,6 +64,7 @@ def compare(
     check_folder(out)
     if prompts is not None and not prompts.is_file():
         raise HeterostepError(f"there is no file {prompts}")
+    check_model(model)
     if missing := [name for name in ("torchmetrics", "jinja2") if importlib.util.find_spec(name) is None]:
         raise HeterostepError(f"the comparison wants {' and '.join(missing)}: pip install 'heterostep[compare]'")
     if vbench:
@@ -91,7 +93,7 @@ def compare(
         pipe, defaults = load(model, image_to_video, precision_of(dtype, place))
         asked = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance}
         options: dict[str, Any] = {name: defaults[name] if value is None else value for name, value in asked.items()}
-        checkpoints.check_sizes(pipe, **{name: options[name] for name in ("height", "width", "num_frames")})
+        checkpoints.check_sizes(pipe, **{name: options[name] for name in SIZES})
         options["num_inference_steps"] = steps or 40
         if prompts is not None:
             todo = source.read_prompts(prompts, seed, (options["width"], options["height"]) if image_to_video else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from enum import Enum
@@ -28,6 +27,7 @@ from heterostep.config import HSAConfig
 from heterostep.devices import Dtype, precision_of
 from heterostep.errors import HeterostepError
 from heterostep.files import replacing
+from heterostep.order import check_model
 
 
 class Solver(str, Enum):
@@ -95,10 +95,28 @@ def generate(
     if no_kv and sparse_share:
         raise HeterostepError("give --sparse-share or --no-kv, not both of them")
     check_guidance(guidance)
-    config = _config(runtime, share, sparse_share, dense, both, solver.value)
-    config = dataclasses.replace(config, policy=policy, sync=sync, kv_store=kv_store, vram=vram)
+    if dense and (both or (runtime, share, sparse_share, policy, sync) != (None, None, 0, "auto", "hold")):
+        names = "--runtime, --share, --sparse-share, --policy, --sync and --both"
+        raise HeterostepError(f"--dense skips nothing: leave out {names}")
+    if runtime is not None and share is not None:
+        raise HeterostepError("give --runtime or --share, not both of them")
+    if dense:
+        share = 1.0
+    elif runtime is None and share is None:
+        runtime = 0.5
+    config = HSAConfig(
+        runtime=runtime,
+        share=share,
+        policy=policy,
+        sparse_share=sparse_share,
+        sync=sync,
+        kv_store=kv_store,
+        vram=vram,
+        solver=solver.value,
+    )
     making.check_target(config, steps)
     check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
+    check_model(model)
     picture = making.open_image(image) if image is not None else None
     start_ranks(gpus, device, context.obj)
     quiet = quiet or not is_seen(gpus)
@@ -108,11 +126,10 @@ def generate(
         asked: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance}
         asked |= {"fps": fps, "prompt": prompt, "negative_prompt": negative, "num_inference_steps": steps}
         options, fps = making.call_options(pipe, defaults, asked, picture)
-        sizes = {name: options[name] for name in (*making.SIZES, "guidance_scale")}
         with making.memory_advice(
             pipe,
             config,
-            sizes,
+            options,
             "lower --height, --width or --frames, or take a smaller --dtype",
             "leave out --sparse-share and --policy",
         ):
@@ -127,19 +144,6 @@ def generate(
         _write(result, reference, out, report, heatmap, fps)
     if not quiet:
         typer.echo(_summary(result, reference, [path for path in (out, report, heatmap) if path is not None]))
-
-
-def _config(
-    runtime: float | None, share: float | None, sparse_share: float, dense: bool, both: bool, solver: str
-) -> HSAConfig:
-    if dense and (runtime is not None or share is not None or sparse_share != 0 or both):
-        raise HeterostepError("--dense skips nothing: leave out --runtime, --share, --sparse-share and --both")
-    if runtime is not None and share is not None:
-        raise HeterostepError("give --runtime or --share, not both of them")
-    if dense:
-        return HSAConfig(share=1.0, solver=solver)
-    runtime = 0.5 if runtime is None and share is None else runtime
-    return HSAConfig(runtime=runtime, share=share, sparse_share=sparse_share, solver=solver)
 
 
 def _make(pipe: Any, config: HSAConfig, options: dict[str, Any], seed: int, name: str, quiet: bool) -> making.Result:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,8 +33,15 @@ def check_folder(path: Path) -> None:
     there = next(each for each in (path, *path.parents) if each.exists())
     if not there.is_dir():
         raise HeterostepError(f"{there} is no folder")
-    if not os.access(there, os.W_OK):
-        raise HeterostepError(f"cannot write to the folder {there}")
+    _try_to_write(there)
+
+
+def _try_to_write(folder: Path) -> None:
+    """The system's word for it is not enough: it allows everything to root, also where nothing can be written."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise HeterostepError(f"cannot write to the folder {folder}: {error.strerror}") from error
 
 
 def check_outputs(*outputs: tuple[Path | None, tuple[str, ...]]) -> None:
@@ -47,10 +54,9 @@ def check_outputs(*outputs: tuple[Path | None, tuple[str, ...]]) -> None:
             raise HeterostepError(f"{path} is a folder")
         if not path.parent.is_dir():
             raise HeterostepError(f"there is no folder {path.parent} to write {path.name} to")
-        if not os.access(path.parent, os.W_OK):
-            raise HeterostepError(f"cannot write to the folder {path.parent}")
         if name_is_too_long(path):
             raise HeterostepError(f"the file name {path.name[:20]}... is too long")
+        _try_to_write(path.parent)
     if len({path.resolve() for path, _ in given}) < len(given):
         raise HeterostepError("two outputs have the same path")
 

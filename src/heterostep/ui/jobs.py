@@ -20,7 +20,7 @@ from heterostep import making, pipeline, tiny
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError, first_line
 from heterostep.files import replacing
-from heterostep.order import BadField, Order, check_shape, in_form
+from heterostep.order import SMALLER, WHOLE_STEPS, BadField, Order, check_shape, in_form
 from heterostep.ui.estimate import Estimates, Size
 
 if TYPE_CHECKING:
@@ -34,12 +34,6 @@ MOST_DENSE = 2
 # Seconds that closing waits for a step to end.
 PATIENCE = 20.0
 FINAL = ("done", "cancelled", "failed")
-SMALLER = "take a smaller or shorter video"
-WHOLE_STEPS = "take the policy auto without single tokens"
-
-
-class Cancelled(Exception):
-    """Somebody asked a run to end."""
 
 
 @dataclass
@@ -81,9 +75,9 @@ class Job:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def check(self) -> None:
-        """Raises `Cancelled` where the job is to end."""
+        """Raises `making.Cancelled` where the job is to end."""
         if self.stop.is_set():
-            raise Cancelled
+            raise making.Cancelled
 
 
 class Studio:
@@ -252,7 +246,7 @@ class Studio:
                 job.folder.mkdir()
                 self._run(job)
                 state = "done"
-            except (Cancelled, KeyboardInterrupt):
+            except (making.Cancelled, KeyboardInterrupt):
                 # `interrupts.check` raises the latter in this thread, too, where Ctrl-C came while a model was loaded.
                 state = "cancelled"
             except BadField as error:
@@ -279,9 +273,8 @@ class Studio:
         if picture is not None:
             check_shape(picture, options["width"], options["height"])
         size = self._size(order)
-        sizes = {name: options[name] for name in (*making.SIZES, "guidance_scale")}
         config, key = order.config(), order.dense_key()
-        with making.memory_advice(pipe, config, sizes, SMALLER, WHOLE_STEPS):
+        with making.memory_advice(pipe, config, options, SMALLER, WHOLE_STEPS):
             reference = self._dense.get(key) if order.dense else None
             if order.dense and reference is None:
                 reference = self._make(job, pipe, HSAConfig(share=1.0), options, size, "dense")

@@ -17,18 +17,12 @@ from heterostep import making
 from heterostep.checkpoints import SizeRules, size_rules
 from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError, first_line
-from heterostep.order import Order, check_shape, in_form
+from heterostep.order import SMALLER, WHOLE_STEPS, Order, check_shape, in_form
 
 if TYPE_CHECKING:
     from heterostep.engine.report import StepInfo
 
 _log = logging.getLogger("heterostep")
-SMALLER = "take a smaller or shorter video"
-WHOLE_STEPS = "take the policy auto without single tokens"
-
-
-class Cancelled(Exception):
-    """Somebody asked a run to end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +101,7 @@ class Maker:
         """Make a video; whatever goes wrong is told in the outcome."""
         try:
             return Outcome(self._make(job, order))
-        except Cancelled:
+        except making.Cancelled:
             return Outcome(message="cancelled", cancelled=True)
         except HeterostepError as error:
             self._tidy()
@@ -147,7 +141,7 @@ class Maker:
 
     def _check(self, job: str) -> None:
         if job in self._cancelled:
-            raise Cancelled
+            raise making.Cancelled
 
     def _make(self, job: str, order: Order) -> Made:
         self._check(job)
@@ -162,13 +156,13 @@ class Maker:
             self._check(job)
             self._tell(Progress(job, info.step + 1, info.num_inference_steps))
 
-        sizes = {name: options[name] for name in (*making.SIZES, "guidance_scale")}
         config = order.config()
-        with making.memory_advice(pipe, config, sizes, SMALLER, WHOLE_STEPS):
+        with making.memory_advice(pipe, config, options, SMALLER, WHOLE_STEPS):
             result = making.make(pipe, config, options, order.seed, on_step)
         self._check(job)
         video = _bytes(lambda path: _write_video(path, result, fps))
         # As they were resolved, under the names of a pipeline's call.
+        sizes = {name: options[name] for name in (*making.SIZES, "guidance_scale")}
         settings = {name: value for name, value in order.data().items() if name not in ("frames", "guidance")} | sizes
         settings |= {"fps": fps, "dtype": self.dtype.value, "device": str(pipe.device)}
         settings |= {"heterostep": heterostep.__version__}
