@@ -86,7 +86,7 @@ def test_plan_says_what_does_not_fit(capsys):
     assert "chosen       nothing fits" in out and "--offload model, or leave out --sparse-share and --policy" in out
     assert {row[-1] for row in rows(out, STORES)} == {"no"}
     out, _ = works(capsys, *PLAN, "--vram", "6")
-    assert "chosen       none: peak" in out and "this does not fit" in out
+    assert "run's peak   " in out and "this does not fit: make a smaller" in out and "chosen" not in out
     out, _ = works(capsys, *PLAN, "--vram", "6", "--kv-store", "fp8", "--share", "0.55", "--sparse-share", "0.2")
     assert "chosen       fp8: peak" in out and "this does not fit" in out and "share 0.55" in out
 
@@ -97,7 +97,7 @@ def test_plan_without_known_memory(capsys):
     assert {row[-1] for row in rows(out, STORES)} == {"?"} and "may use" not in out
     assert "chosen       offload: peak" in out and "in host memory" in out and "fit" not in out.split("chosen")[1]
     out, _ = works(capsys, *arguments)
-    assert "chosen       none: peak" in out and "none are kept" in out and not rows(out, STORES)
+    assert "run's peak   " in out and "none are kept" in out and not rows(out, STORES)
 
 
 def test_plan_as_json(capsys):
@@ -168,6 +168,7 @@ def test_bench_shows_tables_and_one_line_of_json(capsys):
         assert row["store"] != "device" or cells[2:] == ("430.1 kB", "0 bytes")
     kinds = {row[0] for row in rows("\n".join(shown), ("plain", "dense", "0.5"))}
     assert kinds == {"plain", "dense", "0.5"} and "scatter" in out
+    assert "between GPUs" in result["breakdown"]["plain"] and "between GPUs" not in " ".join(shown)
     assert err.splitlines()[0] == "building model with 2 layers on cpu" and "round 1/1: " in err.splitlines()[-1]
 
 

@@ -102,8 +102,10 @@ def _show_bench(result: dict[str, Any]) -> None:
         sizes = (filesize.decimal(row[name]) for name in ("device_bytes", "host_bytes"))
         table.add_row(row["store"], what, f"{row['seconds'] * 1000:.1f}", f"{row['ratio']:.4f}", *sizes)
     Console().print(table)
-    kinds = list(result["breakdown"]["plain"])
+    calls = result["breakdown"]
+    # On a CPU or one GPU, nothing is between GPUs.
+    kinds = [kind for kind in calls["plain"] if any(parts[kind] for parts in calls.values())]
     table = Table("ms by kind of work", *kinds)
-    for name, parts in result["breakdown"].items():
+    for name, parts in calls.items():
         table.add_row(name, *(f"{parts[kind] * 1000:.2f}" for kind in kinds))
     Console().print(table)

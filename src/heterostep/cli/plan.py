@@ -124,5 +124,7 @@ def _show_plan(made: Plan, config: HSAConfig) -> None:
         )
         return
     host = f", {filesize.decimal(made.chosen.host_bytes)} in host memory" if made.chosen.host_bytes else ""
-    fits = "; this does not fit" if made.chosen.fits is False else ""
-    typer.echo(f"chosen       {made.chosen.store}: peak {filesize.decimal(made.chosen.peak_bytes)}{host}{fits}")
+    smaller = "; this does not fit: make a smaller or shorter video, or give --offload model"
+    fits = smaller if made.chosen.fits is False else ""
+    peak = f"{filesize.decimal(made.chosen.peak_bytes)}{host}{fits}"
+    typer.echo(f"chosen       {made.chosen.store}: peak {peak}" if keeps else f"run's peak   {peak}")
