@@ -128,7 +128,7 @@ def bench(
         use_backend(model, attention_backend)
     inputs = {key: _random(key, value, device) for key, value in seen.calls[0].items()}
     if gpus > 1:
-        parallel.enable(model, gpus, cp_plan(model))
+        parallel.spread(model, gpus, cp_plan(model))
         parallel.check_heads(model, gpus)
     if compiled:
         model.compile_repeated_blocks(dynamic=False)

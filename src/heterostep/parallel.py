@@ -359,7 +359,7 @@ def joined(kind: str) -> Iterator[torch.device]:
     dist.destroy_process_group()
 
 
-def enable(model: Any, size: int, plan: dict[str, Any] | None) -> None:
+def spread(model: Any, size: int, plan: dict[str, Any] | None) -> None:
     """Spread a transformer over the processes that are there, `size` of them at one video.
 
     Args:

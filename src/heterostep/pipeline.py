@@ -148,7 +148,7 @@ def spread(pipe: Any, ranks: int) -> None:
         HeterostepError: they cannot be.
     """
     for model in transformers(pipe):
-        parallel.enable(model, ranks, cp_plan(model))
+        parallel.spread(model, ranks, cp_plan(model))
 
 
 def check_pipeline(pipe: Any) -> None:

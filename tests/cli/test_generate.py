@@ -100,7 +100,7 @@ def test_both_compares_with_dense_from_the_same_noise(pipes, capsys):
         picture.load()
     out, err = capsys.readouterr()
     assert f"{report['psnr']:.1f} dB" in out and "ratio" in out
-    assert "dense 12/12" in err and "sparse 12/12" in err and "asked 0.75" in err
+    assert "dense 12/12" in err and "heterostep 12/12" in err and "asked 0.75" in err
 
 
 def test_both_at_full_share_is_the_dense_video_twice(pipes):

@@ -88,7 +88,7 @@ def generate(
     report: Annotated[Path | None, typer.Option(help="JSON file: what was asked, what was done.")] = None,
     heatmap: Annotated[Path | None, typer.Option(help="PNG or MP4 file: evaluations per token.")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Skip nothing.")] = False,
-    both: Annotated[bool, typer.Option("--both", help="Dense, then sparse from the same noise, side by side.")] = False,
+    both: Annotated[bool, typer.Option("--both", help="Dense, then faster from the same noise, side by side.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Neither progress nor summary.")] = False,
 ) -> None:
     """Generate a video."""
@@ -139,7 +139,7 @@ def generate(
 
                 spread(pipe, gpus)
             reference = _make(pipe, HSAConfig(share=1.0), options, seed, "dense", quiet) if both else None
-            result = _make(pipe, config, options, seed, "dense" if dense else "sparse", quiet)
+            result = _make(pipe, config, options, seed, "dense" if dense else "heterostep", quiet)
     if is_seen(gpus):
         _write(result, reference, out, report, heatmap, fps)
     if not quiet:

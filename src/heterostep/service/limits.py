@@ -27,6 +27,8 @@ class Refused(HeterostepError):
         self, status: int, message: str, code: str | None = None, param: str | None = None, wait: int | None = None
     ) -> None:
         super().__init__(message)
+        # A picture has its own name in OpenAI's API.
+        param = "input_reference" if param == "image" else param
         self.status, self.code, self.param, self.wait = status, code, param, wait
 
     @property
