@@ -30,7 +30,7 @@ def batch(
     out: Annotated[Path, typer.Option(help="Folder of the videos. What is there already is not made again.")],
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     runtime: Annotated[float | None, typer.Option(help="Of lines that name no target.  [default: 0.5]")] = None,
-    share: Annotated[float | None, typer.Option(help="In place of --runtime; repeatable.")] = None,
+    share: Annotated[float | None, typer.Option(help="In place of --runtime. Repeats exactly.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of lines that name none.  [default: 40]")] = None,
     size: Annotated[str | None, typer.Option(help="Such as 832x480, of lines without.  [default: the model's]")] = None,
     frames: Annotated[int | None, typer.Option(help="Of lines that name none.  [default: the model's]")] = None,

@@ -58,10 +58,11 @@ def generate(
         Path | None, typer.Option(help="First frame: image-to-video. Cropped to the video's shape.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Diffusers folder or hub id.  [default: the bundled model]")] = None,
-    runtime: Annotated[float | None, typer.Option(help="Seconds over dense seconds.  [default: 0.5]")] = None,
-    share: Annotated[float | None, typer.Option(help="Token evaluations over dense ones; repeatable.")] = None,
+    runtime: Annotated[float | None, typer.Option(help="Target: seconds over dense seconds.  [default: 0.5]")] = None,
+    share: Annotated[float | None, typer.Option(help="Target in evaluations over dense ones. Repeats exactly.")] = None,
     sparse_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of it for single tokens, at sparse steps between the dense ones.")
+        float,
+        typer.Option(min=0, max=1, help="Part of the evaluations for single tokens, between dense steps."),
     ] = 0.0,
     policy: Annotated[
         str, typer.Option(help="Where evaluations go: auto, or hsa for the paper's step divisors.")

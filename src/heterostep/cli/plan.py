@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 def plan(
     model: Annotated[str, typer.Option(help="Short name, hub id or diffusers folder; --list names those known.")] = "",
     list_models: Annotated[bool, typer.Option("--list", help="The short names, and exit.")] = False,
-    runtime: Annotated[float | None, typer.Option(help="Seconds over dense seconds.  [default: 0.5]")] = None,
-    share: Annotated[float | None, typer.Option(help="Token evaluations over dense ones.")] = None,
+    runtime: Annotated[float | None, typer.Option(help="Target: seconds over dense seconds.  [default: 0.5]")] = None,
+    share: Annotated[float | None, typer.Option(help="Target in evaluations over dense ones.")] = None,
     sparse_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of it for single tokens, at sparse steps between the dense ones.")
+        float,
+        typer.Option(min=0, max=1, help="Part of the evaluations for single tokens, between dense steps."),
     ] = 0.0,
     policy: Annotated[
         str, typer.Option(help="Where evaluations go: auto, or hsa for the paper's step divisors.")
@@ -30,7 +31,7 @@ def plan(
     vram: Annotated[float | None, typer.Option(help="Gigabytes of the device.  [default: what is free]")] = None,
     kv_store: Annotated[str, typer.Option(help="auto, device, fp8, offload or fp8-offload.")] = "auto",
     offload: Annotated[str, typer.Option(help="none, or model: one model on the device at a time.")] = "none",
-    gpus: Annotated[int, typer.Option(min=1, help="That share the video; what is told is of each.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that make the video together; the figures are of each.")] = 1,
     image_to_video: Annotated[bool, typer.Option("--image-to-video", help="From a first frame.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.  [default: the model's]")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
