@@ -477,7 +477,7 @@ def test_the_module_runs_as_a_command(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     lines = result.stderr.splitlines()
-    assert all(line.startswith("sparse ") for line in lines), result.stderr
+    assert all(line.startswith("heterostep ") for line in lines), result.stderr
     assert "ends at" in lines[-1] and "(asked 0.50)" in lines[-1]
     assert video.is_file()
     assert _python("-m", "heterostep", "generate", PROMPT, "--runtime", "7").returncode == 2
