@@ -139,3 +139,24 @@ def test_outside_of_ranks_nobody_listens(monkeypatch):
     monkeypatch.delenv("HETEROSTEP_RANKS", raising=False)
     assert launch.tell("something") is False
     launch.follow()
+
+
+def test_the_ports_where_ranks_meet_are_their_own(tmp_path):
+    code = """
+import socket
+port = int(os.environ["MASTER_PORT"])
+if rank == 0:
+    listening = socket.socket(fileno=launch.meeting())
+    assert listening.getsockname() == ("127.0.0.1", port)
+    listening.accept()[0].sendall(b"met")
+else:
+    assert launch.meeting() is None and launch.is_ours()
+    try:
+        socket.socket().bind(("127.0.0.1", port))
+    except OSError:
+        with socket.create_connection(("127.0.0.1", port)) as other:
+            assert other.recv(3) == b"met"
+    else:
+        sys.exit("anybody could have it")
+"""
+    assert run(tmp_path, code) == 0

@@ -12,8 +12,9 @@ from typing import Any
 import diffusers
 import torch
 
+from heterostep import parallel
 from heterostep.errors import HeterostepError, first_line
-from heterostep.models import kinds
+from heterostep.models import check_family, kinds
 from heterostep.models.base import Kind
 from heterostep.models.wan import TEXT_STATES
 
@@ -110,6 +111,26 @@ def about(model: str) -> dict[str, Any]:
     if not sound:
         raise HeterostepError(f"{path} may have defaults ({', '.join(SIZES)}, fps) and held_out prompts, nothing else")
     return {"defaults": defaults, "held_out": held_out}
+
+
+def check_gpus(model: str, gpus: int) -> None:
+    """Whether so many GPUs can share a model's videos, as far as its configuration tells: no weights are loaded.
+
+    Raises:
+        HeterostepError: they cannot.
+    """
+    try:
+        config = diffusers.DiffusionPipeline.load_config(model)
+        found = {name: config[name][1] for name in ("transformer", "transformer_2") if config.get(name)}
+        parts = {
+            kind: getattr(diffusers, kind).load_config(model, subfolder=name) for name, kind in found.items() if kind
+        }
+    except Exception:
+        # Loading it will tell what is wrong.
+        return
+    for kind, part in parts.items():
+        check_family(kind)
+        parallel.check_head_counts(kind, part, gpus)
 
 
 def _defaults(pipeline: type, kind: Kind, model: str) -> dict[str, Any]:

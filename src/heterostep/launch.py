@@ -16,14 +16,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from heterostep.errors import HeterostepError
 
-# What a rank finds in its environment beside torchrun's names: a pipe that closes when its starter ends, and a folder
-# for the line that it fails with.
+# What a rank finds in its environment beside torchrun's names: a pipe that closes when its starter ends, and, where it
+# has one, a folder for the line that it fails with, the socket of `meeting`, the pipe of `pipe`.
 _LIFELINE, _FOLDER = "HETEROSTEP_LIFELINE", "HETEROSTEP_RANKS"
+_MEETING, _PIPE = "HETEROSTEP_MEETING", "HETEROSTEP_PIPE"
+_POSIX = os.name == "posix"
 # Seconds between two looks at the ranks; that others have to say what they failed with; that they have to clean up.
 LOOK, GRACE, PATIENCE = 0.05, 2.0, 3.0
 
@@ -41,13 +44,13 @@ def size() -> int:
 
 def follow() -> None:
     """In a rank: end when the starter has ended. Without a starter of ours this does nothing."""
-    if _LIFELINE not in os.environ:
+    if not is_ours():
         return
-    pipe = int(os.environ[_LIFELINE])
+    lifeline = int(os.environ[_LIFELINE])
 
     def wait() -> None:
         # It is never written to.
-        os.read(pipe, 1)
+        os.read(lifeline, 1)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -71,6 +74,21 @@ def tell(message: str, clear: bool = True) -> bool:
     return True
 
 
+def is_ours() -> bool:
+    """Whether this process is a rank that was started here, and not by torchrun. (On Windows it cannot be told.)"""
+    return _LIFELINE in os.environ
+
+
+def meeting() -> int | None:
+    """In rank 0: the socket on which the ranks meet. It listens since they were started: nobody else has its port."""
+    return int(os.environ[_MEETING]) if _MEETING in os.environ else None
+
+
+def pipe() -> int:
+    """In a rank that was given one: its end of a pipe to its starter."""
+    return int(os.environ[_PIPE])
+
+
 def run(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", "heterostep")) -> int:
     """Run Python with a program and these arguments in so many processes.
 
@@ -84,60 +102,103 @@ def run(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", "h
         HeterostepError: one failed; says what it said.
         KeyboardInterrupt: Ctrl-C; all are ended before.
     """
-    with tempfile.TemporaryDirectory(prefix="heterostep-", ignore_cleanup_errors=True) as folder:
-        with _started([sys.executable, *program, *arguments], ranks, Path(folder)) as children:
-            while (codes := [child.poll() for child in children]) != [0] * ranks:
+    with (
+        tempfile.TemporaryDirectory(prefix="heterostep-", ignore_cleanup_errors=True) as folder,
+        contextlib.ExitStack() as logs,
+    ):
+        hidden = [logs.enter_context(Path(folder, f"{number}.log").open("wb")) for number in range(1, ranks)]
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+        surroundings = {_FOLDER: folder, "OMP_NUM_THREADS": threads}
+        started = Started([sys.executable, *program, *arguments], ranks, surroundings, outputs=[None, *hidden])
+        try:
+            while (codes := started.codes()) != [0] * ranks:
                 if any(codes):
                     # Others may know better why, or be about to end by themselves.
-                    _wait(lambda: all(child.poll() is not None for child in children), GRACE)
+                    _wait(lambda: None not in started.codes(), GRACE)
                     break
                 time.sleep(LOOK)
-            codes = [child.poll() for child in children]
+            codes = started.codes()
+        finally:
+            started.end()
         if any(code != 0 for code in codes):
             raise HeterostepError(_why(codes, Path(folder)))
     return 0
 
 
-@contextlib.contextmanager
-def _started(command: list[str], ranks: int, folder: Path) -> Iterator[list[subprocess.Popen]]:
-    """The ranks; afterwards none is left."""
-    # The other end is this process's, and closes with it, whatever ends it.
-    lifeline, other_end = os.pipe()
-    posix = os.name == "posix"
-    children: list[subprocess.Popen] = []
-    surroundings = {
-        **os.environ,
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        _FOLDER: str(folder),
-    }
-    surroundings.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    if posix:
-        surroundings[_LIFELINE] = str(lifeline)
-    try:
-        for number in range(ranks):
-            place = {"RANK": str(number), "LOCAL_RANK": str(number)}
-            with (folder / f"{number}.log").open("wb") as log:
-                shown = None if number == 0 else log
-                children.append(
-                    subprocess.Popen(
-                        command,
-                        env=surroundings | place,
-                        stdin=subprocess.DEVNULL,
-                        stdout=shown,
-                        stderr=shown,
-                        pass_fds=(lifeline,) if posix else (),
-                        # Ctrl-C is for the starter, which tells all.
-                        start_new_session=posix,
+class Started:
+    """Ranks on this machine. `end` leaves none of them, nor does this process's own end, whatever that is.
+
+    Args:
+        command: of each.
+        ranks: how many.
+        surroundings: what their environment has besides.
+        pipes: for each, a file descriptor that it inherits.
+        outputs: for each, where what it prints goes; None is where this process's goes.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        ranks: int,
+        surroundings: Mapping[str, str],
+        pipes: Sequence[int] = (),
+        outputs: Sequence[IO[bytes] | None] = (),
+    ) -> None:
+        # The other end is this process's, and closes with it, whatever ends it.
+        lifeline, self._other_end = os.pipe()
+        self.children: list[subprocess.Popen] = []
+        with contextlib.closing(socket.socket()) as meeting:
+            meeting.bind(("127.0.0.1", 0))
+            common = {
+                **os.environ,
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(meeting.getsockname()[1]),
+                **surroundings,
+            }
+            if _POSIX:
+                meeting.listen(ranks)
+            else:
+                # Rank 0 cannot inherit it there: it takes the port anew.
+                meeting.close()
+            try:
+                for number in range(ranks):
+                    inherited = {_LIFELINE: lifeline} if _POSIX else {}
+                    if number == 0 and _POSIX:
+                        inherited[_MEETING] = meeting.fileno()
+                    if pipes:
+                        inherited[_PIPE] = pipes[number]
+                    place = {"RANK": number, "LOCAL_RANK": number, **inherited}
+                    shown = outputs[number] if outputs else None
+                    self.children.append(
+                        subprocess.Popen(
+                            command,
+                            env=common | {name: str(value) for name, value in place.items()},
+                            stdin=subprocess.DEVNULL,
+                            stdout=shown,
+                            stderr=shown,
+                            pass_fds=tuple(inherited.values()),
+                            # Ctrl-C is for the starter, which tells all.
+                            start_new_session=_POSIX,
+                        )
                     )
-                )
-        yield children
-    finally:
-        _end(children)
-        os.close(lifeline)
-        os.close(other_end)
+            except BaseException:
+                self.end()
+                raise
+            finally:
+                os.close(lifeline)
+
+    def codes(self) -> list[int | None]:
+        """How each has ended; None is one that runs."""
+        return [child.poll() for child in self.children]
+
+    def end(self) -> None:
+        """End what runs still."""
+        _end(self.children)
+        if self._other_end >= 0:
+            os.close(self._other_end)
+            self._other_end = -1
 
 
 def _end(children: Sequence[subprocess.Popen]) -> None:
@@ -146,7 +207,7 @@ def _end(children: Sequence[subprocess.Popen]) -> None:
         for child in children:
             # What it has started itself goes with it.
             with contextlib.suppress(OSError):
-                if os.name == "posix":
+                if _POSIX:
                     if child.poll() is None or number != signal.SIGINT:
                         os.killpg(child.pid, number)
                 elif child.poll() is None:
@@ -183,9 +244,3 @@ def _why(codes: Sequence[int | None], folder: Path) -> str:
     lines = (folder / f"{number}.log").read_text(encoding="utf-8", errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     return f"the process of GPU {number} ended with {code}" + (f": {last}" if last else "")
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

@@ -116,10 +116,11 @@ class Models:
 
     Args:
         device, precision: where it goes, and in what its transformer and text encoder are.
+        prepare: done once with each pipeline that is loaded, on the device; those that share its weights have it, too.
     """
 
-    def __init__(self, device: Any, precision: Any) -> None:
-        self.device, self.precision = device, precision
+    def __init__(self, device: Any, precision: Any, prepare: Callable[[Any], None] = lambda pipe: None) -> None:
+        self.device, self.precision, self._prepare = device, precision, prepare
         self._held: dict[str | None, dict[bool, tuple[Any, dict[str, Any]]]] = {}
 
     def get(self, model: str | None, with_image: bool) -> tuple[Any, dict[str, Any]]:
@@ -135,6 +136,7 @@ class Models:
                 self.tidy()
             pipe, defaults = load(model, with_image, self.precision)
             pipe.to(self.device)
+            self._prepare(pipe)
             self._held[model] = {with_image: (pipe, defaults)}
         return self._held[model][with_image]
 

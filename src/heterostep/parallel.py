@@ -12,20 +12,23 @@ Shapes: P ranks, B batch, N tokens, n active tokens, H heads, D head dim; b = ce
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
-from heterostep import compat
+from heterostep import compat, launch
 from heterostep.errors import HeterostepError
 
 # Values of the noise that ranks compare, and how far they may differ over their standard deviation: what encodes a
 # given image may round otherwise on each.
 SAMPLED, DIFFERENT = 64, 0.1
+# How long ranks wait for each other to begin.
+MEETING = datetime.timedelta(minutes=10)
 
 
 class Split(NamedTuple):
@@ -297,8 +300,13 @@ def check_heads(model: Any, ranks: int) -> None:
     Raises:
         HeterostepError: they cannot.
     """
-    name, keys = type(model).__name__, ("num_attention_heads", "audio_num_attention_heads")
-    heads = [model.config[key] for key in keys if key in model.config]
+    check_head_counts(type(model).__name__, model.config, ranks)
+
+
+def check_head_counts(name: str, config: Mapping[str, Any], ranks: int) -> None:
+    """`check_heads` of a model that is known by its class's name and its configuration alone."""
+    keys = ("num_attention_heads", "audio_num_attention_heads")
+    heads = [config[key] for key in keys if key in config]
     if odd := next((count for count in heads if count % ranks), None):
         raise HeterostepError(
             f"the {odd} heads of {name} cannot be split over {ranks} GPUs: take a number that divides them"
@@ -351,12 +359,23 @@ def joined(kind: str) -> Iterator[torch.device]:
     if kind == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, **_meeting())
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **_meeting())
     yield device
     # Not after an error: others may be waiting for this rank, and it would wait for them.
     dist.destroy_process_group()
+
+
+def _meeting() -> dict[str, Any]:
+    """How the ranks of our starter find each other: by the socket that rank 0 has from it. Of others torch knows it."""
+    import torch.distributed as dist
+
+    if not launch.is_ours():
+        return {}
+    rank, size, place = launch.rank(), launch.size(), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store = dist.TCPStore(*place, size, rank == 0, timeout=MEETING, master_listen_fd=launch.meeting())
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 def spread(model: Any, size: int, plan: dict[str, Any] | None) -> None:

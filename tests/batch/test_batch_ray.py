@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -154,11 +155,73 @@ def test_frames_texts_and_names_as_the_generate_command_makes_them(tmp_path):
     assert Path(tmp_path / "alone.mp4").read_bytes() == text.read_bytes()
 
 
+def of_one_command(row, path):
+    """The video that `generate` makes of the same on two processes."""
+    width, height = row["size"].split("x")
+    given = [["--" + name, str(value)] for name, value in row.items() if name not in ("prompt", "size")]
+    arguments = ["--gpus", "2", "--device", "cpu", "--height", height, "--width", width, "--quiet", "--out", str(path)]
+    command = [sys.executable, "-m", "heterostep", "generate", row["prompt"], *sum(given, []), *arguments]
+    # A rank of a group has one thread here.
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return path.read_bytes()
+
+
+def test_groups_make_what_one_command_on_two_processes_makes(tmp_path):
+    content, out = rows(3), tmp_path / "out"
+    # Two groups at the same time, on one machine.
+    given = command(write(tmp_path / "prompts.jsonl", content), "--out", out, "--device", "cpu", "--gpus-per-video", 2)
+    result = subprocess.run(given, capture_output=True, text=True)
+    assert result.returncode == 0 and "(2 workers)" in result.stderr, result.stderr
+    reports = {path: json.loads(path.with_suffix(".json").read_text()) for path in out.glob("*.mp4")}
+    assert sorted(done(out)) == [1, 2, 3] and {report["settings"]["gpus"] for report in reports.values()} == {2}
+    for path, report in reports.items():
+        if report["settings"]["seed"] == 1:
+            assert path.read_bytes() == of_one_command(content[1], tmp_path / "alone.mp4")
+
+
+class RankKiller(Watcher):
+    """Kills the second process of a group in the middle of the second line, once."""
+
+    def show(self, counts, running):
+        for job in running:
+            self.ranks |= set(job.worker.about.ranks)
+            if counts.made == 1 and self.killed is None and job.done >= 2:
+                self.killed = job.worker.about.ranks[1]
+                os.kill(self.killed, signal.SIGKILL)
+
+
+def test_a_rank_that_is_killed_costs_no_video(tmp_path):
+    from heterostep.workers import cluster
+
+    content = rows(3, steps=100)
+    path, out, watcher = write(tmp_path / "prompts.jsonl", content), tmp_path / "out", RankKiller()
+    watcher.ranks = set()
+
+    async def hire():
+        cluster.connect(None)
+        return cluster.hire(None, "cpu", "auto", 1, 2)
+
+    try:
+        with manifest.opened(out) as made:
+            counts = asyncio.run(run(lines.read(path, {}, None), made, hire, watcher))
+    finally:
+        cluster.disconnect()
+    assert (counts.all, counts.made, counts.failed) == (3, 3, 0) and done(out) == [1, 2, 3]
+    assert watcher.killed is not None and watcher.said.count("line 2: its worker was lost; it is made again") == 1
+    # The group before and the one after; none of either is left.
+    assert len(watcher.ranks) == 4
+    until(lambda: not any(psutil.pid_exists(pid) for pid in watcher.ranks), 20)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--workers", "99"], "--workers 99, but Ray sees"),
-        (["--gpus-per-video", "2"], "leave out --gpus-per-video"),
+        (["--gpus-per-video", "2"], "--gpus-per-video 2, but Ray sees no GPU"),
+        (
+            ["--gpus-per-video", "3", "--device", "cpu"],
+            "the 4 heads of WanTransformer3DModel cannot be split over 3 GPUs",
+        ),
         (["--device", "cuda:1"], "--device is auto, cpu or cuda here"),
         (["--address", "127.0.0.1:1"], "no Ray at 127.0.0.1:1"),
         (["--address", "somewhere"], "--address is host:port"),

@@ -190,6 +190,25 @@ def test_a_token_and_a_folder_of_its_own():
     assert made.process.returncode == 130 and made.err == "heterostep: interrupted\n"
 
 
+def test_a_group_of_two_processes_makes_and_cancels():
+    with Service("--workers", 1, "--device", "cpu", "--gpus-per-video", 2) as made:
+        long = made.ask("POST", "", {**SMALL, "steps": 100, "seed": 1})[2]["id"]
+        video = made.ask("POST", "", SMALL)[2]["id"]
+        end = time.monotonic() + 60
+        while made.all()[long]["progress"] == 0:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        below = psutil.Process(made.process.pid).children(recursive=True)
+        ranks = [each for each in below if "heterostep.workers.rank" in each.cmdline()]
+        assert len(ranks) == 2
+        made.ask("DELETE", f"/{long}")
+        settled = made.settle()
+        assert (settled[long]["status"], settled[video]["status"]) == ("cancelled", "completed")
+        report = made.ask("GET", f"/{video}/content?variant=report")[2]
+        assert report["settings"]["gpus"] == 2 and all(each.is_running() for each in ranks)
+    assert psutil.wait_procs(ranks, timeout=20)[1] == []
+
+
 def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path):
     command = [sys.executable, "-m", "heterostep", "serve", "--port", str(free_port()), "--model", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100)

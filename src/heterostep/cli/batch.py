@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from heterostep.workers.crew import Job, Worker
 
 MODEL_HELP = "Diffusers folder or hub id.  [default: the bundled model]"
-WORKERS_HELP = "Processes that make a video each.  [default: one for each GPU, or one]"
-GPUS_HELP = "GPUs that make one video together; 1 for now."
+WORKERS_HELP = "Videos at the same time.  [default: one for each GPU, or for each --gpus-per-video of them]"
+PER_VIDEO_HELP = "GPUs of one machine that make one video together."
 
 
 def batch(
@@ -35,7 +35,7 @@ def batch(
     size: Annotated[str | None, typer.Option(help="Such as 832x480, of lines without.  [default: the model's]")] = None,
     frames: Annotated[int | None, typer.Option(help="Of lines that name none.  [default: the model's]")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help=WORKERS_HELP)] = None,
-    gpus_per_video: Annotated[int, typer.Option(min=1, help=GPUS_HELP)] = 1,
+    gpus_per_video: Annotated[int, typer.Option(min=1, help=PER_VIDEO_HELP)] = 1,
     address: Annotated[
         str | None,
         typer.Option(help="Of a Ray cluster's head, host:port.  [default: a Ray on this machine, for this batch]"),
@@ -68,7 +68,7 @@ def batch(
             cluster.connect(address)
             # Ray has a handler of its own.
             terminating.enter_context(interrupts.also_terminated())
-            return cluster.hire(model, device, dtype.value, workers)
+            return cluster.hire(model, device, dtype.value, workers, gpus_per_video)
 
         with manifest.opened(out) as made, _Watcher(quiet) as watcher, terminating:
             try:

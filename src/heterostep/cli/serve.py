@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from heterostep import interrupts
-from heterostep.cli.batch import MODEL_HELP, WORKERS_HELP, check_ray
+from heterostep.cli.batch import MODEL_HELP, PER_VIDEO_HELP, WORKERS_HELP, check_ray
 from heterostep.cli.options import DEVICE_HELP, DTYPE_HELP, check_folder, silence
 from heterostep.devices import Dtype
 from heterostep.errors import HeterostepError
@@ -34,6 +34,7 @@ def serve(
     ] = None,
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     workers: Annotated[int | None, typer.Option(min=1, help=WORKERS_HELP)] = None,
+    gpus_per_video: Annotated[int, typer.Option(min=1, help=PER_VIDEO_HELP)] = 1,
     queue: Annotated[int, typer.Option(min=1, help="Videos that may wait; more are told to come later.")] = 32,
     max_size: Annotated[str, typer.Option(help="A frame may have as many pixels as one of this size.")] = "1280x720",
     max_frames: Annotated[int, typer.Option(min=1, help="Frames that a video may have.")] = 161,
@@ -62,7 +63,7 @@ def serve(
         from heterostep.workers import cluster
 
         check_model(model)
-        cluster.check_options(device)
+        cluster.check_options(device, gpus_per_video)
         if token is None and not is_loopback(host):
             raise HeterostepError(
                 f"whoever reaches {host} could use the service: set HETEROSTEP_TOKEN, a token that requests must bring"
@@ -75,7 +76,7 @@ def serve(
             settings = serving.Settings(host, port, model, limits, place, digest)
             try:
                 cluster.connect(None)
-                team = cluster.hire(model, device, dtype.value, workers)
+                team = cluster.hire(model, device, dtype.value, workers, gpus_per_video)
                 about = asyncio.run(serving.start_workers(team))
                 serving.begin(settings, team, about)
                 if not quiet:

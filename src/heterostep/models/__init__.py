@@ -58,10 +58,19 @@ def cp_plan(model: Any) -> dict[str, Any] | None:
     Raises:
         HeterostepError: its family does not work over several GPUs.
     """
-    family = FAMILIES.get(type(model).__name__)
+    return check_family(type(model).__name__).adapter.cp_plan(model)
+
+
+def check_family(transformer: str) -> Family:
+    """The family of a transformer, by its class name, that works over several GPUs.
+
+    Raises:
+        HeterostepError: it does not, or is not known.
+    """
+    family = FAMILIES.get(transformer)
     if family is None or not family.adapter.parallel:
-        raise HeterostepError(f"{type(model).__name__} on several GPUs is not supported: run it on one device")
-    return family.adapter.cp_plan(model)
+        raise HeterostepError(f"{transformer} on several GPUs is not supported: run it on one device")
+    return family
 
 
 def kinds() -> dict[str, Kind]:

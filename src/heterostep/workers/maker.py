@@ -30,12 +30,14 @@ class About:
     """A worker that has loaded its model.
 
     defaults: the model's height, width, num_frames, guidance_scale and fps; rules: the sizes that it makes.
+    ranks: the processes that make a video together, where they are several.
     """
 
     process: int
     device: str
     defaults: dict[str, Any]
     rules: SizeRules
+    ranks: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +52,16 @@ class Made:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one attempt: `made` where it went well, else a message; `fault` is the field that it is about."""
+    """What became of one attempt: `made` where it went well, else a message; `fault` is the field that it is about.
+
+    why: of a failure, "refused" for what cannot be made, "full" for memory that ran out, else "unforeseen".
+    """
 
     made: Made | None = None
     message: str = ""
     fault: str = ""
     cancelled: bool = False
+    why: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +80,9 @@ class Maker:
         model: a diffusers folder or hub id; None is the bundled model.
         device, dtype: by name, as the command takes them.
     """
+
+    # That make a video together.
+    gpus = 1
 
     def __init__(self, model: str | None, device: str, dtype: str) -> None:
         self.model, self.device, self.dtype = model, device, Dtype(dtype)
@@ -106,13 +115,16 @@ class Maker:
         except HeterostepError as error:
             self._tidy()
             message, fault = in_form(str(error), order.model)
-            return Outcome(message=message, fault=getattr(error, "field", fault))
+            full = error.__cause__ is not None and making.is_out_of_memory(error.__cause__)
+            return Outcome(None, message, getattr(error, "field", fault), why="full" if full else "refused")
         except Exception as error:
             full = making.is_out_of_memory(error)
             if not full:
                 _log.exception("a video could not be made")
             self._tidy()
-            return Outcome(message=f"out of memory: {SMALLER}" if full else f"it failed: {first_line(error)}")
+            if full:
+                return Outcome(message=f"out of memory: {SMALLER}", why="full")
+            return Outcome(message=f"it failed: {first_line(error)}", why="unforeseen")
         finally:
             with self._lock:
                 self._progress = None
@@ -131,8 +143,11 @@ class Maker:
     def _load(self, with_image: bool) -> tuple[Any, dict[str, Any]]:
         if self._models is None:
             place = device_of(self.device)
-            self._models = making.Models(place, precision_of(self.dtype, place))
+            self._models = making.Models(place, precision_of(self.dtype, place), self._prepare)
         return self._models.get(self.model, with_image)
+
+    def _prepare(self, pipe: Any) -> None:
+        """What is done with a pipeline that was loaded."""
 
     def _tidy(self) -> None:
         """What a failed run leaves goes back, so that the next one has the memory."""
@@ -160,15 +175,18 @@ class Maker:
         with making.memory_advice(pipe, config, options, SMALLER, WHOLE_STEPS):
             result = making.make(pipe, config, options, order.seed, on_step)
         self._check(job)
-        video = _bytes(lambda path: _write_video(path, result, fps))
+        video = self._file(result, fps)
         # As they were resolved, under the names of a pipeline's call.
         sizes = {name: options[name] for name in (*making.SIZES, "guidance_scale")}
         settings = {name: value for name, value in order.data().items() if name not in ("frames", "guidance")} | sizes
         settings |= {"fps": fps, "dtype": self.dtype.value, "device": str(pipe.device)}
-        settings |= {"heterostep": heterostep.__version__}
+        settings |= {"gpus": self.gpus, "heterostep": heterostep.__version__}
         # What a report has of numpy's types goes no further than here.
         report = json.loads(json.dumps(making.report_content(result, None)))
         return Made(video, report, settings, making.summary(result, None))
+
+    def _file(self, result: making.Result, fps: float) -> bytes:
+        return _bytes(lambda path: _write_video(path, result, fps))
 
     def _tell(self, progress: Progress) -> None:
         with self._lock:
