@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from processes import heed
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as POSIX has them")
 
 ARGUMENTS = ["generate", "a red circle", "--share", "0.5", "--steps", "40", "--quiet", "--out", "video.mp4"]
@@ -30,11 +32,6 @@ sys.meta_path.insert(0, Swallow())
 from heterostep.__main__ import main
 sys.exit(main())
 """
-
-
-def heed():
-    """What a shell starts behind its back ignores Ctrl-C, and so would the command."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from heterostep import HeterostepError, launch
+from processes import heed
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as POSIX has them")
 
@@ -124,7 +125,7 @@ def test_the_starter_is_ended(tmp_path, sent):
     starter = subprocess.Popen(
         [sys.executable, "-c", code],
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=heed,
     )
     left = time.monotonic() + 20
     while len(list(folder.iterdir())) < 2 and time.monotonic() < left:

@@ -16,6 +16,7 @@ from PIL import Image
 from heterostep.batch import lines, manifest
 from heterostep.batch.run import run
 from heterostep.video import read_video
+from processes import heed
 
 pytest.importorskip("ray", reason="Ray is not installed: make test-ray")
 pytestmark = [
@@ -123,7 +124,7 @@ def test_twenty_lines_a_lost_worker_and_a_broken_line(tmp_path):
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_batch_that_is_stopped_goes_on(tmp_path, ending):
     path, out = write(tmp_path / "prompts.jsonl", rows(8, steps=20)), tmp_path / "out"
-    process = subprocess.Popen(command(path, "--out", out), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(path, "--out", out), stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     until(lambda: len(done(out)) >= 2)
     process.send_signal(ending)
     _, err = process.communicate(timeout=60)

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from heterostep.video import read_video
+from processes import heed
 
 pytest.importorskip("ray", reason="Ray is not installed: make test-ray")
 pytestmark = pytest.mark.slow
@@ -38,7 +39,7 @@ class Service:
         environment = {**os.environ} | ({} if token is None else {"HETEROSTEP_TOKEN": token})
         command = [sys.executable, "-m", "heterostep", "serve", "--port", str(self.port), *map(str, arguments)]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed
         )
         line = self.process.stdout.readline()
         assert "/v1/videos" in line, self.process.stderr.read()
