@@ -4,5 +4,5 @@ import signal
 
 
 def heed():
-    """In the started process: Ctrl-C counts. What a shell starts in the background ignores it, and so would the command."""
+    """In the started process: Ctrl-C counts, which what a shell starts in the background ignores."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
