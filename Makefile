@@ -56,7 +56,7 @@ package: .venv/.dev
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv/bin/python -m build --outdir dist
 	.venv/bin/python tests/packages.py dist
 
-# The second, larger model: an NVIDIA GPU, half an hour and 60 GB of disk. ROOMS are options of its longest stage.
+# The second, larger model: an NVIDIA GPU, 46 GB of disk for clips. ROOMS are options of its longest stage.
 rooms-model: .venv/.rooms
 	.venv/bin/python recipes/rooms data --count 7000
 	.venv/bin/python recipes/rooms text

@@ -435,39 +435,41 @@ def test_a_forecast_that_fails_does_not_end_the_run(monkeypatch, caplog):
     assert heterostep.report(pipe).memory.kv_store == "device"
 
 
-def test_a_slow_first_step_is_warm_up(monkeypatch):
-    """As compilation would have it: the steady seconds are what a runtime is kept in."""
+@pytest.fixture
+def slow_at_first(monkeypatch):
+    """Lets a pipeline's first call of its transformer take so many seconds, and each other half a second."""
     from heterostep.engine import clock as timing
 
-    pipe, now, calls = small_pipeline(), [0.0], []
+    now, calls = [0.0], []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
-    def take(model, args):
-        calls.append(0)
-        now[0] += 30.0 if len(calls) == 1 else 0.5
+    def slow(pipe, seconds):
+        def take(model, args):
+            calls.append(0)
+            now[0] += seconds if len(calls) == 1 else 0.5
 
-    hook = pipe.transformer.blocks[0].register_forward_pre_hook(take)
+        pipe.transformer.blocks[0].register_forward_pre_hook(take)
+        return calls
+
+    return slow
+
+
+def test_a_slow_first_step_is_warm_up(slow_at_first):
+    """As compilation would have it: the steady seconds are what a runtime is kept in."""
+    pipe = small_pipeline()
+    slow_at_first(pipe, 30.0)
     with heterostep.enabled(pipe, runtime=0.5):
         run(pipe, steps=20, guidance_scale=1.0)
-    hook.remove()
     report = heterostep.report(pipe).runtime
     assert report.warmup_seconds == pytest.approx(29.5, abs=0.6)
     assert report.dense_seconds == pytest.approx(10.0) and report.achieved == pytest.approx(0.5)
     assert heterostep.report(pipe).share.achieved == 0.5
 
 
-def test_what_every_run_takes_at_first_counts_from_the_second_on(monkeypatch):
+def test_what_every_run_takes_at_first_counts_from_the_second_on(slow_at_first):
     """As CUDA graphs that each run records anew: fewer dense steps make up for them."""
-    from heterostep.engine import clock as timing
-
-    pipe, now, calls = small_pipeline(), [0.0], []
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-
-    def take(model, args):
-        calls.append(0)
-        now[0] += 2.5 if len(calls) == 1 else 0.5
-
-    pipe.transformer.blocks[0].register_forward_pre_hook(take)
+    pipe = small_pipeline()
+    calls = slow_at_first(pipe, 2.5)
     reports = []
     for _ in range(2):
         calls.clear()
