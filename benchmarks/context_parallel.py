@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of a loop")
     parser.add_argument("--frames", type=int, help="of a loop's video; by default the size's")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.25])
+    parser.add_argument("--only", choices=("calls", "loops"), help="one of the two")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--loops", help=argparse.SUPPRESS)
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
@@ -149,7 +150,7 @@ def main() -> None:
     for size in args.sizes:
         for gpus in args.gpus:
             row: dict[str, Any] = {"size": size, "gpus": gpus}
-            if not size.startswith("tiny"):
+            if not size.startswith("tiny") and args.only != "loops":
                 row["calls"] = calls(size, gpus, args)
                 plain = row["calls"]["plain_seconds"]
                 print(f"{size}, {gpus} GPUs: a dense call takes {plain * 1000:.1f} ms")
@@ -158,6 +159,9 @@ def main() -> None:
                         f"    share {each['share']:<6g} {each['seconds'] * 1000:9.1f} ms, {each['ratio']:.3f} of it, "
                         f"K/V {each['device_bytes'] / 1e9:.2f} GB on each"
                     )
+            if args.only == "calls":
+                out.append(row)
+                continue
             row["loops"] = measured_loops(size, gpus, args)
             print(f"{size}, {gpus} GPUs: a dense loop takes {row['loops']['dense_seconds']:.2f} s")
             for each in row["loops"]["rows"]:

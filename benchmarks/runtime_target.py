@@ -81,7 +81,8 @@ def main() -> None:
     if args.dense is None:
         dense.append(seconds(args.steps))
     for target in args.targets:
-        with heterostep.enabled(pipe, runtime=target):
+        steps: list[heterostep.StepInfo] = []
+        with heterostep.enabled(pipe, runtime=target, on_step=steps.append):
             took = seconds(args.steps)
         report = heterostep.report(pipe)
         rows.append(
@@ -93,6 +94,9 @@ def main() -> None:
                 "kv_store": report.memory.kv_store,
                 "kv_gigabytes": report.memory.kv_cache_bytes / 1e9,
                 "peak_gigabytes": report.memory.peak_bytes / 1e9,
+                "warmup_seconds": report.runtime.warmup_seconds,
+                "active_share": [round(share, 4) for share in report.active_share],
+                "elapsed_seconds": [round(info.elapsed_seconds, 3) for info in steps],
             }
         )
         if args.dense is None or len(dense) < args.dense:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLWan
 
+import whole
 import world
 from data import open_clips
 from sizes import to_tensor
@@ -94,7 +95,7 @@ def main() -> None:
     for frames, texts in batches:
         frames = frames[:, : args.frames, : args.crop, : args.crop]
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            latent = vae.encode(to_tensor(frames.to(device, non_blocking=True))).latent_dist.mode().float()
+            latent = whole.encode(vae, to_tensor(frames.to(device, non_blocking=True)))[0].float()
         latents.append(latent.half().cpu())
         captions += texts
         flat = latent.transpose(0, 1).flatten(1)

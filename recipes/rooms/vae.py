@@ -18,6 +18,7 @@ from PIL import Image
 from data import open_clips
 from sizes import VAE, build_vae, to_tensor
 from training import add_arguments, join_others, leave_others, train
+from whole import decode, encode
 
 KL = 1e-4
 
@@ -101,8 +102,9 @@ class Reconstruction(torch.nn.Module):
         self.vae = vae
 
     def forward(self, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        posterior = self.vae.encode(target).latent_dist
-        return self.vae.decode(posterior.sample()).sample, posterior.mean, posterior.logvar
+        mean, log_variance = encode(self.vae, target)
+        latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        return decode(self.vae, latents), mean, log_variance
 
 
 def main() -> None:
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=128)
     parser.add_argument("--rate", type=float, default=0.008)
     parser.add_argument("--adam-rate", type=float, default=1e-3)
+    parser.add_argument("--decay-from", type=float, default=0.5, help="share of the run after which the rate falls")
     parser.add_argument("--workers", type=int, default=6, help="processes that read, for each GPU")
     parser.add_argument("--measure", type=int, default=12, help="clips whose reconstruction is measured at the end")
     parser.add_argument("--wait-for", type=int, default=1, help="begin when so many clips are there")
@@ -160,7 +163,7 @@ def main() -> None:
         edges=("conv_in", "decoder.conv_out"),
         checkpoint=args.out / "vae.pt",
         averaging=0.995,
-        decay_from=0.5,
+        decay_from=args.decay_from,
         begun=begun,
     )
     if rank == 0:
