@@ -68,7 +68,8 @@ class Crops(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.first + index, self.rank, 5])
         whole = (self.first + index) % 3 == 2
         frames = self.clips.shape[1] if whole else 9
-        ready = np.flatnonzero(self.done)
+        # A copy: others may be writing.
+        ready = np.flatnonzero(np.array(self.done))
         out = []
         for clip in rng.choice(ready, max(1, self.batch // 4) if whole else self.batch):
             t, y, x = (
@@ -126,7 +127,6 @@ def main() -> None:
     args = parser.parse_args()
     rank, count, device = join_others(args.device)
     torch.manual_seed(rank)
-    torch.backends.cudnn.benchmark = True
     vae = build_vae()
     with torch.no_grad():
         # Little noise on the latents at first, or it drowns what they carry.

@@ -6,33 +6,16 @@ and larger operations, channels last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanResidualBlock, patchify, unpatchify
 
-Layer = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _normed(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """Root-mean-square norm over channels and SiLU of [B, C, F, H, W], in x's precision."""
-    y = x.float()
-    y = y * torch.rsqrt(y.square().sum(1, keepdim=True).clamp_min(1e-24)) * x.shape[1] ** 0.5 * gamma
-    return torch.nn.functional.silu(y).to(x.dtype)
-
-
-_compiled: Layer | None = None
-
 
 def normed(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    global _compiled
-    if not x.is_cuda:
-        return _normed(x, gamma)
-    if _compiled is None:
-        torch._dynamo.config.recompile_limit = 64
-        _compiled = torch.compile(_normed, dynamic=True)
-    return _compiled(x, gamma)
+    """Root-mean-square norm over channels, then SiLU, of [B, C, F, H, W], in x's precision."""
+    last = x.movedim(1, -1)
+    scaled = torch.nn.functional.rms_norm(last, last.shape[-1:], gamma.flatten().to(x.dtype), 1e-12)
+    return torch.nn.functional.silu(scaled.movedim(-1, 1))
 
 
 def _last(x: torch.Tensor) -> torch.Tensor:

@@ -33,8 +33,8 @@ def double(inputs):
     return {"twice": inputs["x"] * 2, "named": inputs["name"]}
 
 
-def calls():
-    return ReplayedCalls(torch.nn.Linear(1, 1), [], CPU, lambda: None)
+def calls(at_once=False):
+    return ReplayedCalls(torch.nn.Linear(1, 1), [], CPU, lambda: None, at_once)
 
 
 def test_from_the_second_call_alike_on_it_is_replayed(replays):
@@ -43,6 +43,31 @@ def test_from_the_second_call_alike_on_it_is_replayed(replays):
         x = torch.full((2,), float(number))
         assert torch.equal(ask(double, {"x": x, "name": "a"}, [kept])["twice"], x * 2)
         assert len(replays) == number
+        assert ask.recorded == (number > 0)
+
+
+def test_what_was_recorded_before_is_recorded_at_once(replays):
+    ask = calls(at_once=True)
+    for number in range(3):
+        x = torch.full((2,), float(number))
+        assert torch.equal(ask(double, {"x": x, "name": "a"}, [])["twice"], x * 2)
+        assert ask.recorded and len(replays) == number + 1
+
+
+def test_where_recording_at_once_fails_the_second_call_is_recorded(replays, monkeypatch):
+    capture, failures = cuda_graphs.capture, []
+
+    def first_fails(call, pool):
+        if not failures:
+            failures.append(1)
+            raise RuntimeError("a kernel was compiled")
+        return capture(call, pool)
+
+    monkeypatch.setattr(cuda_graphs, "capture", first_fails)
+    ask = calls(at_once=True)
+    for number in range(3):
+        x = torch.full((2,), float(number))
+        assert torch.equal(ask(double, {"x": x, "name": "a"}, [])["twice"], x * 2)
         assert ask.recorded == (number > 0)
 
 

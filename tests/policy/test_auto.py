@@ -31,6 +31,14 @@ steps_and_shares = given(
 
 
 @steps_and_shares
+def test_in_seconds_there_are_whole_steps_alone(num_steps, share, shift, least):
+    """A call of a new size takes longer than its tokens do, so what is less than a dense step is left."""
+    policy = auto(num_steps, shift, Tokens(TOTAL, least))
+    counts = policy.replan(int(share * num_steps * TOTAL), 0, exact=False)
+    assert set(counts) <= {least, TOTAL}
+
+
+@steps_and_shares
 def test_every_budget_is_spent(num_steps, share, shift, least):
     """In whole steps, the most that fit; on LTX-2, where every step runs something, to the last evaluation."""
     policy = auto(num_steps, shift, Tokens(TOTAL, least))

@@ -38,7 +38,7 @@ def plan_anew(generation: Generation) -> None:
     made = min(len(durations), begin)
     target = generation.config.runtime * cost.dense_run(schedule.run.num_steps)
     left = target - sum(cost.steady[:made]) - sum(planned[made:])
-    if not schedule.sparse:
+    if not schedule.policy.sparse:
         left += min(cost.dense / 2, TOLERANCE * target)
 
     def seconds(count: int) -> float:

@@ -1,7 +1,8 @@
 """Sparse calls as CUDA graphs: with few active tokens the host takes longer to launch kernels than the GPU to run them.
 
-A call is run as it is the first time, recorded the second, and replayed from then on: for as long as its inputs keep
-their shapes and everything else that it reads stays in its place.
+A call is run as it is the first time, recorded the second (or at once, where this process has recorded such a call
+before), and replayed from then on: for as long as its inputs keep their shapes and everything else that it reads stays
+in its place.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class ReplayedCalls:
         ours: its modules that carry hooks of heterostep's own, which may be recorded with it.
         device: where it runs.
         pool: the memory of recorded calls, shared with others that come one after another; asked when it is needed.
+        at_once: record the first call already: such calls were recorded in this process, so all is compiled.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class ReplayedCalls:
         ours: Collection[torch.nn.Module],
         device: torch.device,
         pool: Callable[[], Any],
+        at_once: bool = False,
     ) -> None:
-        self._device, self._pool = device, pool
+        self._device, self._pool, self._at_once = device, pool, at_once
         self._refused = why_not(model, ours, device)
         # A user may turn a LoRA up or down between two steps.
         self._loras = compat.adapter_layers(model)
@@ -74,7 +77,8 @@ class ReplayedCalls:
             # Kernels are compiled and libraries make their plans in a call that is not recorded. It may put something
             # in another place: that is for the next one to see.
             self._kind = kind
-            return call(inputs)
+            if not self._at_once:
+                return call(inputs)
         if self._replay is None and not self._record(call, leaves, spec):
             return call(inputs)
         assert self._replay is not None
@@ -88,6 +92,10 @@ class ReplayedCalls:
         try:
             self._replay = capture(lambda: call(tree_unflatten(static, spec)), self._pool)
         except RuntimeError as error:
+            if self._at_once:
+                # Something had to be compiled after all: as if it were the first time.
+                self._at_once = False
+                return False
             self._refused = f"the call cannot be recorded ({first_line(error)})"
             _log(f"CUDA graphs are not used: {self._refused}")
             return False

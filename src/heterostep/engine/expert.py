@@ -17,7 +17,7 @@ from heterostep.errors import HeterostepError
 from heterostep.models.base import Seams
 from heterostep.parallel import Ranks, ranks_of
 
-# What runs this process has made to their end with a model.
+# What runs this process has made to their end with a model, and which of their calls it has recorded.
 _made: weakref.WeakKeyDictionary[torch.nn.Module, set[Hashable]] = weakref.WeakKeyDictionary()
 
 
@@ -87,11 +87,11 @@ class Expert:
         return tuple(x.shape), x.dtype, str(x.device), state, how
 
     def has_made(self, kind: Hashable) -> bool:
-        """Whether this process has made a run of this kind to its end, under any runner."""
+        """Whether this process has made a run of this kind to its end, or recorded such a call, under any runner."""
         return kind in _made.get(self.model, ())
 
     def note_made(self, kind: Hashable) -> None:
-        """A run of this kind has come to its end."""
+        """A run of this kind has come to its end, or such a call was recorded."""
         _made.setdefault(self.model, set()).add(kind)
 
     @property

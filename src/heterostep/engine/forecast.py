@@ -132,13 +132,18 @@ def _twin(model: Any) -> tuple[Any, list[int]]:
     with torch.device("meta"):
         made = type(model).from_config(config)
     torch.nn.Module.to(made, model.dtype)
-    # Text encoders inside of a model have processors that know of no backend.
-    backends = (getattr(getattr(m, "processor", None), "_attention_backend", None) for m in model.modules())
-    backend = next((each for each in backends if each is not None), None)
+    backend = _backend(model)
     for module in made.modules() if backend is not None else ():
         if hasattr(getattr(module, "processor", None), "_attention_backend"):
             module.processor._attention_backend = backend
     return made.eval(), _depths(config)
+
+
+def _backend(model: Any) -> Any:
+    """The attention backend that was set on a model's processors; None where none was."""
+    # Text encoders inside of a model have processors that know of no backend.
+    backends = (getattr(getattr(m, "processor", None), "_attention_backend", None) for m in model.modules())
+    return next((each for each in backends if each is not None), None)
 
 
 def of_a_rank(call: CallMemory, size: int) -> CallMemory:
@@ -152,9 +157,14 @@ def of_a_rank(call: CallMemory, size: int) -> CallMemory:
     return replace(call, plain=plain, dense=dense, sparse=sparse, layers=layers)
 
 
-@torch.no_grad()
+# Forecasts of this process: LTX-2's takes a second on the host.
+_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, CallMemory]] = weakref.WeakKeyDictionary()
+# Of one model, so that a service's many sizes do not pile up.
+MOST_KNOWN = 32
+
+
 def call_memory(model: Any, inputs: dict[str, Any], share: float = 0.5) -> CallMemory:
-    """The forecast of one call; nothing is allocated or computed.
+    """The forecast of one call; nothing is allocated or computed. A call alike is forecast once in a process.
 
     Args:
         model: of one of `heterostep.models.FAMILIES`; it is left as it is.
@@ -164,14 +174,23 @@ def call_memory(model: Any, inputs: dict[str, Any], share: float = 0.5) -> CallM
     Raises:
         HeterostepError: the model looks at its inputs' values, which are none on the meta device.
     """
-    try:
-        return _call_memory(model, inputs, share)
-    except (RuntimeError, NotImplementedError) as error:
-        # PyTorch has several words for it.
-        reason = first_line(error)
-        raise HeterostepError(f"the memory of {type(model).__name__} cannot be forecast: {reason}") from error
+    shapes = tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, torch.Tensor) else x, inputs)
+    alike = repr((share, shapes, dict(model.config), model.dtype, _backend(model)))
+    known = _known.setdefault(model, {})
+    if alike not in known:
+        try:
+            found = _call_memory(model, inputs, share)
+        except (RuntimeError, NotImplementedError) as error:
+            # PyTorch has several words for it.
+            reason = first_line(error)
+            raise HeterostepError(f"the memory of {type(model).__name__} cannot be forecast: {reason}") from error
+        if len(known) >= MOST_KNOWN:
+            known.clear()
+        known[alike] = found
+    return known[alike]
 
 
+@torch.no_grad()
 def _call_memory(model: Any, inputs: dict[str, Any], share: float) -> CallMemory:
     inputs = tree_map(lambda x: torch.empty_like(x, device="meta") if isinstance(x, torch.Tensor) else x, inputs)
     blocks = _depths(model.config)

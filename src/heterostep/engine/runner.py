@@ -272,15 +272,22 @@ class Runner:
             self._compiling.join()
             self._compiling = None
         few = index.shape[1]
+        recording = (self._kind, tuple(index.shape))
         if few not in branch.replays:
             branch.replays[few] = ReplayedCalls(
-                expert.model, expert.seams.hooked, index.device, lambda: generation.graph_pool
+                expert.model,
+                expert.seams.hooked,
+                index.device,
+                lambda: generation.graph_pool,
+                at_once=expert.has_made(recording),
             )
         rows, output = branch.replays[few](
             call,
             {"inputs": inputs, "index": index, "ahead": workspace.ahead},
             [t for kept in (*branch.stores, workspace) for t in kept.tensors or ()],
         )
+        if branch.replays[few].recorded:
+            expert.note_made(recording)
         velocities = self._on_velocity(rows)
         assert velocities is not None
         return self._with_velocities(expert, generation, output, velocities)

@@ -157,18 +157,6 @@ class Schedule:
         seconds: float,
         cost: Callable[[int], float],
     ) -> list[int]:
-        """As `within_seconds`, where no dense step is ahead: `begin` is one if there is the time for it.
-
-        If there is less, and K and V are kept anyway, it goes to one sparse step, of so many tokens that the GPU needs
-        longer for them than the host to launch it.
-        """
+        """As `within_seconds`, where no dense step is ahead: `begin` is one if there is the time for it."""
         planned = self.within_seconds(counts, begin, changes, seconds, cost)
-        if sum(map(cost, planned[begin:])) <= seconds:
-            return planned
-        tokens, planned = self.run.tokens, list(counts)
-        if self.sparse and all(count == tokens.least for count in counts[begin:]):
-            spare = seconds - cost(tokens.least) * (len(counts) - begin)
-            sizes = range(tokens.total // 2, tokens.total, tokens.unit)
-            fitting = [size for size in sizes if cost(size) - cost(tokens.least) <= spare]
-            planned[(begin + len(counts)) // 2] = max(fitting, default=tokens.least)
-        return planned
+        return planned if sum(map(cost, planned[begin:])) <= seconds else list(counts)

@@ -76,7 +76,8 @@ class Auto(Policy):
         dense = self.dense_steps(number, step, self.exponent(changes), fixed)
         counts = [tokens.total if at in dense else tokens.least for at in range(step, num_steps)]
         left = max(evaluations - sum(counts), 0)
-        if sparse_share or tokens.least:
+        # In seconds the rest is left: a call of a new size takes longer than its tokens do.
+        if sparse_share or (tokens.least and exact):
             self._spend_on_tokens(counts, left, [at - step for at in dense], exact)
         return counts
 
