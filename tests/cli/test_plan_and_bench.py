@@ -113,6 +113,11 @@ def test_plan_of_an_image_to_video_run(capsys):
     arguments = ["plan", "--model", "wan2.2-ti2v-5b", "--height", "128", "--width", "128", "--frames", "9", "--json"]
     assert json.loads(works(capsys, *arguments)[0])["pipeline"] == "WanPipeline"
     assert json.loads(works(capsys, *arguments, "--image-to-video")[0])["pipeline"] == "WanImageToVideoPipeline"
+    text, _ = works(capsys, *arguments[:-1], "--steps", "8")
+    image, _ = works(capsys, *arguments[:-1], "--steps", "8", "--image-to-video")
+    assert "at first     all tokens at steps 1-3, 6\n" in text and "advice" not in text
+    assert "(WanImageToVideoPipeline, from a first frame)" in image
+    assert "at first     all tokens at steps 1-2, 4, 7\n" in image and "advice       with 8 steps from a first" in image
 
 
 def test_the_known_models_are_listed(capsys):

@@ -32,7 +32,9 @@ def plan(
     kv_store: Annotated[str, typer.Option(help="auto, device, fp8, offload or fp8-offload.")] = "auto",
     offload: Annotated[str, typer.Option(help="none, or model: one model on the device at a time.")] = "none",
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that make the video together; the figures are of each.")] = 1,
-    image_to_video: Annotated[bool, typer.Option("--image-to-video", help="From a first frame.")] = False,
+    image_to_video: Annotated[
+        bool, typer.Option("--image-to-video", help="From a first frame, where the model makes videos from text too.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.  [default: the model's]")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
@@ -92,10 +94,12 @@ def _show_plan(made: Plan, config: HSAConfig) -> None:
     dial = f"runtime {config.runtime:g}" if config.runtime is not None else f"share {config.target:g}"
     frames, height, width = made.grid
     lines = {
-        "model": f"{made.model} ({made.pipeline})",
+        "model": f"{made.model} ({made.pipeline}{', from a first frame' if made.from_frames else ''})",
         "video": f"{made.height} x {made.width}, {made.num_frames} frames: {made.tokens:,} tokens "
         f"({frames} x {height} x {width}), {made.calls} transformer calls a step",
-        "steps": f"{made.num_inference_steps}; {dial}: {made.share:.3f} of the dense token evaluations",
+        "steps": f"{len(made.active_share)}; {dial}: {made.share:.3f} of the dense token evaluations",
+        "at first": made.evaluated,
+        **({"advice": made.advice} if made.advice else {}),
         **({"on each of": f"{made.gpus} GPUs, what follows"} if made.gpus > 1 else {}),
         "weights": ", ".join(f"{name} {filesize.decimal(size)}" for name, size in made.weights.items()),
         "activations": filesize.decimal(made.activation_bytes),

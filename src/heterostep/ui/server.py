@@ -290,6 +290,8 @@ def _planned(texts: Mapping[str, str]) -> dict[str, Any]:
         "video": f"{made.width} x {made.height}, {made.num_frames} frames",
         "tokens": f"{made.tokens:,} ({frames} x {height} x {width})",
         "steps": f"{made.num_inference_steps}, of which {made.share * made.num_inference_steps:.0f} are evaluated",
+        "evaluated at first": made.evaluated,
+        **({"advice": made.advice} if made.advice else {}),
         "weights": ", ".join(f"{name.replace('_', ' ')} {filesize.decimal(n)}" for name, n in made.weights.items()),
         "activations": filesize.decimal(made.activation_bytes),
         "peak without heterostep": filesize.decimal(made.dense_peak_bytes),
