@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as functional
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Backends
 
 import heterostep
@@ -135,6 +136,16 @@ def test_weights_of_another_dtype():
     assert single.weights["vae"] == half.weights["vae"]
     assert by_name(single)["offload"].host_bytes == 2 * by_name(half)["offload"].host_bytes
     assert by_name(single)["fp8-offload"].host_bytes == by_name(half)["fp8-offload"].host_bytes
+
+
+def test_tf32_needs_what_float32_does(monkeypatch):
+    options = dict(share=0.5, height=128, width=128, num_frames=9, dtype=torch.float32)
+    plain, attend = plan("wan2.1-t2v-1.3b", **options), functional.scaled_dot_product_attention
+    # As `use_tf32` leaves it.
+    monkeypatch.setattr(
+        functional, "scaled_dot_product_attention", functools.wraps(attend)(lambda *a, **k: attend(*a, **k))
+    )
+    assert plan("wan2.1-t2v-1.3b", **options) == plain
 
 
 def test_peaks_grow_with_the_video(folder):

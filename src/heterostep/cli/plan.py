@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import filesize
 
-from heterostep.cli.options import silence
+from heterostep.cli.options import DTYPE_HELP, silence
 from heterostep.config import HSAConfig
+from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def plan(
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
     attention_backend: Annotated[str | None, typer.Option(help="Such as _native_cudnn.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, float16 or bfloat16.")] = "bfloat16",
+    dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.bfloat16,
     as_json: Annotated[bool, typer.Option("--json", help="JSON in place of the table.")] = False,
 ) -> None:
     """Tokens, memory by K/V store and evaluations of a run, from the configuration alone."""
@@ -56,14 +57,10 @@ def plan(
         raise HeterostepError("give --runtime or --share, not both of them")
     if no_kv and sparse_share:
         raise HeterostepError("give --sparse-share or --no-kv, not both of them")
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise HeterostepError(f"--dtype must be float32, float16 or bfloat16, not {dtype}")
     runtime = 0.5 if runtime is None and share is None else runtime
     config = HSAConfig(
         runtime=runtime, share=share, policy=policy, sparse_share=sparse_share, kv_store=kv_store, vram=vram
     )  # fmt: skip
-    import torch
-
     from heterostep.planning.plan import plan as make_plan
 
     with silence():
@@ -78,7 +75,7 @@ def plan(
             offload=offload,
             attention_backend=attention_backend,
             gpus=gpus,
-            dtype=getattr(torch, dtype),
+            dtype=precision_of(dtype, device_of("auto")),
             config=config,
         )
     if as_json:

@@ -26,6 +26,7 @@ from heterostep.models import FAMILIES, cp_plan
 from heterostep.planning import timings
 from heterostep.planning.dry_run import DryRun, dry_run, dry_run_pipeline
 from heterostep.policy import Run, Tokens
+from heterostep.precision import name_of
 from heterostep.sigmas import nominal_sigmas
 
 OFFLOADS = ("none", "model")
@@ -273,7 +274,7 @@ def _plan(
     else:
         chosen = account(forecast.uniform(config.kv_store, layers))
     states = seen.calls[0]["hidden_states"]
-    how: dict[str, Any] = {"dtype": str(states.dtype).removeprefix("torch."), "batch": states.shape[0]}
+    how: dict[str, Any] = {"dtype": name_of(states.dtype), "batch": states.shape[0]}
     how |= {"attention_backend": backend, "compiled": False, "gpus": gpus}
     if keeps:
         how |= {"store": None if chosen is None else chosen.store, "sync": config.sync}
