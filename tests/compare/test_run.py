@@ -592,7 +592,8 @@ def test_a_models_folder_brings_prompts_and_sizes_along(tmp_path):
     (prompt,) = held_out_of(str(tmp_path), 1, with_image=True)
     assert prompt.image.shape == (48, 64, 3)
     for count, first, fault in (
-        (4, 0, "has 3 prompts"),
+        (4, 0, "--count 4 is more than .*'s own prompts .3.: lower it, or give --prompts"),
+        (2, 2, "--count 2 from --seed 2 on is more than .*'s own prompts"),
         (1, 1, "cannot read the image"),
         (1, 2, "without first frames"),
     ):
