@@ -267,6 +267,18 @@ def test_other_sites_cannot_use_the_page(site):
     assert asked(site, "/api/jobs", "POST", "", content_length="50000000", **form)[0] == 413
 
 
+def test_a_plan_tells_the_steps_by_the_task(site):
+    def planned(fields):
+        form = "plan_model=wan2.2-ti2v-5b&plan_width=128&plan_height=128&plan_frames=9" + fields
+        headers = {"content_type": "application/x-www-form-urlencoded"}
+        status, _, text = asked(site, "/api/plan", "POST", form, **headers)
+        assert status == 200, text
+        return json.loads(text)["lines"]["evaluated at first"]
+
+    text, image = planned(""), planned("&plan_image=on")
+    assert text.startswith("all tokens at steps 1-") and image.startswith("all tokens at steps 1-") and text != image
+
+
 def test_a_job_gives_out_its_own_files_alone(site):
     url, studio = site
     _, _, text = asked(

@@ -49,5 +49,5 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
             status = "" if method["status"] == "ran" else f"{method['status']}: "
             console.print(f"{method['label']}: {status}{method['reason']}", markup=False, soft_wrap=True)
     for each in (results.get("vbench") or {}).get("failed", []):
-        text = f"VBench of {labels.get(each['method'], each['method'])} {each['value']:g}: failed: {each['reason']}"
+        text = f"VBench of {labels.get(each['method'], each['method'])}, {each['value']:g}: failed: {each['reason']}"
         console.print(text, markup=False, soft_wrap=True)
