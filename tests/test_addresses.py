@@ -2,13 +2,18 @@
 
 import pytest
 
-from heterostep.addresses import is_loopback, listen
+from heterostep.addresses import asks_loopback, is_loopback, listen
 from heterostep.errors import HeterostepError
 
 
 def test_loopback_addresses():
     assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.9.9.9", "::1", "[::1]")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.0.2.1", "localhost.example", "")))
+
+
+def test_hosts_that_requests_name():
+    assert all(map(asks_loopback, ("localhost:7860", "127.0.0.2:7860", "127.0.0.1", "[::1]:7860", "[::1]")))
+    assert not any(map(asks_loopback, ("evil.example:7860", "192.0.2.1", "[::2]:7860", "localhost.example:7860", "")))
 
 
 def test_an_address_is_one_processs_alone():

@@ -1,12 +1,14 @@
 """What the page's orders become, without a browser."""
 
 import functools
+import gc
 import io
 import json
 import re
 import shlex
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +190,24 @@ def test_what_shows_when_the_model_is_loaded_is_told_by_field(studio, fields, fi
     job = ended(studio.submit(order(**fields)))
     assert (job.state, job.fault) == ("failed", field) and "\n" not in job.message
     assert re.search(message, job.message)
+
+
+def test_a_run_that_failed_gives_back_its_memory(studio, monkeypatch):
+    left = []
+
+    def full(*arguments):
+        held = torch.nn.Module()
+        held.itself = [held]
+        left.append(weakref.ref(held))
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(making, "make", full)
+    gc.disable()
+    try:
+        job = ended(studio.submit(order()))
+        assert job.message.startswith("out of memory: take a smaller") and left[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_an_unexpected_fault_ends_one_job_alone(studio, monkeypatch, caplog):

@@ -1,5 +1,6 @@
 """The page in headless Chromium, and its server without one."""
 
+import contextlib
 import functools
 import http.client
 import io
@@ -19,6 +20,7 @@ from PIL import Image
 
 from heterostep import cli, tiny
 from heterostep.addresses import listen
+from heterostep.errors import HeterostepError
 from small import small_pipeline
 
 server = pytest.importorskip("heterostep.ui.server", reason="the extra ui is not installed")
@@ -258,9 +260,23 @@ def test_other_sites_cannot_use_the_page(site):
     status, headers, _ = asked(site, "/")
     assert status == 200 and "default-src 'none'" in headers["content-security-policy"]
     assert asked(site, "/", host="evil.example")[0] == 400
+    for own in ("127.0.0.2:7860", "[::1]:7860", "localhost"):
+        assert asked(site, "/", host=own)[0] == 200
     assert asked(site, "/api/jobs", "POST", "prompt=x", origin="http://evil.example", **form)[0] == 403
     assert asked(site, "/api/jobs", "POST", "prompt=", origin=site[0].rstrip("/"), **form)[0] == 422
     assert asked(site, "/api/jobs", "POST", "", content_length="50000000", **form)[0] == 413
+
+
+def test_a_plan_tells_the_steps_by_the_task(site):
+    def planned(fields):
+        form = "plan_model=wan2.2-ti2v-5b&plan_width=128&plan_height=128&plan_frames=9" + fields
+        headers = {"content_type": "application/x-www-form-urlencoded"}
+        status, _, text = asked(site, "/api/plan", "POST", form, **headers)
+        assert status == 200, text
+        return json.loads(text)["lines"]["evaluated at first"]
+
+    text, image = planned(""), planned("&plan_image=on")
+    assert text.startswith("all tokens at steps 1-") and image.startswith("all tokens at steps 1-") and text != image
 
 
 def test_a_job_gives_out_its_own_files_alone(site):
@@ -287,6 +303,23 @@ def test_what_the_command_cannot_do_is_one_line(site, capsys):
     assert err.count("\n") == 1 and f"cannot listen on 127.0.0.1, port {port}" in err and "--port" in err
     assert cli.main(["ui", "--port", "0", "--model", "/no/such/folder", "--no-open"]) == 2
     assert capsys.readouterr().err == "heterostep: there is no folder /no/such/folder\n"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1", "localhost", "0.0.0.0"])
+def test_which_addresses_are_this_machines_own(host, monkeypatch, capsys):
+    """Elsewhere nobody may load folders or download models through the page, and any name will do for it."""
+    try:
+        listen(host, 0).close()
+    except HeterostepError:
+        pytest.skip(f"there is no {host} here")
+    made = []
+    monkeypatch.setattr(jobs, "Studio", lambda *args, only: made.append(only) or contextlib.nullcontext())
+    monkeypatch.setattr(server.Server, "serve_until_told", lambda serving: made.append(serving.config.app))
+    assert cli.main(["ui", "--host", host, "--port", "0", "--no-open", "--device", "cpu"]) == 0
+    local = host != "0.0.0.0"
+    assert made[0] is not local and ("Whoever can reach" in capsys.readouterr().err) is not local
+    (guard,) = made[1].user_middleware
+    assert guard.kwargs == {"local": local}
 
 
 def test_without_the_extra_the_command_names_it(monkeypatch, capsys):

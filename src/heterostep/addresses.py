@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 
 from heterostep.errors import HeterostepError
@@ -14,6 +15,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def asks_loopback(header: str) -> bool:
+    """Whether a request's Host header, such as 127.0.0.1:7860, names this machine's own address."""
+    return is_loopback(re.sub(r":\d*$", "", header))
 
 
 def listen(host: str, port: int) -> socket.socket:

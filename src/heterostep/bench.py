@@ -29,6 +29,7 @@ from heterostep.kv.cache import STORES
 from heterostep.models import FAMILIES, cp_plan
 from heterostep.planning import timings
 from heterostep.planning.dry_run import dry_run
+from heterostep.precision import name_of
 
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 # What a kernel or operator is, by what its name has in it; the first that matches.
@@ -163,7 +164,7 @@ def bench(
         "compiled": compiled,
         "sync": sync,
         "attention_backend": attention_backend,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": name_of(dtype),
         "layers": component["num_layers"],
         **sizes,
         "tokens": calls.num_tokens,

@@ -96,8 +96,8 @@ class Order:
             BadField: a value is not what it should be, or the target cannot be reached.
         """
         prompt = form.get("prompt", "").strip()
-        if need_prompt and not prompt:
-            raise BadField("prompt", "say what the video should show")
+        if need_prompt:
+            check_prompt(prompt)
         if len(prompt) > LONGEST_PROMPT:
             raise BadField("prompt", f"the prompt has {len(prompt)} characters, of at most {LONGEST_PROMPT}")
         dial = form.get("dial") or "runtime"
@@ -288,6 +288,16 @@ def in_form(message: str, model: str | None) -> tuple[str, str]:
         fault = "model"
     message = message.replace("give it with --image", "give one").replace("leave out --image", "take that away")
     return re.sub(r"--([a-z])", r"\1", message), fault
+
+
+def check_prompt(prompt: str) -> None:
+    """Whether a prompt says anything.
+
+    Raises:
+        BadField: it does not.
+    """
+    if not prompt.strip():
+        raise BadField("prompt", "the prompt is empty: say what the video should show")
 
 
 def check_model(model: str | None) -> None:

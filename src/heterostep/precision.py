@@ -16,7 +16,7 @@ def use_tf32() -> None:
     """
     torch.set_float32_matmul_precision("high")
     attend = functional.scaled_dot_product_attention
-    if hasattr(attend, "__wrapped__"):
+    if _is_on():
         return
 
     @functools.wraps(attend)
@@ -28,6 +28,15 @@ def use_tf32() -> None:
         return attend(query.half(), key.half(), value.half(), *args, **kwargs).float()
 
     functional.scaled_dot_product_attention = in_half
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype's name, such as bfloat16; that of float32 is tf32 after `use_tf32`, for its seconds are others."""
+    return "tf32" if dtype == torch.float32 and _is_on() else str(dtype).removeprefix("torch.")
+
+
+def _is_on() -> bool:
+    return hasattr(functional.scaled_dot_product_attention, "__wrapped__")
 
 
 def _halved(argument: Any) -> Any:

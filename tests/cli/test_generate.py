@@ -307,6 +307,8 @@ def test_dense_goes_with_nothing_that_skips(no_model, capsys, option):
         ([], "Missing command; see heterostep --help"),
         (["draw"], "No such command 'draw'; see heterostep --help"),
         (["generate"], "Missing argument 'prompt'; see heterostep generate --help"),
+        (["generate", ""], "the prompt is empty: say what the video should show"),
+        (["generate", " \n"], "the prompt is empty"),
         (
             ["generate", "x", "--solver", "rk4"],
             "'rk4' is not one of 'pipeline', 'euler'; see heterostep generate --help",
@@ -548,6 +550,15 @@ def test_compare_used_wrongly(no_model, capsys, arguments, message):
     before = files()
     assert cli.main(["compare", *SMALL, *arguments]) == 2
     assert message in only_line(capsys.readouterr().err) and files() == before
+
+
+def test_compare_wants_no_more_prompts_than_a_model_brings(no_model, capsys):
+    Path("model").mkdir()
+    Path("model/heterostep.json").write_text(json.dumps({"held_out": [{"prompt": "a cat"}]}))
+    assert cli.main(["compare", *SMALL, "--model", "model", "--count", "2"]) == 2
+    err = only_line(capsys.readouterr().err)
+    assert err == "heterostep: --count 2 is more than model's own prompts (1): lower it, or give --prompts\n"
+    assert files() == ["model"]
 
 
 def test_compare_ignores_empty_names_and_goes_on_with_other_methods(pipes, capsys):

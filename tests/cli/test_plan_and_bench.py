@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as functional
 
 from heterostep import cli, configs
 from heterostep.kv.cache import STORES
@@ -32,6 +33,16 @@ def place(monkeypatch, tmp_path, saved):
     monkeypatch.setenv("HETEROSTEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def tf32():
+    """What `use_tf32` does is undone at the end, or by `undo`."""
+    before, attend = torch.get_float32_matmul_precision(), functional.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "scaled_dot_product_attention", attend)
+        yield patch
+    torch.set_float32_matmul_precision(before)
 
 
 def files():
@@ -113,6 +124,11 @@ def test_plan_of_an_image_to_video_run(capsys):
     arguments = ["plan", "--model", "wan2.2-ti2v-5b", "--height", "128", "--width", "128", "--frames", "9", "--json"]
     assert json.loads(works(capsys, *arguments)[0])["pipeline"] == "WanPipeline"
     assert json.loads(works(capsys, *arguments, "--image-to-video")[0])["pipeline"] == "WanImageToVideoPipeline"
+    text, _ = works(capsys, *arguments[:-1], "--steps", "8")
+    image, _ = works(capsys, *arguments[:-1], "--steps", "8", "--image-to-video")
+    assert "at first     all tokens at steps 1-3, 6\n" in text and "advice" not in text
+    assert "(WanImageToVideoPipeline, from a first frame)" in image
+    assert "at first     all tokens at steps 1-2, 4, 7\n" in image and "advice       with 8 steps from a first" in image
 
 
 def test_the_known_models_are_listed(capsys):
@@ -142,6 +158,7 @@ def test_the_known_models_are_listed(capsys):
         ([*PLAN, "--height", "100"], "divisible by 16"),
         ([*PLAN, "--image-to-video"], "does not take a first frame"),
         ([*PLAN, "--guidance", "nan"], "guidance"),
+        ([*PLAN, "--dtype", "int3"], "--dtype"),
         ([*PLAN, "--attention-backend", "nonsense"], "no such attention backend: nonsense"),
         ([*PLAN, "--nonsense"], "--nonsense"),
     ],
@@ -184,6 +201,18 @@ def test_a_plan_shows_the_seconds_of_a_bench(capsys):
     assert f"dense {20 * result['plain_seconds']:.1f} (cpu)" in out
 
 
+def test_a_plan_of_tf32_has_seconds_of_its_own(capsys, tf32):
+    result = json.loads(works(capsys, *BENCH, "--quiet", "--dtype", "tf32")[0])
+    arguments = ["plan", "--model", "model", *SIZE, "--steps", "10", "--sparse-share", "0.2", "--json", "--dtype"]
+    made = json.loads(works(capsys, *arguments, "tf32")[0])
+    assert result["dtype"] == "tf32" and made["dense_seconds"] == pytest.approx(20 * result["plain_seconds"])
+    tf32.undo()
+    plain = json.loads(works(capsys, *arguments, "float32")[0])
+    assert plain["dense_seconds"] is None and plain["stores"] == made["stores"]
+    # Without a GPU that is what auto is.
+    assert json.loads(works(capsys, *arguments, "auto")[0]) == plain
+
+
 def test_out_of_memory_in_a_bench_is_one_line(capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -202,7 +231,7 @@ def test_out_of_memory_in_a_bench_is_one_line(capsys, monkeypatch):
         ([*BENCH, "--shares", "0.5,1"], "shares must be above 0 and below 1"),
         ([*BENCH, "--shares", "0,0.5"], "shares must be above 0 and below 1"),
         ([*BENCH, "--shares", "nan"], "shares must be above 0 and below 1"),
-        ([*BENCH, "--dtype", "int3"], "--dtype must be auto, float32, float16 or bfloat16, not int3"),
+        ([*BENCH, "--dtype", "int3"], "--dtype"),
         ([*BENCH, "--stores", "device,tape"], "no such store: tape"),
         ([*BENCH, "--stores", ""], "no such store"),
         ([*BENCH, "--layers", "4"], "model has 3 layers, not 4"),

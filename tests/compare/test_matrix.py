@@ -235,7 +235,9 @@ def test_files_are_written_from_what_is_there(tmp_path: Path) -> None:
     text = " ".join(checker.text.split())
     assert "Text-to-video in 4 regimes" in text and "incomplete" in text and "ValueError: no <luck>" in text
     assert "Of 12 rows heterostep loses to nobody in 8 by the mean, and in 8 by the worst tenth" in text
-    assert "mean: to easycache (2.75 dB)" in text and "worst tenth: to steps, easycache (1.00 dB)" in text
+    assert "mean: to Easycache (2.75 dB)" in text and "worst tenth: to Steps; Easycache (1.00 dB)" in text
+    assert "bundled at 0.25: Hsa (not so cheap; nearest" in text and "Pab (ValueError: no <luck>)" in text
+    assert content["regimes"]["bundled"]["labels"]["easycache"] == "Easycache"
     shown = table(matrix({"bundled": results()}))
     assert "| bundled | 0.75 | **42.0 ± 2.3 (low 40.0)** | easycache ~41.1" in shown and "| steps, easycache |" in shown
 

@@ -381,6 +381,17 @@ def test_one_at_a_time_nothing_is_said_of_batches(page):
     assert "batch" not in page.text and "Wall-clock" not in page.text
 
 
+def test_seconds_of_a_busy_machine_are_said_to_be_uncertain(page, tmp_path):
+    said = "the machine was busy, or slow at first, so that ratios of seconds are uncertain"
+    assert said not in page.text
+    data = results()
+    for runtimes, off in (((1.01, 1.08), None), ((0.88, 1.02), "7%"), ((1.2, 1.1), "15%")):
+        for entry, runtime in zip(data["chance"], runtimes):
+            entry["runtime"] = runtime
+        text = Page(write(tmp_path, data).read_text()).text
+        assert (said in text) is (off is not None) and (off is None or f"differ by {off} in seconds" in text)
+
+
 def test_one_prompt_has_no_spread(tmp_path):
     data = results()
     for key in ("prompts", "dense", "chance"):
@@ -398,6 +409,9 @@ def test_plots_have_words_points_and_reference_lines(source, page):
     kinds = [attrs.get("class", "") for attrs in page.all("path")]
     assert kinds.count("dense") == 5 and kinds.count("chance") == 2
     assert sum("diagnostic" in attrs.get("class", "") for attrs in page.all("g")) == 5
+    legends = re.findall(r'<ul class="legend".*?</ul>', source, re.DOTALL)
+    labels = [entry["label"] for entry in results()["methods"] if entry["status"] == "ran"]
+    assert len(legends) == 5 and all(f" {label}</li>" in legend for legend in legends for label in labels)
     assert "2 diagnostic points lie further right." in page.text
     assert "Dense of another seed, at 0.410, lies outside." in page.text
     assert "nan" not in re.sub(r'"data:[^"]*"', "", source).lower()

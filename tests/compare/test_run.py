@@ -349,14 +349,18 @@ def test_the_table_marks_winners_and_what_was_not_reached():
     lines = [{"method": "heterostep", "points": [point(0.5, 30.0)]}, {"method": "steps", "points": [point(0.7, 28.0)]}]
     results = {
         "frontier": summary.frontier(lines, [0.5]),
-        "methods": [{"name": "failing", "label": "x", "status": "failed", "reason": "no luck [1]"}],
+        "methods": [{"name": "failing", "label": "Some Cache", "status": "failed", "reason": "no luck [1]"}],
         "settings": {"cost": "runtime"},
+        "chance": [{"runtime": 1.04}],
+        "vbench": {"failed": [{"method": "failing", "value": 2.0, "reason": "no network"}]},
     }
     console = Console(width=100, file=io.StringIO())
     table.show(results, console)
     shown = console.file.getvalue()
-    assert "30.0 *" in shown and "not reached" in shown and "failing: failed: no luck [1]" in shown
-    assert "runtime 0.5 of dense" in shown
+    assert "30.0 *" in shown and "not reached" in shown and "Some Cache: failed: no luck [1]" in shown
+    assert "runtime 0.5 of dense" in shown and "VBench of Some Cache, 2: failed" in shown and "busy" not in shown
+    table.show(results | {"chance": [{"runtime": 0.8}, {"runtime": 1.02}, {"runtime": 1.2}]}, console)
+    assert "differ by 20% in seconds: the machine was busy" in console.file.getvalue()
     table.show(results | {"settings": {"cost": "evaluations"}}, console)
     assert "token evaluations" in console.file.getvalue()
 
@@ -592,7 +596,8 @@ def test_a_models_folder_brings_prompts_and_sizes_along(tmp_path):
     (prompt,) = held_out_of(str(tmp_path), 1, with_image=True)
     assert prompt.image.shape == (48, 64, 3)
     for count, first, fault in (
-        (4, 0, "has 3 prompts"),
+        (4, 0, "--count 4 is more than .*'s own prompts .3.: lower it, or give --prompts"),
+        (2, 2, "--count 2 from --seed 2 on is more than .*'s own prompts"),
         (1, 1, "cannot read the image"),
         (1, 2, "without first frames"),
     ):

@@ -162,7 +162,7 @@ def test_an_evaluation_that_fails_is_told_and_made_again_alone(install, tmp_path
     out, err = capsys.readouterr()
     reason = "RuntimeError: no kernel image is available (work/vbench/steps-0.5.log)"
     assert f"4/4 VBench steps 0.5: {reason}" in err.splitlines()
-    assert f"VBench of steps 0.5: failed: {reason}" in out.splitlines()
+    assert f"VBench of fewer steps, the pipeline's solver, 0.5: failed: {reason}" in out.splitlines()
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     assert results["vbench"]["failed"] == [{"method": "steps", "value": 0.5, "reason": reason}]
     values = {line["method"]: line["points"][0]["vbench"] for line in results["curves"]}

@@ -7,17 +7,19 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as functional
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Backends
 
 import heterostep
 from heterostep import HSAConfig, configs
 from heterostep.engine import forecast
+from heterostep.engine.schedule import Schedule
 from heterostep.errors import HeterostepError
 from heterostep.kv.cache import STORES
 from heterostep.planning import plan as planning
 from heterostep.planning import timings
 from heterostep.planning.plan import plan
-from rows import quickly
+from rows import ROWS, quickly
 from small_wan import small_wan
 
 SMALL = dict(height=64, width=64, num_frames=9, num_inference_steps=12)
@@ -134,6 +136,16 @@ def test_weights_of_another_dtype():
     assert single.weights["vae"] == half.weights["vae"]
     assert by_name(single)["offload"].host_bytes == 2 * by_name(half)["offload"].host_bytes
     assert by_name(single)["fp8-offload"].host_bytes == by_name(half)["fp8-offload"].host_bytes
+
+
+def test_tf32_needs_what_float32_does(monkeypatch):
+    options = dict(share=0.5, height=128, width=128, num_frames=9, dtype=torch.float32)
+    plain, attend = plan("wan2.1-t2v-1.3b", **options), functional.scaled_dot_product_attention
+    # As `use_tf32` leaves it.
+    monkeypatch.setattr(
+        functional, "scaled_dot_product_attention", functools.wraps(attend)(lambda *a, **k: attend(*a, **k))
+    )
+    assert plan("wan2.1-t2v-1.3b", **options) == plain
 
 
 def test_peaks_grow_with_the_video(folder):
@@ -340,8 +352,51 @@ def test_other_models_keep_their_attention_backend():
 
 
 def test_image_to_video():
-    made = plan("wan2.2-ti2v-5b", runtime=0.5, image_to_video=True, height=128, width=128, num_frames=9)
-    assert made.pipeline == "WanImageToVideoPipeline"
+    options = dict(share=0.5, height=128, width=128, num_frames=9, num_inference_steps=8)
+    text, image = plan("wan2.2-ti2v-5b", **options), plan("wan2.2-ti2v-5b", image_to_video=True, **options)
+    assert (text.pipeline, text.from_frames) == ("WanPipeline", False)
+    assert (image.pipeline, image.from_frames) == ("WanImageToVideoPipeline", True)
+    # From a frame less changes at the beginning, and given tokens are evaluated like the others.
+    assert text.share == image.share == 0.5 and text.tokens == image.tokens
+    assert text.evaluated == "all tokens at steps 1-3, 6" and image.evaluated == "all tokens at steps 1-2, 4, 7"
+    assert text.advice is None and "num_inference_steps=4" in image.advice
+    # A checkpoint that wants a frame is planned with one.
+    assert plan("wan2.1-i2v-14b-480p", **options).active_share == image.active_share
+
+
+def test_a_pipeline_says_whether_it_takes_a_frame():
+    assert plan(small_wan("wan2.1-i2v"), **SMALL, share=0.5) == plan(
+        small_wan("wan2.1-i2v"), **SMALL, share=0.5, image_to_video=True
+    )
+    with pytest.raises(HeterostepError, match="WanPipeline does not take a first frame: give the image-to-video"):
+        plan(small_wan("wan2.1-t2v"), **SMALL, share=0.5, image_to_video=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [("wan2.1-t2v", 9), ("wan2.1-v2v", 9), ("wan2.2-i2v", 9), ("wan2.2-ti2v-i2v", 9), ("ltx2.3-i2v", 17)],
+)
+def test_the_steps_are_those_that_a_run_begins_with(name, frames, monkeypatch):
+    row, begun, first = ROWS[name], [], Schedule.plan
+
+    def noted(schedule):
+        counts = first(schedule)
+        begun.append([count / schedule.run.tokens.total for count in counts])
+        return counts
+
+    pipe = row.build()
+    made = plan(pipe, height=64, width=64, num_frames=frames, num_inference_steps=12, share=0.45)
+    monkeypatch.setattr(Schedule, "plan", noted)
+    with heterostep.enabled(pipe, share=0.45):
+        row.run(pipe, steps=12)
+    assert [list(made.active_share)] == begun
+    # The rest begins with a video that has less than all of the noise.
+    assert len(made.active_share) == (9 if name == "wan2.1-v2v" else 12)
+
+
+def test_steps_with_some_of_the_tokens_are_told_apart(folder):
+    shares = [1.0, 1.0, 0.25, 0.5, 1.0, 0.0, 1.0, 0.25, *[0.0] * 4]
+    assert plan(folder, share=shares, **SMALL).evaluated == "all tokens at steps 1-2, 5, 7; some at 3-4, 8"
 
 
 def test_options_as_a_config_or_as_keywords(folder):

@@ -11,6 +11,7 @@ from rich import filesize
 
 from heterostep.cli.options import (
     DEVICE_HELP,
+    DTYPE_HELP,
     check_outputs,
     is_seen,
     on_device,
@@ -18,6 +19,7 @@ from heterostep.cli.options import (
     silence,
     start_ranks,
 )
+from heterostep.devices import Dtype, precision_of
 from heterostep.errors import HeterostepError
 from heterostep.files import replacing, writing
 
@@ -38,7 +40,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")] = 5,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     gpus: Annotated[int, typer.Option(min=1, help="One call on so many GPUs of this machine.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto: float32 on the CPU.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
     out: Annotated[Path | None, typer.Option("--json", help="JSON file for the result.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="The JSON line alone.")] = False,
 ) -> None:
@@ -48,18 +50,13 @@ def bench(
         wanted = tuple(float(part) for part in shares.split(","))
     except ValueError as error:
         raise HeterostepError(f"--shares wants numbers, as in 0.5,0.25, not {shares}") from error
-    if dtype not in ("auto", "float32", "float16", "bfloat16"):
-        raise HeterostepError(f"--dtype must be auto, float32, float16 or bfloat16, not {dtype}")
     start_ranks(gpus, device, context.obj)
     quiet = quiet or not is_seen(gpus)
-    import torch
-
     from heterostep.bench import Size
     from heterostep.bench import bench as run_bench
 
     advice = "lower the size, or take fewer --layers, --stores or a smaller --dtype"
     with silence(), out_of_memory(advice), on_device(gpus, device) as place:
-        precision = getattr(torch, {"auto": "bfloat16" if place.type == "cuda" else "float32"}.get(dtype, dtype))
         result = run_bench(
             config,
             Size(height, width, frames),
@@ -73,7 +70,7 @@ def bench(
             repeats=repeats,
             device=place,
             gpus=gpus,
-            dtype=precision,
+            dtype=precision_of(dtype, place),
             tell=(lambda line: None) if quiet else (lambda line: typer.echo(line, err=True)),
         )
     if not is_seen(gpus):

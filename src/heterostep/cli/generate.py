@@ -27,7 +27,7 @@ from heterostep.config import HSAConfig
 from heterostep.devices import Dtype, precision_of
 from heterostep.errors import HeterostepError
 from heterostep.files import replacing
-from heterostep.order import check_model
+from heterostep.order import check_model, check_prompt
 
 
 class Solver(str, Enum):
@@ -95,6 +95,7 @@ def generate(
     """Generate a video."""
     if no_kv and sparse_share:
         raise HeterostepError("give --sparse-share or --no-kv, not both of them")
+    check_prompt(prompt)
     check_guidance(guidance)
     if dense and (both or (runtime, share, sparse_share, policy, sync) != (None, None, 0, "auto", "hold")):
         names = "--runtime, --share, --sparse-share, --policy, --sync and --both"

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import filesize
 
-from heterostep.cli.options import silence
+from heterostep.cli.options import DTYPE_HELP, silence
 from heterostep.config import HSAConfig
+from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError
 
 if TYPE_CHECKING:
@@ -32,14 +33,16 @@ def plan(
     kv_store: Annotated[str, typer.Option(help="auto, device, fp8, offload or fp8-offload.")] = "auto",
     offload: Annotated[str, typer.Option(help="none, or model: one model on the device at a time.")] = "none",
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that make the video together; the figures are of each.")] = 1,
-    image_to_video: Annotated[bool, typer.Option("--image-to-video", help="From a first frame.")] = False,
+    image_to_video: Annotated[
+        bool, typer.Option("--image-to-video", help="From a first frame, where the model makes videos from text too.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.  [default: the model's]")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
     attention_backend: Annotated[str | None, typer.Option(help="Such as _native_cudnn.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, float16 or bfloat16.")] = "bfloat16",
+    dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.bfloat16,
     as_json: Annotated[bool, typer.Option("--json", help="JSON in place of the table.")] = False,
 ) -> None:
     """Tokens, memory by K/V store and evaluations of a run, from the configuration alone."""
@@ -54,14 +57,10 @@ def plan(
         raise HeterostepError("give --runtime or --share, not both of them")
     if no_kv and sparse_share:
         raise HeterostepError("give --sparse-share or --no-kv, not both of them")
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise HeterostepError(f"--dtype must be float32, float16 or bfloat16, not {dtype}")
     runtime = 0.5 if runtime is None and share is None else runtime
     config = HSAConfig(
         runtime=runtime, share=share, policy=policy, sparse_share=sparse_share, kv_store=kv_store, vram=vram
     )  # fmt: skip
-    import torch
-
     from heterostep.planning.plan import plan as make_plan
 
     with silence():
@@ -76,7 +75,7 @@ def plan(
             offload=offload,
             attention_backend=attention_backend,
             gpus=gpus,
-            dtype=getattr(torch, dtype),
+            dtype=precision_of(dtype, device_of("auto")),
             config=config,
         )
     if as_json:
@@ -92,10 +91,12 @@ def _show_plan(made: Plan, config: HSAConfig) -> None:
     dial = f"runtime {config.runtime:g}" if config.runtime is not None else f"share {config.target:g}"
     frames, height, width = made.grid
     lines = {
-        "model": f"{made.model} ({made.pipeline})",
+        "model": f"{made.model} ({made.pipeline}{', from a first frame' if made.from_frames else ''})",
         "video": f"{made.height} x {made.width}, {made.num_frames} frames: {made.tokens:,} tokens "
         f"({frames} x {height} x {width}), {made.calls} transformer calls a step",
-        "steps": f"{made.num_inference_steps}; {dial}: {made.share:.3f} of the dense token evaluations",
+        "steps": f"{len(made.active_share)}; {dial}: {made.share:.3f} of the dense token evaluations",
+        "at first": made.evaluated,
+        **({"advice": made.advice} if made.advice else {}),
         **({"on each of": f"{made.gpus} GPUs, what follows"} if made.gpus > 1 else {}),
         "weights": ", ".join(f"{name} {filesize.decimal(size)}" for name, size in made.weights.items()),
         "activations": filesize.decimal(made.activation_bytes),

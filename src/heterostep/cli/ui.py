@@ -30,7 +30,7 @@ def ui(
     if missing := [name for module, name in wanted.items() if importlib.util.find_spec(module) is None]:
         raise HeterostepError(f"the page wants {' and '.join(missing)}: pip install 'heterostep[ui]'")
     with silence():
-        from heterostep.addresses import listen
+        from heterostep.addresses import is_loopback, listen
         from heterostep.order import check_model
         from heterostep.ui import server
         from heterostep.ui.jobs import Studio
@@ -39,7 +39,7 @@ def ui(
         place = device_of(device)
         precision = precision_of(dtype, place)
         sock = listen(host, port)
-        url, local = server.address(sock), host in server.LOOPBACK
+        url, local = server.address(sock), is_loopback(host)
         # From other machines, no folders of this one and no downloads.
         with sock, Studio(place, precision, model, only=not local) as studio:
             if not quiet:
@@ -50,7 +50,7 @@ def ui(
                     )
             if open_page if open_page is not None else _has_desktop():
                 server.open_browser(url)
-            server.Server(studio, sock, server.LOOPBACK if local else ("*",)).serve_until_told()
+            server.Server(studio, sock, local).serve_until_told()
 
 
 def _has_desktop() -> bool:

@@ -274,6 +274,7 @@ def _about(name: str, results: Results) -> dict[str, Any]:
     return {
         "label": known.label if known else name,
         "text": known.text if known else text,
+        "labels": {method["name"]: method["label"] for method in results["methods"]},
         "complete": results["complete"],
         **{key: settings.get(key) for key in ("model", "mode", "height", "width", "num_frames", "seeds")},
         **{key: results[key] for key in ("machine", "versions")},
@@ -368,14 +369,19 @@ def page(content: dict[str, Any], picture: bytes) -> str:
 
     template = (Path(__file__).parent / "matrix.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    rows = content["rows"]
+    rows, regimes = content["rows"], content["regimes"]
+
+    def labelled(row: Row, names: Sequence[str]) -> list[str]:
+        return [regimes[row["regime"]]["labels"].get(name, name) for name in names]
+
     known = [row for row in rows if row["ours"] is not None]
     counts = {figure: (sum(not row["loses"][figure] for row in known), len(rows)) for figure in ("mean", "low")}
     return environment.from_string(template).render(
         style=STYLE,
         title=title(content),
         rows=rows,
-        regimes=content["regimes"],
+        regimes=regimes,
+        labelled=labelled,
         columns=COLUMNS,
         counts=counts,
         decibels=decibels,

@@ -34,6 +34,7 @@ from heterostep.compare.chart import (
 )
 from heterostep.compare.page_data import CAPTION_PARTS, Record, Report, metric_value, number, value_of, verdict
 from heterostep.compare.style import SCRIPT, STYLE
+from heterostep.compare.summary import unsteady
 from heterostep.errors import HeterostepError
 from heterostep.files import replacing
 
@@ -101,6 +102,7 @@ def _html(report: Report, folder: Path) -> str:
         model=report.settings.get("model", ""),
         summary=_summary(report),
         complete=report.data.get("complete"),
+        unsteady=unsteady(report.chance),
         timed=report.cost == RUNTIME,
         axis=report.axis,
         budget=budget,

@@ -43,7 +43,8 @@ def held_out_of(model: str, count: int, first: int = 0, with_image: bool = False
     if not known:
         raise HeterostepError(f"give --prompts: {model} comes without prompts of its own")
     if first + count > len(known):
-        raise HeterostepError(f"{model} has {len(known)} prompts of its own: lower --count or --seed")
+        asked = f"--count {count}" + (f" from --seed {first} on" if first else "")
+        raise HeterostepError(f"{asked} is more than {model}'s own prompts ({len(known)}): lower it, or give --prompts")
     prompts = []
     for number, entry in enumerate(known[first : first + count], first):
         image = None

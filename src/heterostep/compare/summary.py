@@ -12,6 +12,8 @@ METRICS = ("psnr", "ssim", "lpips", "caption", "motion", "vbench")
 RUNTIME, EVALUATIONS = "runtime", "evaluations"
 # Equal to the dense video on every prompt: a figure above every other serves, and JSON has no infinity.
 IDENTICAL_DB = 100.0
+# Dense from another seed has the same work to do: from this part of the seconds on, their difference is worth a word.
+STEADY = 0.05
 # The worst one in so many prompts are looked at by themselves, and at least one.
 WORST = 10
 
@@ -74,6 +76,22 @@ def curves(generations: list[dict[str, Any]], dense: list[dict[str, Any]], cost:
         rows.sort(key=lambda point: -point[cost]["mean"])
         out.append({"method": method, "points": rows})
     return out
+
+
+def unsteady(chance: list[dict[str, Any]]) -> str | None:
+    """What is to be said of ratios of seconds, where a prompt's two dense runs took so different ones; else None.
+
+    Args:
+        chance: records of dense from another seed; of what was not timed `runtime` is None.
+    """
+    known = [abs(record["runtime"] - 1) for record in chance if record["runtime"] is not None]
+    off = statistics.median(known) if known else 0.0
+    if off <= STEADY:
+        return None
+    return (
+        f"The two dense runs of a prompt differ by {off:.0%} in seconds: the machine was busy, or slow at first, so "
+        "that ratios of seconds are uncertain."
+    )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from heterostep.compare.chart import AXES
+from heterostep.compare.summary import unsteady
 
 COLUMNS = {
     "psnr": "PSNR dB",
@@ -41,10 +42,12 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
                 cells.append(f"{text} *" if at["winners"].get(name) == row["method"] else text)
             table.add_row(label, *cells)
         console.print(table)
+    if said := unsteady(results["chance"]):
+        console.print(said, markup=False, soft_wrap=True)
     for method in results["methods"]:
         if method["reason"]:
             status = "" if method["status"] == "ran" else f"{method['status']}: "
-            console.print(f"{method['name']}: {status}{method['reason']}", markup=False, soft_wrap=True)
+            console.print(f"{method['label']}: {status}{method['reason']}", markup=False, soft_wrap=True)
     for each in (results.get("vbench") or {}).get("failed", []):
-        text = f"VBench of {each['method']} {each['value']:g}: failed: {each['reason']}"
+        text = f"VBench of {labels.get(each['method'], each['method'])}, {each['value']:g}: failed: {each['reason']}"
         console.print(text, markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ Shapes: B batch, N tokens, n active tokens.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -83,7 +84,8 @@ class _FusedOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
+        # Unwrapped: `use_tf32` puts a function around it.
+        if func is inspect.unwrap(torch.nn.functional.scaled_dot_product_attention):
             query = args[0] if args else kwargs["query"]
             value = args[2] if len(args) > 2 else kwargs["value"]
             out = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)

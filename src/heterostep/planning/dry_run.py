@@ -30,6 +30,8 @@ from heterostep.pipeline import supported, transformers
 
 # The parts that a dry run asks for anything; a pipeline takes None for the others.
 NEEDED = ("transformer", "transformer_2", "vae", "audio_vae", "connectors")
+# The arguments by which pipelines are given frames that the video continues.
+GIVEN = ("image", "conditions")
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,15 @@ class DryRun:
         pipe: the pipeline on the meta device, as its call left it; encoders of text and images are None.
         model: the transformer that is called, on the meta device.
         calls: the arguments of each call, in order, by the names in the forward's signature; every tensor is on meta.
+        from_frames: whether the video continues given frames, which a run reads from its calls' values.
+        first: the scheduler's step that this is; above 0 where a pipeline begins with a video (video-to-video).
     """
 
     pipe: Any
     model: torch.nn.Module
     calls: list[dict[str, Any]]
+    from_frames: bool = False
+    first: int = 0
 
 
 def dry_run(
@@ -208,7 +214,13 @@ def _dry_run(
             raise HeterostepError(f"{type(pipe).__name__} refuses this: {first_line(error)}") from error
     if not calls:
         raise HeterostepError(f"{type(pipe).__name__} has no step to make: give it more steps or strength")
-    return DryRun(pipe, calls[0][0], [inputs for _, inputs in calls])
+    from_frames = any(arguments.get(name) is not None for name in GIVEN)
+    return DryRun(pipe, calls[0][0], [inputs for _, inputs in calls], from_frames, _first_step(pipe))
+
+
+def _first_step(pipe: Any) -> int:
+    timesteps, now = pipe.scheduler.timesteps, getattr(pipe, "_current_timestep", None)
+    return 0 if now is None or timesteps.is_meta else int((timesteps - now).abs().argmin())
 
 
 def _arguments(
@@ -301,15 +313,17 @@ def _stand_ins(pipe: Any, image_encoder: Any) -> list[tuple[Any, str, Any]]:
             return latents
 
         stand_ins.append((scheduler, "add_noise", add_noise))
-    if family.startswith("Wan"):
 
-        @functools.wraps(scheduler.set_timesteps)
-        def set_timesteps(*args: Any, **kwargs: Any) -> None:
-            # Wan 2.2 chooses one of its transformers by the timestep's value, and sigmas are made floats.
-            with torch.device("cpu"):
-                type(scheduler).set_timesteps(scheduler, *args, **{**kwargs, "device": "cpu"})
+    @functools.wraps(scheduler.set_timesteps)
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        # Plans are made of the sigmas' values, and some schedulers make floats of them.
+        with torch.device("cpu"):
+            type(scheduler).set_timesteps(scheduler, *args, **{**kwargs, "device": "cpu"})
+        if not family.startswith("Wan"):
+            # Wan 2.2 chooses one of its transformers by the timestep's value.
+            scheduler.timesteps = scheduler.timesteps.to("meta")
 
-        stand_ins.append((scheduler, "set_timesteps", set_timesteps))
+    stand_ins.append((scheduler, "set_timesteps", set_timesteps))
     if family.startswith("Wan") and image_encoder is not None:
 
         def encode_clip_image(image: Any, device: Any = None) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from heterostep.models import FAMILIES, cp_plan
 from heterostep.planning import timings
 from heterostep.planning.dry_run import DryRun, dry_run, dry_run_pipeline
 from heterostep.policy import Run, Tokens
+from heterostep.precision import name_of
 from heterostep.sigmas import nominal_sigmas
 
 OFFLOADS = ("none", "model")
@@ -60,7 +62,11 @@ class Plan:
         tokens: N.
         grid: of the tokens: frames, height, width.
         calls: of the transformer in each step (guidance branches).
+        from_frames: whether the video continues given frames (image-to-video).
         share: token evaluations over dense, as planned (a runtime may spend a little less).
+        active_share: tokens evaluated over all tokens, one per step, as the run begins; most runs plan the steps ahead
+            anew as they go.
+        advice: what would probably serve better than these settings, one sentence; None where nothing is known.
         weights: bytes of the modules on the device at once, by name.
         activation_bytes: the most that one call holds beside weights and K and V.
         dense_peak_bytes: the peak of the pipeline without heterostep.
@@ -83,7 +89,10 @@ class Plan:
     tokens: int
     grid: tuple[int, int, int]
     calls: int
+    from_frames: bool
     share: float
+    active_share: tuple[float, ...]
+    advice: str | None
     weights: dict[str, int]
     activation_bytes: int
     dense_peak_bytes: int
@@ -96,6 +105,15 @@ class Plan:
     device: str | None
     gpus: int = 1
 
+    @property
+    def evaluated(self) -> str:
+        """The steps that evaluate tokens as the run begins, from 1, as in "all tokens at steps 1-3, 5; some at 4"."""
+        counts = [round(share * self.tokens) for share in self.active_share]
+        # One token comes along at every step where a model makes sound (LTX-2).
+        some = _ranges(step for step, count in enumerate(counts, 1) if 1 < count < self.tokens)
+        every = _ranges(step for step, count in enumerate(counts, 1) if count == self.tokens)
+        return f"all tokens at steps {every}" + (f"; some at {some}" if some else "")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""
         return asdict(self)
@@ -103,6 +121,17 @@ class Plan:
     def to_json(self, indent: int | None = None) -> str:
         """The plan as JSON."""
         return json.dumps(self.to_dict(), indent=indent)
+
+
+def _ranges(steps: Iterable[int]) -> str:
+    """Ascending numbers as text: 1-3, 5."""
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and runs[-1][-1] == step - 1:
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def plan(
@@ -126,7 +155,7 @@ def plan(
     Args:
         model: a short name or hub id of `heterostep.configs`, a diffusers folder, or a pipeline.
         height, width, num_frames, num_inference_steps, guidance_scale: of the pipeline's call; by default the model's.
-        image_to_video: from a first frame, where the model does both.
+        image_to_video: from a first frame, where the model does both; of a pipeline, its class says so.
         offload: "none", all models are on the device; "model", one at a time (`enable_model_cpu_offload`).
         attention_backend: as given to `set_attention_backend`; some copy their inputs. A pipeline's own by default.
         gpus: that share the video (`enable_parallelism`).
@@ -170,6 +199,11 @@ def plan(
         }
     else:
         seen = dry_run_pipeline(model, **sizes)
+        if image_to_video and not seen.from_frames:
+            raise HeterostepError(
+                f"{type(model).__name__} does not take a first frame: give the image-to-video pipeline, or leave out "
+                "image_to_video"
+            )
         modules = {name: part for name, part in model.components.items() if isinstance(part, torch.nn.Module)}
         weights = {name: sum(p.nbytes for p in module.parameters()) for name, module in modules.items()}
     transformer: Any = seen.model
@@ -202,10 +236,10 @@ def _plan(
     if gpus > 1:
         cp_plan(seen.model)
         parallel.check_heads(seen.model, gpus)
-    total, num_steps = grid.num_tokens, sizes["num_inference_steps"]
-    switch = adapter.expert_switch(seen.pipe)
-    restarts = () if switch is None or not 0 < switch < num_steps else (switch,)
-    run = Run(_sigmas(seen.pipe, num_steps), Tokens(total, adapter.least_active), restarts)
+    total, sigmas = grid.num_tokens, _sigmas(seen, sizes["num_inference_steps"])
+    num_steps, switch = len(sigmas) - 1, adapter.expert_switch(seen.pipe)
+    restarts = () if switch is None or not 0 < switch - seen.first < num_steps else (switch - seen.first,)
+    run = Run(sigmas, Tokens(total, adapter.least_active), restarts, seen.from_frames)
     schedule = Schedule(config, run)
     schedule.check()
     counts = schedule.plan()
@@ -240,7 +274,7 @@ def _plan(
     else:
         chosen = account(forecast.uniform(config.kv_store, layers))
     states = seen.calls[0]["hidden_states"]
-    how: dict[str, Any] = {"dtype": str(states.dtype).removeprefix("torch."), "batch": states.shape[0]}
+    how: dict[str, Any] = {"dtype": name_of(states.dtype), "batch": states.shape[0]}
     how |= {"attention_backend": backend, "compiled": False, "gpus": gpus}
     if keeps:
         how |= {"store": None if chosen is None else chosen.store, "sync": config.sync}
@@ -256,7 +290,10 @@ def _plan(
         tokens=total,
         grid=grid.shape,
         calls=len(seen.calls),
+        from_frames=seen.from_frames,
         share=sum(counts) / total / num_steps,
+        active_share=tuple(count / total for count in counts),
+        advice=schedule.advice,
         weights=weights,
         activation_bytes=max(max(call.plain, call.dense, call.sparse) for call in each),
         dense_peak_bytes=sum(weights.values()) + plain,
@@ -272,12 +309,12 @@ def _plan(
     )
 
 
-def _sigmas(pipe: Any, num_steps: int) -> tuple[float, ...]:
-    """The noise levels that the pipeline has set, or likely ones where it was not run so far."""
-    sigmas = getattr(pipe.scheduler, "sigmas", None)
-    if sigmas is None or sigmas.is_meta or len(sigmas) != num_steps + 1 or sigmas[0] > 1:
+def _sigmas(seen: DryRun, num_steps: int) -> tuple[float, ...]:
+    """The noise levels that the run begins with, or likely ones where its scheduler is not supported."""
+    sigmas = getattr(seen.pipe.scheduler, "sigmas", None)
+    if sigmas is None or len(sigmas) != num_steps + 1 or sigmas[0] > 1:
         return nominal_sigmas(num_steps)
-    return tuple(sigmas.tolist())
+    return tuple(sigmas[seen.first :].float().tolist())
 
 
 def _limit(config: HSAConfig, activations: int) -> int | None:

@@ -24,8 +24,8 @@ class Timed:
         model: the transformer's class and configuration.
         tokens: N.
         points: (active share, seconds of one call), ascending, the last one of share 1.
-        how: all else that the seconds depend on: dtype, batch (samples of the call, guidance included), store,
-            attention_backend, compiled, sync, gpus (1 where it is not named).
+        how: all else that the seconds depend on: dtype (as `heterostep.precision.name_of` has it), batch (samples of
+            the call, guidance included), store, attention_backend, compiled, sync, gpus (1 where it is not named).
     """
 
     device: str

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from heterostep.addresses import is_loopback
+from heterostep.addresses import asks_loopback
 from heterostep.errors import HeterostepError
 from heterostep.order import BadField, Picture, read_picture
 from heterostep.service.limits import Refused
@@ -97,7 +96,7 @@ class _Guard:
                 raise Refused(401, "give the service's token: Authorization: Bearer TOKEN", "invalid_api_key")
         else:
             host = request.headers.get("host", "")
-            if not is_loopback(re.sub(r":\d*$", "", host)):
+            if not asks_loopback(host):
                 raise Refused(403, "without a token the service is for this machine: ask for 127.0.0.1 or localhost")
             if request.headers.get("origin", host).split("://")[-1] != host:
                 raise Refused(403, "another site may not use this service")

@@ -15,6 +15,7 @@ from heterostep.errors import HeterostepError
 from heterostep.models import FAMILIES
 from heterostep.planning import timings
 from heterostep.planning.dry_run import dry_run
+from heterostep.precision import name_of
 
 _log = logging.getLogger("heterostep")
 # Seconds that differ by less than this part are not worth another line in the file.
@@ -101,8 +102,8 @@ class Estimates:
         return found, call.calls
 
     def _how(self, call: _Call) -> dict[str, Any]:
-        dtype = str(self.precision).removeprefix("torch.")
-        return {"dtype": dtype, "batch": call.batch, "attention_backend": None, "compiled": False}
+        how = {"dtype": name_of(self.precision), "batch": call.batch}
+        return how | {"attention_backend": None, "compiled": False}
 
 
 @functools.lru_cache(maxsize=64)

@@ -257,6 +257,9 @@ class Studio:
                 _log.exception("a video could not be made")
                 full = making.is_out_of_memory(error)
                 job.message = f"out of memory: {SMALLER}" if full else f"it failed: {first_line(error)}"
+            if state == "failed":
+                # What it leaves goes back, so that the next one has the memory.
+                self._models.tidy()
             if state != "done":
                 shutil.rmtree(job.folder, ignore_errors=True)
             with self._lock:

@@ -18,7 +18,6 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -27,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import heterostep
 from heterostep import configs, tiny
+from heterostep.addresses import asks_loopback
 from heterostep.errors import HeterostepError
 from heterostep.order import BadField, Order, Picture, check_shape, read_picture
 from heterostep.planning import timings
@@ -34,7 +34,6 @@ from heterostep.planning.plan import plan
 from heterostep.ui.jobs import Job, Studio
 
 STATIC = Path(__file__).parent / "static"
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 # Bytes of a request: a photograph and its form.
 LARGEST_REQUEST = 40_000_000
 # Nothing is fetched from elsewhere, and no other page may use this one.
@@ -49,12 +48,12 @@ HEADERS = {
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def application(studio: Studio, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
+def application(studio: Studio, local: bool = True) -> Starlette:
     """The page and its routes.
 
     Args:
         studio: makes the videos; it stays the caller's to close.
-        hosts: names that the page may be asked for by; ("*",) for any.
+        local: whether the page may be asked for by this machine's own addresses alone.
     """
     routes = [
         Route("/", _page),
@@ -70,18 +69,16 @@ def application(studio: Studio, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
         Route("/api/jobs/{job}/cancel", _told(_cancel), methods=["POST"]),
         Route("/api/jobs/{job}/{file}", _told(_file)),
     ]
-    # Names alone keep a foreign page from reaching this one under a name of its own.
-    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)), Middleware(_Guard)]
-    app = Starlette(routes=routes, middleware=middleware)
+    app = Starlette(routes=routes, middleware=[Middleware(_Guard, local=local)])
     app.state.studio = studio
     return app
 
 
 class _Guard:
-    """Refuses what other sites' pages post, and what is too large; adds the headers."""
+    """Refuses what other sites' pages ask for or post, and what is too large; adds the headers."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, local: bool) -> None:
+        self.app, self.local = app, local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -98,8 +95,10 @@ class _Guard:
         refused = self._refuses(Request(scope))
         await (refused or self.app)(scope, receive, with_headers)
 
-    @staticmethod
-    def _refuses(request: Request) -> Response | None:
+    def _refuses(self, request: Request) -> Response | None:
+        # Names alone keep a foreign page from reaching this one under a name of its own.
+        if self.local and not asks_loopback(request.headers.get("host", "")):
+            return _fault("the page is for this machine: ask for 127.0.0.1 or localhost", status=400)
         if request.method in ("GET", "HEAD"):
             return None
         origin = request.headers.get("origin")
@@ -290,6 +289,8 @@ def _planned(texts: Mapping[str, str]) -> dict[str, Any]:
         "video": f"{made.width} x {made.height}, {made.num_frames} frames",
         "tokens": f"{made.tokens:,} ({frames} x {height} x {width})",
         "steps": f"{made.num_inference_steps}, of which {made.share * made.num_inference_steps:.0f} are evaluated",
+        "evaluated at first": made.evaluated,
+        **({"advice": made.advice} if made.advice else {}),
         "weights": ", ".join(f"{name.replace('_', ' ')} {filesize.decimal(n)}" for name, n in made.weights.items()),
         "activations": filesize.decimal(made.activation_bytes),
         "peak without heterostep": filesize.decimal(made.dense_peak_bytes),
@@ -311,8 +312,8 @@ def address(sock: socket.socket) -> str:
 class Server(uvicorn.Server):
     """Serves a studio's page on a socket until it is told to stop, or by Ctrl-C."""
 
-    def __init__(self, studio: Studio, sock: socket.socket, hosts: tuple[str, ...] = LOOPBACK) -> None:
-        app = application(studio, hosts)
+    def __init__(self, studio: Studio, sock: socket.socket, local: bool = True) -> None:
+        app = application(studio, local)
         super().__init__(uvicorn.Config(app, log_level=logging.WARNING, access_log=False, lifespan="off"))
         self.sock = sock
 
