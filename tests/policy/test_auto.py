@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from heterostep.config import HSAConfig
 from heterostep.engine.schedule import Schedule
 from heterostep.policy import Change, Run, Tokens, make
-from heterostep.policy.auto import ENOUGH, LEVEL
+from heterostep.policy.auto import ENOUGH, ENOUGH_FROM_FRAMES, LEVEL
 from heterostep.sigmas import nominal_sigmas
 
 TOTAL = 320
@@ -149,7 +149,9 @@ def test_before_anything_is_measured_the_task_is_what_is_known():
 def test_few_evaluations_do_not_begin_with_two_alike():
     few = dense(auto(12, 7.0, from_frames=True).plan(3 * TOTAL))
     assert len(few) == 3 and few[:2] != [0, 1]
-    assert dense(auto(40, from_frames=True).plan(ENOUGH * TOTAL))[:2] == [0, 1]
+    for enough, from_frames in ((ENOUGH, False), (ENOUGH_FROM_FRAMES, True)):
+        assert dense(auto(40, from_frames=from_frames).plan(enough * TOTAL))[:2] == [0, 1]
+        assert dense(auto(40, from_frames=from_frames).plan((enough - 1) * TOTAL))[:2] != [0, 1]
     # Tokens are ranked by a first change.
     assert dense(auto(12, 7.0, from_frames=True, sparse_share=0.2).plan(6 * TOTAL))[:2] == [0, 1]
     # Where every step reads K and V, they are kept from the second on.

@@ -324,7 +324,7 @@ def draw(rows: Sequence[Row], name: str, path: Path) -> None:
 
     shares = sorted({row["share"] for row in rows}, reverse=True)
     regimes = list(dict.fromkeys(row["regime"] for row in rows))
-    figure = Figure(figsize=(4.5 * len(shares) + 1.5, 1.6 + 0.45 * len(regimes)), layout="constrained")
+    figure = Figure(figsize=(4.5 * len(shares) + 1.5, 1.7 + 0.5 * len(regimes)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(shares), sharey=True, squeeze=False)[0]
     for panel, share in zip(panels, shares):
@@ -351,7 +351,7 @@ def draw(rows: Sequence[Row], name: str, path: Path) -> None:
         panel.set_xlabel("PSNR to dense, dB; hollow: the worst tenth")
         panel.set_yticks(range(len(regimes)), regimes)
         panel.grid(alpha=0.3)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(regimes) - 0.4, -0.6)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(COLUMNS), frameon=False)
     figure.suptitle(name)

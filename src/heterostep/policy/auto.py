@@ -40,8 +40,9 @@ LEVEL, LEVEL_SPREAD = 0.3, 0.3
 UNGUIDED_LEVEL, UNGUIDED_LEVEL_SPREAD = 0.1, 0.6
 # The same where frames are given, before the first change has been measured: that tells more than the task does.
 EXPONENT_FROM_FRAMES = 1.2
-# With fewer evaluations than this, one at the second step costs more than the change that it measures can tell.
-ENOUGH = 5
+# With fewer evaluations than this, one at the second step costs more than the change that it measures can tell: of an
+# exponent that given frames tell already, the more so.
+ENOUGH, ENOUGH_FROM_FRAMES = 5, 8
 # Standard deviation of a measured log(change) about the law.
 NOISE = 0.25
 EXPONENTS = np.linspace(0.6, 2.2, 33)
@@ -85,7 +86,8 @@ class Auto(Policy):
         """Steps from `step` on that are dense in any case, where about `number` can be."""
         num_steps, config = self.run.num_steps, self.config
         # The first change is wanted soon, unless evaluations are few. Tokens are ranked by it.
-        few = ENOUGH if not self.sparse else 3
+        enough = ENOUGH_FROM_FRAMES if self.run.from_frames else ENOUGH
+        few = enough if not self.sparse else 3
         start = max(config.dense_start or 1, 2 if number >= few or self.run.tokens.least else 1)
         fixed = {step, *(at for at in self.run.restarts if at > step)} | set(range(step, min(start, num_steps)))
         return fixed | set(range(max(step, num_steps - config.dense_end), num_steps))
