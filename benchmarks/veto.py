@@ -133,6 +133,17 @@ class WideCarry(Wide, Carry):
         return Wide.factor(self, step) * Carry.factor(self, step)
 
 
+@register_policy
+class End(Auto):
+    """The last two steps are dense, as with `dense_end=2`."""
+
+    name = "end"
+
+    def _fixed(self, step: int, number: int) -> set[int]:
+        num_steps = self.run.num_steps
+        return super()._fixed(step, number) | set(range(max(step, num_steps - 2), num_steps))
+
+
 class Slopes:
     """The last two slopes of the guided velocity: how much of the one before would have been best over the last gap."""
 
