@@ -1,0 +1,227 @@
+"""Other ways to place dense steps, and to weigh a velocity's last change, beside the default; videos made one by one.
+
+SNR in dB of the final latents to the dense run's, without given frames: nothing is decoded. By default videos are short
+(9 frames), so that a row of 50 steps and one caption takes a CPU's core half a minute for each policy. What came of it
+is in docs/background/tried.md.
+
+    python benchmarks/veto.py --regime wan2.1-t2v-1.3b --policies veto reserve
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from heterostep import enabled, register_policy, tiny
+from heterostep.compare.measure import generate
+from heterostep.compare.prompts import held_out
+from heterostep.compare.regimes import REGIMES, in_regime
+from heterostep.engine.trajectory import Trajectory
+from heterostep.policy import Change
+from heterostep.policy.auto import LEVEL, LEVEL_SPREAD, NOISE, Auto
+
+ABOVE = 1.3  # a change of so many times its forecast is a surprise
+
+
+class Forecasting(Auto):
+    """Knows what was measured when it places dense steps."""
+
+    seen: Sequence[Change] = ()
+
+    def replan(self, evaluations: int, step: int, changes: Sequence[Change] = (), exact: bool = True) -> list[int]:
+        self.seen = tuple(change for change in changes if change.value > 0)
+        return super().replan(evaluations, step, changes, exact)
+
+    def off(self, known: Sequence[Change], change: Change) -> float:
+        """log(change / its forecast): by the law fitted to the known ones, exponent and level."""
+        passed = np.concatenate([[0.0], np.cumsum(Auto.rates(self, self.exponent(known)))])
+
+        def above(each: Change) -> float:
+            return math.log(each.value / LEVEL / (passed[each.stop] - passed[each.start]))
+
+        level = sum(map(above, known)) / NOISE**2 / (len(known) / NOISE**2 + 1 / LEVEL_SPREAD**2)
+        return above(change) - level
+
+    def surprise(self, number: int) -> bool:
+        """Whether the change of this number was far above what those before it led to expect."""
+        return number > 0 and self.off(self.seen[:number], self.seen[number]) > math.log(ABOVE)
+
+
+@register_policy
+class Veto(Forecasting):
+    """After a surprise the next gap is half as long, and what is left is planned anew."""
+
+    name = "veto"
+
+    def dense_steps(self, number: int, step: int, exponent: float, fixed: set[int]) -> list[int]:
+        chosen = super().dense_steps(number, step, exponent, fixed)
+        if len(chosen) < 2 or number <= len(fixed) or not self.surprise(len(self.seen) - 1):
+            return chosen
+        return super().dense_steps(number, step, exponent, fixed | {step + max((chosen[1] - step) // 2, 1)})
+
+
+@register_policy
+class Reserve(Forecasting):
+    """One evaluation is kept for the first surprise; without one it is spent with the last third of them."""
+
+    name = "reserve"
+
+    def dense_steps(self, number: int, step: int, exponent: float, fixed: set[int]) -> list[int]:
+        kept = not any(map(self.surprise, range(len(self.seen))))
+        kept &= number > max((number + len(self.seen)) / 3, len(fixed) + 1)
+        return super().dense_steps(number - kept, step, exponent, fixed)
+
+
+class Placing(Forecasting):
+    """Places dense steps by the predicted change times a factor of each step's, [num_steps]."""
+
+    step: int | None = None
+
+    def factor(self, step: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def rates(self, exponent: float) -> np.ndarray:
+        rates = super().rates(exponent)
+        if self.step is None:
+            return rates
+        step, self.step = self.step, None
+        return rates * self.factor(step)
+
+    def dense_steps(self, number: int, step: int, exponent: float, fixed: set[int]) -> list[int]:
+        self.step = step
+        return super().dense_steps(number, step, exponent, fixed)
+
+
+@register_policy
+class Wide(Placing):
+    """A step counts more the wider it is in sigma: an error of the velocity is made over all of it."""
+
+    name = "wide"
+
+    def factor(self, step: int) -> np.ndarray:
+        return 1 + 0.075 * self.run.num_steps * self._widths
+
+
+@register_policy
+class Carry(Placing):
+    """What follows a change that was off the law is expected to be off it too, less and less."""
+
+    name = "carry"
+
+    def factor(self, step: int) -> np.ndarray:
+        if not self.seen:
+            return np.ones(self.run.num_steps)
+        last = self.seen[-1]
+        passed = np.concatenate([[0.0], np.cumsum(self.rates(self.exponent(self.seen)))])
+        gaps = np.maximum(passed[:-1] - passed[step], 0) / (passed[last.stop] - passed[last.start])
+        return np.exp(0.6 * self.off(self.seen, last) * np.exp(-gaps / 2))
+
+
+@register_policy
+class WideCarry(Wide, Carry):
+    """Both."""
+
+    name = "wide-carry"
+
+    def factor(self, step: int) -> np.ndarray:
+        return Wide.factor(self, step) * Carry.factor(self, step)
+
+
+@register_policy
+class End(Auto):
+    """The last two steps are dense, as with `dense_end=2`."""
+
+    name = "end"
+
+    def _fixed(self, step: int, number: int) -> set[int]:
+        num_steps = self.run.num_steps
+        return super()._fixed(step, number) | set(range(max(step, num_steps - 2), num_steps))
+
+
+class Slopes:
+    """The last two slopes of the guided velocity: how much of the one before would have been best over the last gap."""
+
+    best: torch.Tensor | None = None  # [B]
+
+    def watch(self) -> None:
+        """From now on; there is one run at a time."""
+        evaluated, seen = Trajectory.evaluated, self
+
+        def watched(self: Any, step: int, velocity: torch.Tensor, ignored: torch.Tensor | None) -> Any:
+            flat = (velocity if ignored is None else velocity.masked_fill(ignored, 0)).float().flatten(1)
+            known = self.__dict__.setdefault("points", [])
+            if self._known is None:
+                known.clear()
+            known[:] = [*known, (self._times[step], flat)][-3:]
+            seen.best = None
+            if len(known) == 3:
+                before, last = ((b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(known, known[1:]))
+                seen.best = (before * last).sum(1) / (before * before).sum(1).clamp_min(1e-20)
+            return evaluated(self, step, velocity, ignored)
+
+        Trajectory.evaluated = watched  # type: ignore[method-assign]
+
+
+SLOPES = Slopes()
+
+
+@register_policy
+class Agree(Auto):
+    """Half of the last slope's weight is by how well the slope before it forecast the last change."""
+
+    name = "agree"
+
+    def weight(self, change: torch.Tensor) -> torch.Tensor:
+        weight = super().weight(change)
+        return weight if SLOPES.best is None else (weight + SLOPES.best.clamp(0, 1)) / 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--regime", default="wan2.1-t2v-1.3b", choices=REGIMES)
+    parser.add_argument("--task", choices=("text", "image"), default="text")
+    parser.add_argument("--policies", nargs="+", default=["veto", "reserve", "carry", "wide", "wide-carry", "agree"])
+    parser.add_argument("--first", type=int, default=2000, help="number of the first caption")
+    parser.add_argument("--count", type=int, default=4, help="captions, one by one")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25])
+    parser.add_argument("--frames", type=int, default=9)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    image, policies = args.task == "image", ["auto", *args.policies]
+    pipe = tiny.load(image_to_video=image).to(args.device)
+    kept: list[torch.Tensor] = []
+
+    def keep(latents: torch.Tensor, return_dict: bool = True) -> Any:
+        kept.append(latents.float())
+        return (latents[:, :3],)
+
+    pipe.vae.decode = keep
+    SLOPES.watch()
+    found = {(share, policy): [] for share in args.shares for policy in policies}
+    with in_regime(pipe, REGIMES[args.regime]) as options:
+        options = {"height": 192, "width": 192, "num_frames": args.frames} | options
+        for prompt in held_out(args.count, args.first, with_image=image):
+            generate(pipe, [prompt], None, 1.0, options)
+            dense = kept.pop()
+            power = dense.var(dim=(0, 2, 3, 4), keepdim=True)
+            for share, policy in found:
+                with enabled(pipe, share=share, policy=policy):
+                    generate(pipe, [prompt], None, 1.0, options)
+                error = ((kept.pop() - dense) ** 2 / power)[:, :, int(image) :].mean()
+                found[share, policy].append(float(-10 * error.clamp_min(1e-9).log10()))
+    print(f"| share | policy | {' | '.join(str(args.first + i) for i in range(args.count))} | mean | worst |")
+    print("|---" * (args.count + 4) + "|")
+    for (share, policy), values in found.items():
+        cells = [*values, sum(values) / len(values), min(values)]
+        print(f"| {share:g} | {policy} | {' | '.join(f'{value:.1f}' for value in cells)} |")
+
+
+if __name__ == "__main__":
+    main()
