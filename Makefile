@@ -5,7 +5,7 @@ COMPARE ?= --count 2 --points 2 --runtimes 1,0.5,0.25 --methods heterostep,steps
 
 ROOMS ?= --seconds 1200
 
-.PHONY: compare demo docs package rooms-model test test-all test-diffusers test-ray lint format clean
+.PHONY: compare demo docs package rooms-model rooms-train test test-all test-diffusers test-ray lint format clean
 
 demo: .venv/.library
 	mkdir -p demo
@@ -56,9 +56,15 @@ package: .venv/.dev
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv/bin/python -m build --outdir dist
 	.venv/bin/python tests/packages.py dist
 
-# The second, larger model: an NVIDIA GPU, 46 GB of disk for clips. ROOMS are options of its longest stage.
+# The second, larger model as a release, from the weights that are kept: minutes, without a GPU.
 rooms-model: .venv/.rooms
-	.venv/bin/python recipes/rooms data --count 7000
+	.venv/bin/python recipes/rooms restore
+	.venv/bin/python recipes/rooms assemble
+	.venv/bin/python recipes/rooms release
+
+# The same trained anew: an NVIDIA GPU, 52 GB of disk for clips. ROOMS are options of its longest stage.
+rooms-train: .venv/.rooms
+	.venv/bin/python recipes/rooms data --count 8000
 	.venv/bin/python recipes/rooms text
 	.venv/bin/python recipes/rooms vae --init src/heterostep/tiny/weights/vae --seconds 600
 	.venv/bin/python recipes/rooms encode --clips runs/rooms/clips --statistics

@@ -7,7 +7,7 @@ import sys
 
 STAGES = (
     *("data", "text", "vae", "encode", "train", "assemble", "release"),
-    *("sheet", "check", "pack", "unpack", "look", "manifest"),
+    *("sheet", "check", "keep", "restore", "pack", "unpack", "look", "manifest"),
 )
 
 
@@ -15,8 +15,9 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
         sys.exit(f"usage: python recipes/rooms {{{','.join(STAGES)}}} ...")
     stage = sys.argv.pop(1)
-    module = importlib.import_module({"train": "transformer", "pack": "parts", "unpack": "parts"}.get(stage, stage))
-    if stage in ("pack", "unpack"):
+    modules = {"train": "transformer", "pack": "parts", "unpack": "parts", "keep": "weights", "restore": "weights"}
+    module = importlib.import_module(modules.get(stage, stage))
+    if stage in ("pack", "unpack", "keep", "restore"):
         getattr(module, stage)()
     else:
         module.main()

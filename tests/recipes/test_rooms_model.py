@@ -1,4 +1,4 @@
-"""The rooms' autoencoder over a whole clip at once is diffusers' own over four frames at a time."""
+"""The rooms model: its autoencoder in whole passes is diffusers' own in passes of four frames; its weights are kept."""
 
 import sys
 from pathlib import Path
@@ -48,3 +48,33 @@ def test_whole_passes_are_the_same_function(whole, frames):
         decoded = whole.decode(vae, known.mean)
         assert decoded.shape == video.shape
         torch.testing.assert_close(decoded.clamp(-1, 1), vae.decode(known.mean).sample, rtol=0, atol=1e-5)
+
+
+def test_the_kept_weights_are_the_model(monkeypatch, tmp_path):
+    """Eight bits and back: nothing is lacking, and each weight is within half a level."""
+    monkeypatch.syspath_prepend(str(RECIPE))
+    import sizes
+    import weights
+
+    monkeypatch.setattr("sys.argv", ["rooms", "--out", str(tmp_path)])
+    weights.restore()
+    state = torch.load(tmp_path / "transformer.pt", weights_only=True)
+    model = sizes.build_transformer()
+    model.load_state_dict(state["averaged"])
+    vae = AutoencoderKLWan.from_pretrained(tmp_path / "vae")
+    assert vae.config.z_dim == sizes.VAE["z_dim"] and max(vae.config.latents_std) > 1
+    sizes.load_text(tmp_path, "cpu")
+    again = weights.rounded(state["averaged"])
+    for name, weight in weights.restored(again).items():
+        scale = again.get(name + weights.SCALE)
+        most = 1e-3 if scale is None else float(scale.max()) / 2
+        assert float((weight - state["averaged"][name]).abs().max()) <= most * 1.01, name
+
+
+def test_without_weights_it_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(RECIPE))
+    import weights
+
+    monkeypatch.setattr("sys.argv", ["rooms", "--from", str(tmp_path)])
+    with pytest.raises(SystemExit, match="there are no weights in"):
+        weights.restore()
