@@ -161,8 +161,8 @@ def _pipeline_name(configuration: Configuration, image_to_video: bool) -> str:
     text_alone = configuration.pipeline == "WanPipeline" and not configuration.pipeline_config["expand_timesteps"]
     if text_alone or "ImageToVideo" not in name:
         raise HeterostepError(
-            f"{configuration.repository} ({configuration.pipeline}) does not take a first frame: leave out "
-            "image_to_video"
+            f"{configuration.repository} ({configuration.pipeline}) does not take a first frame: plan "
+            "text-to-video, or another model"
         )
     return name
 
