@@ -274,8 +274,8 @@ def refusal(attempt):
         ("wan2.1-vace-1.3b", dict(batch=2), "more than one video is not yet supported"),
         ("wan2.1-t2v-1.3b", dict(num_inference_steps=0), "num_inference_steps must be at least 1, not 0"),
         ("wan2.1-t2v-1.3b", dict(batch=0), "batch must be at least 1, not 0"),
-        ("wan2.1-t2v-1.3b", dict(image_to_video=True), "leave out image_to_video"),
-        ("wan2.1-vace-1.3b", dict(image_to_video=True), "leave out image_to_video"),
+        ("wan2.1-t2v-1.3b", dict(image_to_video=True), "plan text-to-video, or another model"),
+        ("wan2.1-vace-1.3b", dict(image_to_video=True), "plan text-to-video, or another model"),
         ("wan2.1-t2v-1.3b", dict(strenght=0.5), "strenght"),
     ],
 )
