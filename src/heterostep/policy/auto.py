@@ -42,7 +42,7 @@ UNGUIDED_LEVEL, UNGUIDED_LEVEL_SPREAD = 0.1, 0.6
 EXPONENT_FROM_FRAMES = 1.2
 # With fewer evaluations than this, one at the second step costs more than the change that it measures can tell: of an
 # exponent that given frames tell already, the more so.
-ENOUGH, ENOUGH_FROM_FRAMES = 5, 8
+ENOUGH, ENOUGH_FROM_FRAMES = 5, 7
 # Standard deviation of a measured log(change) about the law.
 NOISE = 0.25
 EXPONENTS = np.linspace(0.6, 2.2, 33)
