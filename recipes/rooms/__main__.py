@@ -16,7 +16,12 @@ def main() -> None:
         sys.exit(f"usage: python recipes/rooms {{{','.join(STAGES)}}} ...")
     stage = sys.argv.pop(1)
     modules = {"train": "transformer", "pack": "parts", "unpack": "parts", "keep": "weights", "restore": "weights"}
-    module = importlib.import_module(modules.get(stage, stage))
+    try:
+        module = importlib.import_module(modules.get(stage, stage))
+    except ModuleNotFoundError as error:
+        if error.name not in ("vizdoom", "skimage"):
+            raise
+        sys.exit(f"{error.name} is not installed: pip install '.[rooms]'")
     if stage in ("pack", "unpack", "keep", "restore"):
         getattr(module, stage)()
     else:
