@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 import sys
 
 STAGES = (
     *("data", "text", "vae", "encode", "train", "assemble", "release"),
     *("sheet", "check", "keep", "restore", "pack", "unpack", "look", "manifest"),
 )
+RENDERING = ("data", "release", "look", "manifest")
 
 
 def main() -> None:
@@ -16,12 +19,11 @@ def main() -> None:
         sys.exit(f"usage: python recipes/rooms {{{','.join(STAGES)}}} ...")
     stage = sys.argv.pop(1)
     modules = {"train": "transformer", "pack": "parts", "unpack": "parts", "keep": "weights", "restore": "weights"}
-    try:
-        module = importlib.import_module(modules.get(stage, stage))
-    except ModuleNotFoundError as error:
-        if error.name not in ("vizdoom", "skimage"):
-            raise
-        sys.exit(f"{error.name} is not installed: pip install '.[rooms]'")
+    needed = ("vizdoom",) if "ROOMS_PHOTOGRAPHS" in os.environ else ("vizdoom", "skimage")
+    lacking = [name for name in needed if importlib.util.find_spec(name) is None]
+    if stage in RENDERING and lacking:
+        sys.exit(f"{stage} renders clips, and {' and '.join(lacking)} are lacking: pip install '.[rooms]'")
+    module = importlib.import_module(modules.get(stage, stage))
     if stage in ("pack", "unpack", "keep", "restore"):
         getattr(module, stage)()
     else:

@@ -45,6 +45,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=world.SIZE)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="that render first frames")
     args = parser.parse_args()
+    if not args.pipeline.is_dir():
+        raise SystemExit(f"there is no pipeline in {args.pipeline}: run assemble first")
     folder = args.to / "rooms"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(args.pipeline, folder)
