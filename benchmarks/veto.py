@@ -9,6 +9,7 @@ is in docs/background/tried.md.
 
 from __future__ import annotations
 
+import abc
 import argparse
 import math
 import warnings
@@ -83,8 +84,9 @@ class Placing(Forecasting):
 
     step: int | None = None
 
+    @abc.abstractmethod
     def factor(self, step: int) -> np.ndarray:
-        raise NotImplementedError
+        """As seen at `step`."""
 
     def rates(self, exponent: float) -> np.ndarray:
         rates = super().rates(exponent)
