@@ -1,6 +1,5 @@
 """The rooms model: its autoencoder in whole passes is diffusers' own in passes of four frames; its weights are kept."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,35 +9,20 @@ from diffusers import AutoencoderKLWan
 RECIPE = Path(__file__).parents[2] / "recipes" / "rooms"
 
 
-@pytest.fixture(scope="module")
-def whole():
-    sys.path.insert(0, str(RECIPE))
-    try:
-        import whole
-
-        yield whole
-    finally:
-        sys.path.remove(str(RECIPE))
+@pytest.fixture(autouse=True)
+def recipe(monkeypatch):
+    """The recipe's modules can be imported."""
+    monkeypatch.syspath_prepend(str(RECIPE))
 
 
 @pytest.mark.parametrize("frames", [1, 5, 17])
-def test_whole_passes_are_the_same_function(whole, frames):
+def test_whole_passes_are_the_same_function(frames):
+    import sizes
+    import whole
+
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        decoder_base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2, 4],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_spatial=8,
-        scale_factor_temporal=4,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).eval()
+    small = sizes.VAE | {"base_dim": 8, "decoder_base_dim": 8, "z_dim": 4}
+    vae = AutoencoderKLWan(**small, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()
     video = torch.rand(2, 3, frames, 32, 48) * 2 - 1
     with torch.no_grad():
         known = vae.encode(video).latent_dist
@@ -52,7 +36,6 @@ def test_whole_passes_are_the_same_function(whole, frames):
 
 def test_the_kept_weights_are_the_model(monkeypatch, tmp_path):
     """Eight bits and back: nothing is lacking, and each weight is within half a level."""
-    monkeypatch.syspath_prepend(str(RECIPE))
     import sizes
     import weights
 
@@ -72,7 +55,6 @@ def test_the_kept_weights_are_the_model(monkeypatch, tmp_path):
 
 
 def test_without_weights_it_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(RECIPE))
     import weights
 
     monkeypatch.setattr("sys.argv", ["rooms", "--from", str(tmp_path)])
