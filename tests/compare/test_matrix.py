@@ -229,8 +229,12 @@ def test_files_are_written_from_what_is_there(tmp_path: Path) -> None:
     assert content["rows"] == json.loads(json.dumps(matrix(read(tmp_path))))
     with Image.open(tmp_path / "matrix.png") as picture:
         assert picture.size[0] > 800 and len(set(picture.convert("L").tobytes())) > 10
+    assert 'href="bundled/' not in (tmp_path / "index.html").read_text()
+    (tmp_path / "bundled" / "index.html").touch()
+    html = write_matrix(tmp_path).read_text()
+    assert html.count('/index.html"') == 1 and '<a href="bundled/index.html">bundled</a>' in html
     checker = Checker()
-    checker.feed((tmp_path / "index.html").read_text())
+    checker.feed(html)
     assert not checker.open and len(checker.sources) == 1 and checker.sources[0].startswith("data:image/png")
     text = " ".join(checker.text.split())
     assert "Text-to-video in 4 regimes" in text and "incomplete" in text and "ValueError: no <luck>" in text

@@ -10,7 +10,7 @@ import gzip
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -261,7 +261,9 @@ def write_matrix(folder: Path, shares: Sequence[float] = SHARES) -> Path:
     for name, write in files.items():
         with writing(folder / name), replacing(folder / name) as part:
             write(part)
-    html = page(content, (folder / "matrix.png").read_bytes())
+    # Results may be there without their page.
+    pages = {name for name in results if (folder / name / "index.html").is_file()}
+    html = page(content, (folder / "matrix.png").read_bytes(), pages)
     with writing(folder / "index.html"), replacing(folder / "index.html") as part:
         part.write_text(html, encoding="utf-8", newline="\n")
     return folder / "index.html"
@@ -358,12 +360,13 @@ def draw(rows: Sequence[Row], name: str, path: Path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
-def page(content: dict[str, Any], picture: bytes) -> str:
+def page(content: dict[str, Any], picture: bytes, pages: Collection[str]) -> str:
     """The matrix as a page in HTML, which needs no other file.
 
     Args:
         content: of matrix.json.
         picture: matrix.png.
+        pages: the regimes that have a page of their own beside this one, to be linked.
     """
     import jinja2
 
@@ -386,4 +389,5 @@ def page(content: dict[str, Any], picture: bytes) -> str:
         counts=counts,
         decibels=decibels,
         picture=base64.b64encode(picture).decode(),
+        pages=pages,
     )
