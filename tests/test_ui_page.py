@@ -203,7 +203,7 @@ def test_faults_are_told_where_they_are(visit):
 
     page.locator("#prompt").fill("   ")
     page.locator("#generate").click()
-    assert error("prompt") == "Say what the video should show."
+    assert error("prompt") == "The prompt is empty: say what the video should show."
     page.locator("#prompt").fill("a red circle moving right")
     assert page.locator('[data-error="prompt"]').is_hidden()
     page.locator("#image").set_input_files({"name": "x.png", "mimeType": "image/png", "buffer": b"no picture"})
