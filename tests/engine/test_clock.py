@@ -20,9 +20,9 @@ def test_fit_recovers_a_line_through_the_dense_steps():
 def test_first_calls_that_are_slow_are_warm_up():
     """Compilation of the first dense calls and of the first sparse ones; what is slow later was not."""
     cost = StepCost([4.0, 3.0, 1.0, 6.0, 0.6, 2.5, 1.0], [1, 1, 1, 0.5, 0.5, 1, 1])
-    assert cost.dense == pytest.approx(1.75)
-    assert cost.steady == pytest.approx([1.75, 1.75, 1.0, 0.875, 0.6, 2.5, 1.0])
-    assert cost.warmup == pytest.approx(2.25 + 1.25 + 5.125)
+    assert cost.dense == pytest.approx(1.0)
+    assert cost.steady == pytest.approx([1.0, 1.0, 1.0, 0.6, 0.6, 2.5, 1.0])
+    assert cost.warmup == pytest.approx(3.0 + 2.0 + 5.4)
     steady = StepCost([1.2, 1.0, 1.1, 0.5], [1, 1, 1, 0.5])
     assert steady.warmup == 0 and steady.steady == [1.2, 1.0, 1.1, 0.5]
 
@@ -50,6 +50,26 @@ def test_before_a_sparse_step_cost_follows_the_tokens():
     cost = StepCost([2.0, 1.0], [1.0, 1.0])
     assert cost.seconds(0.25) == pytest.approx(0.25)
     assert cost.seconds(0) == 0
+
+
+def test_the_target_is_measured_in_steps_of_the_pipeline_itself():
+    """Calls that keep K and V take other seconds: LTX-2's less, for one kernel does there what several do."""
+    durations, shares = [0.473, 0.484, 0.415, 0.423, 0.417, 0.046], [1, 1, 1, 1, 1, 0.01]
+    cost = StepCost(durations, shares, warm=True, kept={2, 3, 4, 5})
+    assert cost.dense == 0.417
+    assert cost.dense_run(40) == pytest.approx(40 * 0.473)
+    # In the process's first run the second call waits for kernels.
+    cold = StepCost([0.479, 1.335, *durations[2:]], shares, kept={2, 3, 4, 5})
+    assert cold.dense_run(40) == pytest.approx(40 * 0.479)
+    # Where every call keeps them, they are all there is.
+    assert StepCost(durations[2:], shares[2:], kept={0, 1, 2, 3}).dense_run(40) == pytest.approx(40 * 0.417)
+
+
+def test_one_slow_first_call_does_not_make_evaluations_dear():
+    """LTX-2's second call waits for its kernels: by its seconds a run could afford a few evaluations only."""
+    assert StepCost([0.479, 3.058], [1, 1]).dense == 0.479
+    assert StepCost([0.479, 3.058, 0.415], [1, 1, 1], kept={2}).dense == 0.415
+    assert StepCost([3.0, 0.4], [1, 1]).dense == 0.4
 
 
 def test_cost_never_falls_with_the_share():

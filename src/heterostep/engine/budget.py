@@ -13,7 +13,7 @@ def fitted_cost(generation: Generation) -> tuple[StepCost, list[float]] | None:
     shares = [count / generation.total for count in generation.counts[: len(durations)]]
     if not any(share == 1 for share in shares):
         return None
-    return StepCost(durations, shares, generation.warm), durations
+    return StepCost(durations, shares, generation.warm, generation.kept), durations
 
 
 def plan_anew(generation: Generation) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Collection
 
 import torch
 
@@ -60,22 +61,28 @@ class StepCost:
         durations, shares: seconds and active share of each.
         warm: whether this process has made such a run before. What its first calls take then, such as recording CUDA
             graphs, every run takes, and it counts.
+        kept: steps that kept K and V. A dense step that did not is the pipeline's own.
 
     Attributes:
-        dense: seconds of a dense step, the median of those but the first.
+        dense: seconds of a dense step, the (lower) median of those but the first.
+        plain: seconds of a dense step of the pipeline without heterostep.
         fixed: the part of a sparse step that does not shrink with its tokens.
         empty: seconds of a step without any.
         steady: the timed seconds, less the warm-up in them.
         warmup: seconds that compilation and other first calls took, of the first two steps and the first sparse ones.
     """
 
-    def __init__(self, durations: list[float], shares: list[float], warm: bool = False) -> None:
+    def __init__(
+        self, durations: list[float], shares: list[float], warm: bool = False, kept: Collection[int] = ()
+    ) -> None:
         timed = list(zip(shares, durations))
-        # The first step also warms caches and allocators, so it says little of the others.
-        dense = [seconds for share, seconds in timed[1:] if share == 1] or [
-            seconds for share, seconds in timed if share == 1
-        ]
-        self.dense = statistics.median(dense)
+        # The first step also warms caches and allocators, so it says little of the others; of two, the quicker.
+        dense = [seconds for share, seconds in timed if share == 1]
+        self.dense = min(dense) if len(dense) < 3 else statistics.median_low(dense[1:])
+        # Few may have been timed, and a first call only makes them slower.
+        plain = [seconds for at, (share, seconds) in enumerate(timed) if share == 1 and at not in kept]
+        usual = [seconds for seconds in plain if seconds <= SLOW * self.dense]
+        self.plain = statistics.median_low(usual or [self.dense])
         empty = [seconds for share, seconds in timed if share == 0]
         self.empty = statistics.median(empty) if empty else 0.0
         # The line goes through the dense median: it is the best known point, and the target is measured in it.
@@ -100,5 +107,5 @@ class StepCost:
         return self.fixed + (self.dense - self.fixed) * share
 
     def dense_run(self, num_steps: int) -> float:
-        """Predicted seconds of a whole dense run, once everything is warm."""
-        return self.dense * num_steps
+        """Predicted seconds of a whole dense run without heterostep, once everything is warm."""
+        return self.plain * num_steps

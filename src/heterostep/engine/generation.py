@@ -112,6 +112,7 @@ class Generation:
     stores: Stores | None = None  # how K and V are kept, chosen when they first are, for each expert
     kv_store: str = "none"  # the same for the report
     store_names: tuple[str, ...] = ()
+    kept: set[int] = field(default_factory=set)  # steps whose calls kept K and V
     fell_back: bool = False  # a store ran out of memory, and a smaller one took over
     kv_bytes_peak: int = 0
     kv_host_bytes_peak: int = 0

@@ -20,7 +20,8 @@ class RuntimeReport:
         achieved: seconds taken, over the dense loop's, without warm-up; None where the run was
             interrupted or its steps could not be timed.
         seconds: all of the loop's, warm-up included.
-        dense_seconds: what the dense loop would take, estimated from the run's own dense steps.
+        dense_seconds: what the dense loop would take without heterostep, estimated from the run's dense steps, where
+            there are such from those that kept no K and V.
         warmup_seconds: of `seconds`, those of calls that the process made for the first time (compilation,
             autotuning): a second run of the kind has none.
     """

@@ -226,6 +226,8 @@ class Runner:
         keep: bool,
     ) -> Any:
         """The model's forward, of the tokens of `index` or of all; with K/V kept or read, or neither."""
+        if keep:
+            generation.kept.add(generation.step)
         if keep and not branch.stores:
             branch.stores = stores.make_stores(expert, generation, branch, inputs)
         self._call.index, self._call.num_tokens, self._call.grid = index, generation.total, generation.grid
