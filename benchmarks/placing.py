@@ -1,10 +1,11 @@
-"""Other ways to place dense steps, and to weigh a velocity's last change, beside the default; videos made one by one.
+"""Other ways to place dense steps, and to weigh a velocity's last change, beside the default.
 
-SNR in dB of the final latents to the dense run's, without given frames: nothing is decoded. By default videos are short
-(9 frames), so that a row of 50 steps and one caption takes a CPU's core half a minute for each policy. What came of it
-is in docs/background/tried.md.
+PSNR in dB to the dense video; with --latents, SNR of the final latents to the dense run's, without given frames. By
+default videos are short (9 frames) and made one by one, so that a row of 50 steps and one caption takes a CPU's core
+half a minute for each policy. What came of it is in docs/background/tried.md.
 
-    python benchmarks/veto.py --regime wan2.1-t2v-1.3b --policies veto reserve
+    python benchmarks/placing.py --regime wan2.1-t2v-1.3b --policies veto reserve
+    python benchmarks/placing.py --regime wan2.1-t2v-1.3b --policies width-4 law --frames 33 --count 16 --batch 16
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import abc
 import argparse
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +28,7 @@ from heterostep.compare.regimes import REGIMES, in_regime
 from heterostep.engine.trajectory import Trajectory
 from heterostep.policy import Change
 from heterostep.policy.auto import LEVEL, LEVEL_SPREAD, NOISE, Auto
+from heterostep.sigmas import MARGIN
 
 ABOVE = 1.3  # a change of so many times its forecast is a surprise
 
@@ -146,6 +149,47 @@ class End(Auto):
         return super()._fixed(step, number) | set(range(max(step, num_steps - 2), num_steps))
 
 
+class ByWidth(Placing):
+    """Dense steps are as close as (width rate^order)^(1 / (order + 1)), the width that of a step in sigma.
+
+    That is what makes the sum of the errors least if the velocity's error over a gap goes like its change to the power
+    of `order`, and the sample's like that times the gap's width (equidistribution, as in adaptive integration).
+    """
+
+    order = 4.0
+
+    def factor(self, step: int) -> np.ndarray:
+        # The rate has the width in it.
+        rates = Auto.rates(self, self.exponent(self.seen))
+        return (self._widths / rates) ** (1 / (self.order + 1))
+
+
+@register_policy
+class ByWidth4(ByWidth):
+    """Of order 4."""
+
+    name = "width-4"
+
+
+@register_policy
+class ByWidth8(ByWidth):
+    """Of order 8."""
+
+    name = "width-8"
+    order = 8.0
+
+
+@register_policy
+class Law(Auto):
+    """The law of the rate ends in 0.4 / sigma^1.5, which fits dense runs' last changes better than 0.2 / sigma."""
+
+    name = "law"
+
+    def rates(self, exponent: float) -> np.ndarray:
+        signal, noise = 1 - self._middles + MARGIN, self._middles + MARGIN
+        return (signal**-exponent + 0.4 * noise**-1.5) * self._widths
+
+
 class Slopes:
     """The last two slopes of the guided velocity: how much of the one before would have been best over the last gap."""
 
@@ -190,34 +234,49 @@ def main() -> None:
     parser.add_argument("--task", choices=("text", "image"), default="text")
     parser.add_argument("--policies", nargs="+", default=["veto", "reserve", "carry", "wide", "wide-carry", "agree"])
     parser.add_argument("--first", type=int, default=2000, help="number of the first caption")
-    parser.add_argument("--count", type=int, default=4, help="captions, one by one")
+    parser.add_argument("--count", type=int, default=4, help="captions")
+    parser.add_argument("--batch", type=int, default=1, help="captions made in one call, with one plan")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25])
     parser.add_argument("--frames", type=int, default=9)
+    parser.add_argument("--latents", action="store_true", help="SNR of latents in place of PSNR: nothing is decoded")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     image, policies = args.task == "image", ["auto", *args.policies]
     pipe = tiny.load(image_to_video=image).to(args.device)
     kept: list[torch.Tensor] = []
+    decode = pipe.vae.decode
 
     def keep(latents: torch.Tensor, return_dict: bool = True) -> Any:
-        kept.append(latents.float())
-        return (latents[:, :3],)
+        if args.latents:
+            kept.append(latents.float())
+            return (latents[:, :3],)
+        # One by one, as each alone would be.
+        videos = torch.cat([decode(each[None], return_dict=False)[0] for each in latents])
+        kept.append(videos.float().clamp(-1, 1))
+        return (videos,)
+
+    def decibels(dense: torch.Tensor) -> list[float]:
+        """Of the last videos, to the dense ones."""
+        error = (kept.pop() - dense) ** 2 / (dense.var(dim=(0, 2, 3, 4), keepdim=True) if args.latents else 4)
+        error = error[:, :, int(image and args.latents) :].flatten(1).mean(1)
+        return (-10 * error.clamp_min(1e-9).log10()).tolist()
 
     pipe.vae.decode = keep
     SLOPES.watch()
-    found = {(share, policy): [] for share in args.shares for policy in policies}
+    found: dict[tuple[float, str], list[float]] = {(share, policy): [] for share in args.shares for policy in policies}
     with in_regime(pipe, REGIMES[args.regime]) as options:
         options = {"height": 192, "width": 192, "num_frames": args.frames} | options
-        for prompt in held_out(args.count, args.first, with_image=image):
-            generate(pipe, [prompt], None, 1.0, options)
+        prompts = held_out(args.count, args.first, with_image=image)
+        for at in range(0, args.count, args.batch):
+            some = prompts[at : at + args.batch]
+            generate(pipe, some, None, 1.0, options)
             dense = kept.pop()
-            power = dense.var(dim=(0, 2, 3, 4), keepdim=True)
             for share, policy in found:
                 with enabled(pipe, share=share, policy=policy):
-                    generate(pipe, [prompt], None, 1.0, options)
-                error = ((kept.pop() - dense) ** 2 / power)[:, :, int(image) :].mean()
-                found[share, policy].append(float(-10 * error.clamp_min(1e-9).log10()))
+                    generate(pipe, some, None, 1.0, options)
+                found[share, policy] += decibels(dense)
+            print(f"{at + len(some)}/{args.count}", file=sys.stderr)
     print(f"| share | policy | {' | '.join(str(args.first + i) for i in range(args.count))} | mean | worst |")
     print("|---" * (args.count + 4) + "|")
     for (share, policy), values in found.items():
