@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from peft import LoraConfig
 
 import heterostep
 from heterostep import compat
+from heterostep.engine.clock import StepClock
 from heterostep.engine.runner import Runner
 from heterostep.errors import HeterostepError
 from heterostep.pipeline import inspect
@@ -362,6 +364,103 @@ def test_copies_of_an_enabled_pipeline_say_what_to_do():
     assert type(pipe).__name__ == "WanPipeline" and isinstance(pipe, type(small_pipeline()))
     heterostep.disable(pipe)
     assert type(pipe) is type(small_pipeline())
+
+
+def test_what_is_made_of_an_enabled_pipeline_is_plain_and_can_be_enabled():
+    pipe = small_pipeline()
+    plain, cls = run(pipe), type(pipe)
+    heterostep.enable(pipe, **WHOLE)
+    sparse = run(pipe)
+    made = [type(pipe)(**pipe.components, expand_timesteps=pipe.config.expand_timesteps), pipe.from_pipe(pipe), type(pipe).from_pipe(pipe)]
+    for other in made:
+        assert type(other) is cls
+        other.scheduler = copy.deepcopy(pipe.scheduler)
+        assert torch.equal(run(other), plain)
+        with pytest.raises(HeterostepError, match="enabled through another pipeline"):
+            heterostep.enable(other, **WHOLE)
+    heterostep.disable(pipe)
+    for other in made:
+        with heterostep.enabled(other, **WHOLE):
+            assert torch.equal(run(other), sparse)
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_an_on_step_that_refers_to_the_pipeline_does_not_keep_it_alive(disabled):
+    pipe = small_pipeline()
+    told, alive, model = [], weakref.ref(pipe), pipe.transformer
+    heterostep.enable(pipe, **WHOLE, on_step=lambda info, pipe=pipe: told.append((type(pipe), info.step)))
+    run(pipe)
+    assert [step for _, step in told] == list(range(12))
+    with heterostep.enabled(pipe, share=0.75):
+        run(pipe)
+    run(pipe)
+    assert len(told) == 24, "the block has none, and gives the first back"
+    if disabled:
+        heterostep.disable(pipe)
+    del pipe
+    gc.collect()
+    assert alive() is None
+    other = small_pipeline()
+    other.transformer = model
+    with heterostep.enabled(other, **WHOLE):
+        run(other)
+
+
+def test_enabling_in_mid_run_ends_the_account_of_that_run():
+    pipe, told = small_pipeline(), []
+
+    def again(pipe, step, timestep, tensors):
+        if step == 4:
+            heterostep.enable(pipe, **WHOLE, on_step=told.append)
+        return {}
+
+    heterostep.enable(pipe, **WHOLE, on_step=told.append)
+    run(pipe, callback_on_step_end=again)
+    assert [info.step for info in told] == list(range(5)) and not heterostep.report(pipe).finished
+    run(pipe)
+    assert [info.step for info in told[5:]] == list(range(12)) and heterostep.report(pipe).finished
+
+
+def test_a_call_that_is_interrupted_as_it_begins_can_be_made_again(monkeypatch):
+    """Ctrl-C may come at any time."""
+    pipe = small_pipeline()
+    heterostep.enable(pipe, **WHOLE)
+    sparse = run(pipe)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("heterostep.pipeline.WrappedStep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(pipe)
+    assert torch.equal(run(pipe), sparse)
+
+
+@pytest.mark.parametrize("name", ["wan2.2-t2v", "ltx2.3-t2v"])
+def test_a_runtime_of_one_skips_nothing_and_keeps_nothing(name, monkeypatch):
+    """However long a step takes."""
+    row = ROWS[name]
+    pipe = row.build()
+    plain = row.run(pipe, steps=STEPS)
+    monkeypatch.setattr(StepClock, "durations", lambda clock: [1.0 + (at == 2) for at in range(len(clock._marks) - 1)])
+    for options in ({"runtime": 1.0}, {"share": 1.0}):
+        with heterostep.enabled(pipe, **options):
+            assert equal(row.run(pipe, steps=STEPS), plain)
+        report = heterostep.report(pipe)
+        assert report.active_share == [1.0] * len(report.active_share) and report.memory.kv_store == "none"
+
+
+def test_a_timed_run_is_its_replay_also_where_a_late_step_makes_it_skip(monkeypatch):
+    """All was planned dense, until one step took long."""
+    pipe = small_pipeline()
+    monkeypatch.setattr(StepClock, "durations", lambda clock: [1.0 + (at >= 6) for at in range(len(clock._marks) - 1)])
+    with heterostep.enabled(pipe, runtime=0.98):
+        timed = run(pipe)
+    report = heterostep.report(pipe)
+    assert 0.0 in report.active_share
+    with heterostep.enabled(pipe, **report.replay):
+        assert torch.equal(run(pipe), timed)
 
 
 def test_one_module_as_both_experts_is_one_expert():

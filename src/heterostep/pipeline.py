@@ -34,33 +34,45 @@ class _Session:
     """What `enable` changed on one pipeline. Refers to the pipeline weakly, so that neither keeps the other alive."""
 
     def __init__(self, pipe: Pipeline, config: HSAConfig, on_step: Callable[[StepInfo], None] | None) -> None:
-        models = transformers(pipe)
-        self.config, self.on_step = config, on_step
+        models, here = transformers(pipe), weakref.ref(pipe)
+        self.config = config
         self.name = type(pipe).__name__
-        self.runner = Runner(weakref.ref(pipe), models, FAMILIES[type(models[0]).__name__].adapter, config, on_step)
+        self._class = type(pipe)
+        enabled_class = _enabled_class(self._class)
+        tell = None if on_step is None else functools.partial(_tell, here)
+        self.runner = Runner(here, models, FAMILIES[type(models[0]).__name__].adapter, config, tell)
         # Whoever drops the pipeline may go on with its transformer.
         self._abandoned = weakref.finalize(pipe, self.runner.uninstall)
-        self._class = type(pipe)
-        pipe.__class__ = _enabled_class(self._class)
+        # What the user gave may refer to the pipeline, so it is kept there.
+        pipe.__dict__[_ON_STEP] = on_step
+        pipe.__class__ = enabled_class
 
     @contextlib.contextmanager
     def call(self, pipe: Any) -> Iterator[None]:
         """What is around one call of the pipeline: inside of it, in this thread, transformer and scheduler are ours."""
         check_pipeline(pipe)
+        models, known = transformers(pipe), [expert.model for expert in self.runner.experts]
+        if len(models) != len(known) or any(a is not b for a, b in zip(models, known)):
+            raise HeterostepError(
+                "a transformer was replaced while heterostep is enabled: call heterostep.enable again"
+            )
         original = pipe.scheduler
         # Nothing of earlier steps is in Euler's next.
         euler = self.config.solver == "euler" or isinstance(original, FlowMatchEulerDiscreteScheduler)
-        self.runner.begin(memoryless=euler)
-        _last[pipe] = self
         scheduler = first_order(original) if self.config.solver == "euler" else original
-        step = WrappedStep(scheduler, self.runner.end_step, self.runner.stepped)
-        pipe.scheduler = scheduler
-        local = [attn for model in transformers(pipe) for attn in self.runner.adapter.local_attentions(model)]
+        local = [attn for model in models for attn in self.runner.adapter.local_attentions(model)]
+        step = None
+        self.runner.check_idle()
         try:
+            self.runner.begin(memoryless=euler)
+            _last[pipe] = self
+            step = WrappedStep(scheduler, self.runner.end_step, self.runner.stepped)
+            pipe.scheduler = scheduler
             with parallel.exchanging_nothing(local):
                 yield
         finally:
-            step.restore()
+            if step is not None:
+                step.restore()
             # A scheduler that the user has set meanwhile is theirs to keep.
             if pipe.scheduler is scheduler:
                 pipe.scheduler = original
@@ -69,7 +81,18 @@ class _Session:
     def close(self, pipe: Pipeline) -> None:
         self._abandoned.detach()
         self.runner.uninstall()
+        pipe.__dict__.pop(_ON_STEP, None)
         pipe.__class__ = self._class
+
+
+# Where an enabled pipeline has its `on_step`.
+_ON_STEP = "_heterostep_on_step"
+
+
+def _tell(pipe: weakref.ref[Pipeline], info: StepInfo) -> None:
+    on_step = getattr(pipe(), _ON_STEP, None)
+    if on_step is not None:
+        on_step(info)
 
 
 class _Enabled:
@@ -95,7 +118,12 @@ def _enabled_class(cls: Any) -> Any:
     def reduce(self: Any, protocol: int) -> Any:
         raise HeterostepError("a pipeline cannot be pickled or copied while heterostep is enabled: call disable first")
 
-    own = {"__call__": call, "__reduce_ex__": reduce, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    def new(_: Any, *args: Any, **kwargs: Any) -> Any:
+        # What is made by its class (`type(pipe)(**pipe.components)`, `from_pipe`) is a plain pipeline.
+        return cls(*args, **kwargs)
+
+    own = {"__new__": new, "__call__": call, "__reduce_ex__": reduce}
+    own |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (_Enabled, cls), own | {"__doc__": cls.__doc__})
 
 
@@ -209,7 +237,7 @@ def enable(
         raise HeterostepError(f"on_step must be a function that takes a StepInfo, not {on_step!r}")
     policy.find(config.policy)
     check_pipeline(pipe)
-    before = _open.get(pipe)
+    before, told_before = _open.get(pipe), getattr(pipe, _ON_STEP, None)
     disable(pipe)
     try:
         if any(is_wrapped(model) for model in transformers(pipe)):
@@ -219,7 +247,7 @@ def enable(
         _open[pipe] = _Session(pipe, config, on_step)
     except BaseException:
         if before is not None:
-            _open[pipe] = _Session(pipe, before.config, before.on_step)
+            _open[pipe] = _Session(pipe, before.config, told_before)
         raise
 
 
@@ -260,14 +288,16 @@ def enabled(
     Raises:
         HeterostepError: as in `enable`.
     """
-    before = _open.get(pipe) if isinstance(pipe, _PIPELINES) else None
+    before, told_before = (
+        (_open.get(pipe), getattr(pipe, _ON_STEP, None)) if isinstance(pipe, _PIPELINES) else (None, None)
+    )
     enable(pipe, config=config, on_step=on_step, **options)
     try:
         yield pipe
     finally:
         disable(pipe)
         if before is not None:
-            _open[pipe] = _Session(pipe, before.config, before.on_step)
+            _open[pipe] = _Session(pipe, before.config, told_before)
 
 
 def report(pipe: Pipeline) -> Report:

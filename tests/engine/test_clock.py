@@ -61,6 +61,10 @@ def test_the_target_is_measured_in_steps_of_the_pipeline_itself():
     # In the process's first run the second call waits for kernels.
     cold = StepCost([0.479, 1.335, *durations[2:]], shares, kept={2, 3, 4, 5})
     assert cold.dense_run(40) == pytest.approx(40 * 0.479)
+    # Alone, a first step is believed as far as keeping K and V explains it.
+    assert StepCost(durations, shares, kept=range(1, 6)).dense_run(40) == pytest.approx(40 * 0.473)
+    warming = StepCost([0.6, *durations[1:]], shares, kept=range(1, 6))
+    assert warming.dense_run(40) == pytest.approx(40 * warming.dense)
     # Where every call keeps them, they are all there is.
     assert StepCost(durations[2:], shares[2:], kept={0, 1, 2, 3}).dense_run(40) == pytest.approx(40 * 0.417)
 

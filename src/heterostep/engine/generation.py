@@ -166,6 +166,8 @@ class Generation:
     def wants_kv(self, drift: bool) -> bool:
         """Whether this step's K and V are read by a later one, or are to be compared with a later dense step's."""
         ahead = self.counts[self.step + 1 :]
+        if self.all_dense and not self.schedule.online:
+            return False
         if self.schedule.run.tokens.least and ahead:
             # Every step that is not dense reads them, and which are may change after this one.
             return self.step > 0 or ahead[0] < self.total
@@ -177,8 +179,9 @@ class Generation:
 
     @property
     def skips_follow(self) -> bool:
-        """Whether any velocity will be held."""
-        return any(count < self.total for count in self.counts[self.step + 1 :])
+        """Whether any velocity will be held, or may come to be."""
+        ahead = self.counts[self.step + 1 :]
+        return bool(ahead) if self.schedule.online else any(count < self.total for count in ahead)
 
     def branch(self, position: int) -> Branch:
         """The branch of the step's call number `position`."""

@@ -82,17 +82,21 @@ class Runner:
         self._compiling: threading.Thread | None = None
         self.experts = [self._wrap(position, model) for position, model in enumerate(models)]
 
+    def check_idle(self) -> None:
+        """Whether a call may begin.
+
+        Raises:
+            HeterostepError: one is under way already.
+        """
+        if self._thread is not None:
+            raise HeterostepError("the pipeline is running already: give each thread, or nested call, one of its own")
+
     def begin(self, memoryless: bool) -> None:
         """The pipeline is being called: what the transformers are asked for in this thread is its generation.
 
         Args:
             memoryless: whether its scheduler's step depends on nothing but what it is given.
-
-        Raises:
-            HeterostepError: it is under way already.
         """
-        if self._thread is not None:
-            raise HeterostepError("the pipeline is running already: give each thread, or nested call, one of its own")
         self._thread, self._memoryless = threading.get_ident(), memoryless
         if self.generation is not None:
             self.generation.over = True
@@ -117,11 +121,13 @@ class Runner:
             expert.undo()
             expert.wrapped.restore()
         self.experts = []
+        self._thread = None
         if id(self) in self._compiled:
             self._compiled.remove(id(self))
             if not self._compiled:
                 torch._dynamo.config.recompile_limit = self._recompile_limit
         if self.generation is not None:
+            self.generation.over = True
             self.generation.release()
 
     def _forward(self, position: int, args: tuple, kwargs: dict[str, Any]):

@@ -39,7 +39,8 @@ class Schedule:
         self.policy = make(config, run)
         by_step = isinstance(config.share, tuple)
         self.sparse = by_step or self.policy.sparse or run.tokens.least > 0
-        self.online = not by_step and (config.runtime is not None or self.policy.online)
+        # A target of 1 is the dense run, however long a step takes.
+        self.online = not by_step and config.target < 1 and (config.runtime is not None or self.policy.online)
 
     @property
     def budget(self) -> int:
@@ -122,8 +123,8 @@ class Schedule:
 
         First calls may be so slow that the plan gives up dense steps which later calls show to be affordable.
         """
-        total, online = self.run.tokens.total, self.policy.online and self.config.runtime is not None
-        return online and not self.policy.sparse and step + 1 < len(counts) and total not in counts[step + 1 :]
+        total, timed = self.run.tokens.total, self.policy.online and self.online and self.config.runtime is not None
+        return timed and not self.policy.sparse and step + 1 < len(counts) and total not in counts[step + 1 :]
 
     def within_share(self, counts: Sequence[int], begin: int, changes: Sequence[Change]) -> list[int]:
         """The counts of the whole run, those from `begin` on planned anew for what is left of the share."""

@@ -116,7 +116,7 @@ def end_step(
         return velocity
     before = generation.trajectory.step
     change, given = generation.trajectory.evaluated(step, velocity, ignored())
-    if change is not None and not generation.all_dense:
+    if change is not None and (generation.schedule.online or not generation.all_dense):
         change = generation.ranks.from_first(change)
         policy = generation.schedule.policy
         if len(change) == generation.samples:
