@@ -371,7 +371,11 @@ def test_what_is_made_of_an_enabled_pipeline_is_plain_and_can_be_enabled():
     plain, cls = run(pipe), type(pipe)
     heterostep.enable(pipe, **WHOLE)
     sparse = run(pipe)
-    made = [type(pipe)(**pipe.components, expand_timesteps=pipe.config.expand_timesteps), pipe.from_pipe(pipe), type(pipe).from_pipe(pipe)]
+    made = [
+        type(pipe)(**pipe.components, expand_timesteps=pipe.config.expand_timesteps),
+        pipe.from_pipe(pipe),
+        type(pipe).from_pipe(pipe),
+    ]
     for other in made:
         assert type(other) is cls
         other.scheduler = copy.deepcopy(pipe.scheduler)

@@ -325,7 +325,7 @@ def test_which_addresses_are_this_machines_own(host, monkeypatch, capsys):
 def test_without_the_extra_the_command_names_it(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["ui"]) == 2
-    assert "pip install 'heterostep[ui]'" in capsys.readouterr().err
+    assert "pip install '.[ui]' in heterostep's checkout" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import re
 import socket
@@ -40,5 +41,6 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         why = error.strerror or "it is not to be had"
-        raise HeterostepError(f"cannot listen on {host}, port {port} ({why}): give another --port") from error
+        other = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
+        raise HeterostepError(f"cannot listen on {host}, port {port} ({why}): give another {other}") from error
     return sock

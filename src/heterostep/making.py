@@ -249,7 +249,9 @@ def summary(result: Result, reference: Result | None) -> dict[str, str]:
     runtime, share, steps, memory = report.runtime, report.share, report.steps, report.memory
     lines = {}
     if runtime.target is not None and runtime.achieved is not None:
-        lines["runtime"] = f"asked {runtime.target:.2f} of dense, achieved {runtime.achieved:.2f}"
+        lines["runtime"] = (
+            f"asked {runtime.target:.2f} of dense, achieved {runtime.achieved:.2f} by its own dense steps"
+        )
         if runtime.warmup_seconds > 0.05 * runtime.seconds:
             lines["runtime"] += f", besides {runtime.warmup_seconds:.1f} s of warm-up"
     if share.target is not None:
@@ -258,13 +260,15 @@ def summary(result: Result, reference: Result | None) -> dict[str, str]:
             lines["share"] += f" ({share.unspent:.3f} are less than a whole step)"
     lines["seconds"] = f"{result.seconds:.1f} for the denoising loop"
     if reference is not None:
-        lines["seconds"] += f", dense {reference.seconds:.1f}, ratio {result.seconds / reference.seconds:.2f}"
+        lines["seconds"] += f", {result.seconds / reference.seconds:.2f} of the dense run's {reference.seconds:.1f}"
         if runtime.dense_seconds is not None:
             off = round(100 * (runtime.dense_seconds / reference.seconds - 1))
-            lines["estimate"] = f"dense was estimated online {runtime.dense_seconds:.1f} ({off:+d} %)"
+            lines["estimate"] = (
+                f"of the dense run's seconds by this run's steps: {runtime.dense_seconds:.1f} ({off:+d} %)"
+            )
             if abs(off) >= SPEED_DIFFERS:
                 took = "longer" if off < 0 else "less long"
-                lines["estimate"] += f": the dense run's steps took {took} than this run's, as on a busy machine"
+                lines["estimate"] += f"; the dense run's steps took {took} than this run's, as on a busy machine"
         lines["psnr"] = f"{result.psnr(reference):.1f} dB against dense"
     lines["steps"] = (
         f"mean {steps.mean:.1f} per token, min {steps.min}, max {steps.max}, of {report.num_inference_steps}"

@@ -309,6 +309,11 @@ def check_model(model: str | None) -> None:
     if model is None or Path(model).is_dir():
         return
     if model.startswith(("/", ".", "~")) or model.count("/") != 1 or "\\" in model:
+        from heterostep import configs
+
+        if model in configs.names():
+            hub_id = configs.load(model).repository
+            raise BadField("model", f"{model} is a name for plan and bench: give {hub_id} or the checkpoint's folder")
         raise BadField("model", f"there is no folder {model}")
 
 

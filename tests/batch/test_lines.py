@@ -210,7 +210,7 @@ def test_without_ray_the_command_says_what_to_install(monkeypatch, tmp_path, cap
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n')
     assert cli.main(["batch", str(path), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == "heterostep: a batch wants Ray: pip install 'heterostep[ray]'\n"
+    assert capsys.readouterr().err == "heterostep: a batch wants Ray: pip install '.[ray]' in heterostep's checkout\n"
     assert not (tmp_path / "out").exists()
 
 

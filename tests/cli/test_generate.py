@@ -99,7 +99,7 @@ def test_both_compares_with_dense_from_the_same_noise(pipes, capsys):
     with Image.open("heat.png") as picture:
         picture.load()
     out, err = capsys.readouterr()
-    assert f"{report['psnr']:.1f} dB" in out and "ratio" in out
+    assert f"{report['psnr']:.1f} dB" in out and "of the dense run's" in out
     assert "dense 12/12" in err and "heterostep 12/12" in err and "asked 0.75" in err
 
 
@@ -147,7 +147,7 @@ def test_the_summary_says_how_far_the_estimate_was_off(pipes, capsys):
     estimate, measured = report["runtime"]["dense_seconds"], report["dense_measured_seconds"]
     off = round(100 * (estimate / measured - 1))
     (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("estimate"))
-    assert f"estimated online {estimate:.1f} ({off:+d} %)" in said
+    assert f"by this run's steps: {estimate:.1f} ({off:+d} %)" in said
     # A ratio that is not what was achieved is explained.
     word = "longer" if off < 0 else "less long"
     assert (f"steps took {word} than this run's" in said) == (abs(off) >= making.SPEED_DIFFERS)

@@ -101,7 +101,7 @@ def check_ray(module: str, what: str) -> None:
     except ModuleNotFoundError:
         there = False
     if not there:
-        raise HeterostepError(f"{what} wants Ray: pip install 'heterostep[ray]'")
+        raise HeterostepError(f"{what} wants Ray: pip install '.[ray]' in heterostep's checkout")
 
 
 class _Watcher:

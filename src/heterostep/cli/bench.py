@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import filesize
@@ -20,8 +22,11 @@ from heterostep.cli.options import (
     start_ranks,
 )
 from heterostep.devices import Dtype, precision_of
-from heterostep.errors import HeterostepError
+from heterostep.errors import HeterostepError, first_line
 from heterostep.files import replacing, writing
+
+if TYPE_CHECKING:
+    import torch
 
 
 def bench(
@@ -56,7 +61,7 @@ def bench(
     from heterostep.bench import bench as run_bench
 
     advice = "lower the size, or take fewer --layers, --stores or a smaller --dtype"
-    with silence(), out_of_memory(advice), on_device(gpus, device) as place:
+    with silence(), out_of_memory(advice), on_device(gpus, device) as place, _backend_runs(attention_backend, place):
         result = run_bench(
             config,
             Size(height, width, frames),
@@ -106,3 +111,19 @@ def _show_bench(result: dict[str, Any]) -> None:
     for name, parts in calls.items():
         table.add_row(name, *(f"{parts[kind] * 1000:.2f}" for kind in kinds))
     Console().print(table)
+
+
+@contextlib.contextmanager
+def _backend_runs(name: str | None, device: torch.device) -> Iterator[None]:
+    """What an attention backend says of a device that it was not made for, as one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        from heterostep.making import is_out_of_memory
+
+        if name is None or device.type == "cuda" or is_out_of_memory(error):
+            raise
+        raise HeterostepError(
+            f"the attention backend {name} does not run on {device.type}: leave out --attention-backend, or use a GPU "
+            f"({first_line(error)})"
+        ) from error

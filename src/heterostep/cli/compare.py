@@ -66,7 +66,9 @@ def compare(
         raise HeterostepError(f"there is no file {prompts}")
     check_model(model)
     if missing := [name for name in ("torchmetrics", "jinja2") if importlib.util.find_spec(name) is None]:
-        raise HeterostepError(f"the comparison wants {' and '.join(missing)}: pip install 'heterostep[compare]'")
+        raise HeterostepError(
+            f"the comparison wants {' and '.join(missing)}: pip install '.[compare]' in heterostep's checkout"
+        )
     if vbench:
         from heterostep.compare import vbench as scores
 
