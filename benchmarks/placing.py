@@ -160,7 +160,7 @@ class ByWidth(Placing):
 
     def factor(self, step: int) -> np.ndarray:
         # The rate has the width in it.
-        rates = Auto.rates(self, self.exponent(self.seen))
+        rates = super(Placing, self).rates(self.exponent(self.seen))
         return (self._widths / rates) ** (1 / (self.order + 1))
 
 
@@ -188,6 +188,13 @@ class Law(Auto):
     def rates(self, exponent: float) -> np.ndarray:
         signal, noise = 1 - self._middles + MARGIN, self._middles + MARGIN
         return (signal**-exponent + 0.4 * noise**-1.5) * self._widths
+
+
+@register_policy
+class LawByWidth(ByWidth8, Law):
+    """Both, of order 8."""
+
+    name = "law-width-8"
 
 
 class Slopes:
