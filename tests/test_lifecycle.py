@@ -493,6 +493,27 @@ def test_guidance_that_ends_early_is_told_step_by_step():
     assert [info.step for info in seen] == list(range(12)) and heterostep.report(pipe).finished
 
 
+@pytest.mark.parametrize("last", [3, 8])
+def test_guidance_that_ends_early_is_in_the_target_of_seconds(last, monkeypatch):
+    """A dense loop of 20 steps, with two calls each until guidance ends and one after that."""
+    pipe = small_pipeline()
+
+    def stop_guidance(pipe, step, timestep, tensors):
+        if step == last:
+            pipe._guidance_scale = 1.0
+        return {}
+
+    def durations(clock):
+        made = inspect(pipe).generation
+        return [made.rows[at] * (made.counts[at] > 0) for at in range(len(clock._marks) - 1)]
+
+    monkeypatch.setattr(StepClock, "durations", durations)
+    heterostep.enable(pipe, runtime=0.5)
+    run(pipe, steps=20, callback_on_step_end=stop_guidance)
+    report, dense = heterostep.report(pipe).runtime, 20 + last + 1
+    assert report.dense_seconds == dense and report.seconds == pytest.approx(dense / 2, abs=1.5)
+
+
 @pytest.mark.parametrize("wrong", [None, 3, "pipe"])
 def test_what_is_no_pipeline_is_one_line(wrong):
     with pytest.raises(HeterostepError, match="wants a diffusers pipeline"):

@@ -76,6 +76,16 @@ def test_one_slow_first_call_does_not_make_evaluations_dear():
     assert StepCost([3.0, 0.4], [1, 1]).dense == 0.4
 
 
+def test_steps_count_by_the_calls_that_guidance_makes():
+    """Twice as long while there are two; the dense run has them where this run had them, and goes on as it is."""
+    durations, shares, rows = [2.0, 2.1, 0.0, 2.0, 1.0, 0.0, 1.0], [1, 1, 0, 1, 1, 0, 1], [2, 2, 2, 2, 1, 1, 1]
+    cost = StepCost(durations, shares, rows=rows)
+    assert cost.dense == cost.seconds(1) == 1.0 and cost.warmup == 0
+    assert cost.dense_run(12) == pytest.approx(4 * 2 + 8 * 1)
+    before = StepCost(durations[:4], shares[:4], rows=rows[:4])
+    assert before.dense_run(12) == pytest.approx(24.0)
+
+
 def test_cost_never_falls_with_the_share():
     cost = StepCost([1.0, 1.0, 3.0], [1.0, 1.0, 0.5])
     assert 0 <= cost.seconds(0.1) <= cost.seconds(0.5) <= cost.seconds(1)

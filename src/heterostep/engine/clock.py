@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -64,6 +64,8 @@ class StepCost:
         warm: whether this process has made such a run before. What its first calls take then, such as recording CUDA
             graphs, every run takes, and it counts.
         kept: steps that kept K and V. A dense step that did not is the pipeline's own.
+        rows: samples that each step called the transformer with: fewer once guidance has ended. A step's seconds go
+            with them, and those ahead are taken to be as the latest. Empty where all are alike.
 
     Attributes:
         dense: seconds of a dense step, the (lower) median of those but the first.
@@ -75,9 +77,18 @@ class StepCost:
     """
 
     def __init__(
-        self, durations: list[float], shares: list[float], warm: bool = False, kept: Collection[int] = ()
+        self,
+        durations: list[float],
+        shares: list[float],
+        warm: bool = False,
+        kept: Collection[int] = (),
+        rows: Sequence[int] = (),
     ) -> None:
-        timed = list(zip(shares, durations))
+        made = rows[: len(durations)]
+        alike = len(made) < len(durations) or not all(rows)
+        # Of each timed step, how many steps as the latest it is.
+        self._size = [1.0] * len(durations) if alike else [each / rows[-1] for each in made]
+        timed = [(share, seconds / size) for share, seconds, size in zip(shares, durations, self._size)]
         # The first step also warms caches and allocators, so it says little of the others; of two, the quicker.
         dense = [seconds for share, seconds in timed if share == 1]
         self.dense = min(dense) if len(dense) < 3 else statistics.median_low(dense[1:])
@@ -96,7 +107,7 @@ class StepCost:
         self.fixed = 0.0 if len(fixed) <= FIRST_SPARSE and least > self.dense else min(least, self.dense)
         sparse = [at for at, share in enumerate(shares) if 0 < share < 1]
         first_calls = set() if warm else {0, 1, *sparse[:FIRST_SPARSE]}
-        expected = [self.seconds(share) for share in shares]
+        expected = [self.seconds(share) * size for share, size in zip(shares, self._size)]
         self.steady = [
             expected[at] if at in first_calls and seconds > SLOW * expected[at] else seconds
             for at, seconds in enumerate(durations)
@@ -111,4 +122,4 @@ class StepCost:
 
     def dense_run(self, num_steps: int) -> float:
         """Predicted seconds of a whole dense run without heterostep, once everything is warm."""
-        return self.plain * num_steps
+        return self.plain * (sum(self._size) + num_steps - len(self._size))
