@@ -455,7 +455,5 @@ class Runner:
             HeterostepError: nothing has been generated yet.
         """
         if self.generation is None:
-            raise HeterostepError(
-                "nothing to report yet: call the pipeline first (after replacing its transformer, enable again)"
-            )
+            raise HeterostepError("nothing to report yet: call the pipeline first")
         return account.report(self.generation, pipeline)
