@@ -197,6 +197,19 @@ class LawByWidth(ByWidth8, Law):
     name = "law-width-8"
 
 
+@register_policy
+class Second(Placing):
+    """The second expert's changes count half as much again."""
+
+    name = "second"
+
+    def factor(self, step: int) -> np.ndarray:
+        factor = np.ones(self.run.num_steps)
+        for restart in self.run.restarts:
+            factor[restart:] = 1.5
+        return factor
+
+
 class Slopes:
     """The last two slopes of the guided velocity: how much of the one before would have been best over the last gap."""
 
