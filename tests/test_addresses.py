@@ -24,6 +24,11 @@ def test_an_address_is_one_processs_alone():
     listen("127.0.0.1", port).close()
 
 
+def test_another_machines_address_is_not_a_matter_of_the_port():
+    with pytest.raises(HeterostepError, match="cannot listen on 192.0.2.1, .*: give another --host"):
+        listen("192.0.2.1", 0)
+
+
 def test_no_such_address():
     with pytest.raises(HeterostepError, match="no address"):
         listen("no such host", 0)

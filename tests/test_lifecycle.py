@@ -505,7 +505,7 @@ def test_guidance_that_ends_early_is_in_the_target_of_seconds(last, monkeypatch)
 
     def durations(clock):
         made = inspect(pipe).generation
-        return [made.rows[at] * (made.counts[at] > 0) for at in range(len(clock._marks) - 1)]
+        return [made.samples_by_step[at] * (made.counts[at] > 0) for at in range(len(clock._marks) - 1)]
 
     monkeypatch.setattr(StepClock, "durations", durations)
     heterostep.enable(pipe, runtime=0.5)

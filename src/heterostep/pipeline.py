@@ -237,7 +237,7 @@ def enable(
         raise HeterostepError(f"on_step must be a function that takes a StepInfo, not {on_step!r}")
     policy.find(config.policy)
     check_pipeline(pipe)
-    before, told_before = _open.get(pipe), getattr(pipe, _ON_STEP, None)
+    restore = _restoring(pipe)
     disable(pipe)
     try:
         if any(is_wrapped(model) for model in transformers(pipe)):
@@ -246,9 +246,20 @@ def enable(
             )
         _open[pipe] = _Session(pipe, config, on_step)
     except BaseException:
-        if before is not None:
-            _open[pipe] = _Session(pipe, before.config, told_before)
+        restore()
         raise
+
+
+def _restoring(pipe: Pipeline) -> Callable[[], None]:
+    """What makes a disabled pipeline what it is now: off, or enabled with the options that it has."""
+    session = _open.get(pipe) if isinstance(pipe, _PIPELINES) else None
+    on_step = getattr(pipe, _ON_STEP, None)
+
+    def restore() -> None:
+        if session is not None:
+            _open[pipe] = _Session(pipe, session.config, on_step)
+
+    return restore
 
 
 def disable(pipe: Pipeline) -> None:
@@ -288,16 +299,13 @@ def enabled(
     Raises:
         HeterostepError: as in `enable`.
     """
-    before, told_before = (
-        (_open.get(pipe), getattr(pipe, _ON_STEP, None)) if isinstance(pipe, _PIPELINES) else (None, None)
-    )
+    restore = _restoring(pipe)
     enable(pipe, config=config, on_step=on_step, **options)
     try:
         yield pipe
     finally:
         disable(pipe)
-        if before is not None:
-            _open[pipe] = _Session(pipe, before.config, told_before)
+        restore()
 
 
 def report(pipe: Pipeline) -> Report:

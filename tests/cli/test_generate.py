@@ -292,6 +292,11 @@ def test_a_folder_that_is_no_model(no_model, capsys):
     assert "no diffusers model" in only_line(fails(capsys, "--model", "model"))
 
 
+def test_a_name_of_plan_and_bench_is_told_as_a_hub_id(no_model, capsys):
+    said = only_line(fails(capsys, "--model", "wan2.1-t2v-1.3b"))
+    assert "give Wan-AI/Wan2.1-T2V-1.3B-Diffusers or the checkpoint's folder" in said
+
+
 def test_a_path_that_is_no_folder(no_model, capsys):
     assert "there is no folder ./models/wan" in only_line(fails(capsys, "--model", "./models/wan"))
 

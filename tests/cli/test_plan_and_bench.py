@@ -248,6 +248,11 @@ def test_bench_used_wrongly(capsys, arguments, message):
     assert message in fails(capsys, *arguments)
 
 
+def test_an_attention_backend_that_is_not_for_this_device_is_one_line(capsys):
+    said = fails(capsys, *BENCH, "--quiet", "--device", "cpu", "--attention-backend", "_native_cudnn")
+    assert "_native_cudnn failed on cpu: leave out --attention-backend, or use a GPU (" in said
+
+
 def test_an_attention_backend_that_bench_does_not_know(capsys):
     assert cli.main([*BENCH, "--quiet", "--attention-backend", "nonsense"]) == 2
     out, err = capsys.readouterr()

@@ -78,11 +78,12 @@ def test_one_slow_first_call_does_not_make_evaluations_dear():
 
 def test_steps_count_by_the_calls_that_guidance_makes():
     """Twice as long while there are two; the dense run has them where this run had them, and goes on as it is."""
-    durations, shares, rows = [2.0, 2.1, 0.0, 2.0, 1.0, 0.0, 1.0], [1, 1, 0, 1, 1, 0, 1], [2, 2, 2, 2, 1, 1, 1]
-    cost = StepCost(durations, shares, rows=rows)
+    durations, shares = [2.0, 2.1, 0.0, 2.0, 1.0, 0.0, 1.0], [1, 1, 0, 1, 1, 0, 1]
+    samples = dict(enumerate([2, 2, 2, 2, 1, 1, 1]))
+    cost = StepCost(durations, shares, samples=samples)
     assert cost.dense == cost.seconds(1) == 1.0 and cost.warmup == 0
     assert cost.dense_run(12) == pytest.approx(4 * 2 + 8 * 1)
-    before = StepCost(durations[:4], shares[:4], rows=rows[:4])
+    before = StepCost(durations[:4], shares[:4], samples={at: 2 for at in range(4)})
     assert before.dense_run(12) == pytest.approx(24.0)
 
 

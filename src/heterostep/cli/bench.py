@@ -24,6 +24,7 @@ from heterostep.cli.options import (
 from heterostep.devices import Dtype, precision_of
 from heterostep.errors import HeterostepError, first_line
 from heterostep.files import replacing, writing
+from heterostep.making import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -115,15 +116,13 @@ def _show_bench(result: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _backend_runs(name: str | None, device: torch.device) -> Iterator[None]:
-    """What an attention backend says of a device that it was not made for, as one line."""
+    """A call that fails where an attention backend was asked for that is made for GPUs, as one line."""
     try:
         yield
     except RuntimeError as error:
-        from heterostep.making import is_out_of_memory
-
         if name is None or device.type == "cuda" or is_out_of_memory(error):
             raise
         raise HeterostepError(
-            f"the attention backend {name} does not run on {device.type}: leave out --attention-backend, or use a GPU "
-            f"({first_line(error)})"
+            f"a call with the attention backend {name} failed on {device.type}: leave out --attention-backend, or use "
+            f"a GPU ({first_line(error)})"
         ) from error

@@ -13,8 +13,7 @@ def fitted_cost(generation: Generation) -> tuple[StepCost, list[float]] | None:
     shares = [count / generation.total for count in generation.counts[: len(durations)]]
     if not any(share == 1 for share in shares):
         return None
-    rows = [generation.rows.get(step, 0) for step in range(len(generation.rows))]
-    return StepCost(durations, shares, generation.warm, generation.kept, rows), durations
+    return StepCost(durations, shares, generation.warm, generation.kept, generation.samples_by_step), durations
 
 
 def plan_anew(generation: Generation) -> None:

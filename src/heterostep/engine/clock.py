@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -50,7 +51,7 @@ class StepClock:
 
 # A call that is made for the first time and takes so many times what it should was compiled, or woke something up.
 SLOW = 1.5
-# A call that keeps K and V takes the pipeline's own seconds to within this factor (measured: 0.87 to 1.12 of them).
+# A call that keeps K and V takes the pipeline's own seconds to within this factor (measured: 0.88 and 1.13 of them).
 NEAR = 1.2
 # Sparse calls that may be first ones: their kernels are compiled in one, they are recorded as CUDA graphs in the next.
 FIRST_SPARSE = 3
@@ -64,7 +65,7 @@ class StepCost:
         warm: whether this process has made such a run before. What its first calls take then, such as recording CUDA
             graphs, every run takes, and it counts.
         kept: steps that kept K and V. A dense step that did not is the pipeline's own.
-        rows: samples that each step called the transformer with: fewer once guidance has ended. A step's seconds go
+        samples: how many each step called the transformer with: fewer once guidance has ended. A step's seconds go
             with them, and those ahead are taken to be as the latest. Empty where all are alike.
 
     Attributes:
@@ -82,13 +83,13 @@ class StepCost:
         shares: list[float],
         warm: bool = False,
         kept: Collection[int] = (),
-        rows: Sequence[int] = (),
+        samples: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
-        made = rows[: len(durations)]
-        alike = len(made) < len(durations) or not all(rows)
-        # Of each timed step, how many steps as the latest it is.
-        self._size = [1.0] * len(durations) if alike else [each / rows[-1] for each in made]
-        timed = [(share, seconds / size) for share, seconds, size in zip(shares, durations, self._size)]
+        samples = {at: number for at, number in samples.items() if number}
+        latest = samples[max(samples)] if samples else 1
+        # How many steps as the latest each timed one is.
+        self._sizes = [samples.get(at, latest) / latest for at in range(len(durations))]
+        timed = [(share, seconds / size) for share, seconds, size in zip(shares, durations, self._sizes)]
         # The first step also warms caches and allocators, so it says little of the others; of two, the quicker.
         dense = [seconds for share, seconds in timed if share == 1]
         self.dense = min(dense) if len(dense) < 3 else statistics.median_low(dense[1:])
@@ -107,7 +108,7 @@ class StepCost:
         self.fixed = 0.0 if len(fixed) <= FIRST_SPARSE and least > self.dense else min(least, self.dense)
         sparse = [at for at, share in enumerate(shares) if 0 < share < 1]
         first_calls = set() if warm else {0, 1, *sparse[:FIRST_SPARSE]}
-        expected = [self.seconds(share) * size for share, size in zip(shares, self._size)]
+        expected = [self.seconds(share) * size for share, size in zip(shares, self._sizes)]
         self.steady = [
             expected[at] if at in first_calls and seconds > SLOW * expected[at] else seconds
             for at, seconds in enumerate(durations)
@@ -122,4 +123,4 @@ class StepCost:
 
     def dense_run(self, num_steps: int) -> float:
         """Predicted seconds of a whole dense run without heterostep, once everything is warm."""
-        return self.plain * (sum(self._size) + num_steps - len(self._size))
+        return self.plain * (sum(self._sizes) + num_steps - len(self._sizes))

@@ -113,7 +113,7 @@ class Generation:
     kv_store: str = "none"  # the same for the report
     store_names: tuple[str, ...] = ()
     kept: set[int] = field(default_factory=set)  # steps whose calls kept K and V
-    rows: dict[int, int] = field(default_factory=dict)  # samples that the transformers were called with, of each step
+    samples_by_step: dict[int, int] = field(default_factory=dict)  # `samples_called` at the end of each
     fell_back: bool = False  # a store ran out of memory, and a smaller one took over
     kv_bytes_peak: int = 0
     kv_host_bytes_peak: int = 0
@@ -139,11 +139,11 @@ class Generation:
     @property
     def guided(self) -> bool:
         """Whether this step's velocity is made of several guidance branches."""
-        return self.called_with > self.samples
+        return self.samples_called > self.samples
 
     @property
-    def called_with(self) -> int:
-        """Samples of this step's calls so far: those of each guidance branch."""
+    def samples_called(self) -> int:
+        """Samples that this step has called the transformers with so far: those of each guidance branch."""
         return sum(branch.batch for branch in self.branches if branch.last_step == self.step)
 
     @property

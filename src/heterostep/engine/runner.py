@@ -121,7 +121,6 @@ class Runner:
             expert.undo()
             expert.wrapped.restore()
         self.experts = []
-        self._thread = None
         if id(self) in self._compiled:
             self._compiled.remove(id(self))
             if not self._compiled:

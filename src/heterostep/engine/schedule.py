@@ -17,8 +17,8 @@ TOLERANCE = 0.02
 # it from text alone.
 FEW_STEPS = 8
 # From text alone, plain sampling with fewer steps is better at shifts 12 and 16 at half of the evaluations and less; at
-# 9 it is not. These are the noise level in the middle of the steps, at a shift of 11, and that part.
-HIGH_SIGMA, HALF = 11 / 12, 0.5
+# 9 it is not. A shift of 11 puts the middle step at this noise level.
+HIGH_SHIFT_SIGMA, HIGH_SHIFT_TARGET = 11 / 12, 0.5
 
 
 class Schedule:
@@ -57,7 +57,8 @@ class Schedule:
         if steps <= FEW_STEPS and self.run.from_frames:
             little = f"with {steps} steps from a first frame there is little to leave out"
             return f"{little}: {fewer} may give as good a video"
-        if self.run.sigmas[steps // 2] >= HIGH_SIGMA and target <= HALF and not self.run.from_frames:
+        high = self.run.sigmas[steps // 2] >= HIGH_SHIFT_SIGMA
+        if high and target <= HIGH_SHIFT_TARGET and not self.run.from_frames:
             return f"from text alone at so high a shift, {fewer} without heterostep may give a better video"
         return None
 

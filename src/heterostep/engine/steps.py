@@ -111,7 +111,7 @@ def end_step(
         what the sampler is to be given instead; the same object where nothing is changed.
     """
     step, count = generation.step, generation.counts[generation.step]
-    generation.rows[step] = generation.called_with
+    generation.samples_by_step[step] = generation.samples_called
     if not generation.is_dense:
         generation.trajectory.skipped(step, velocity, sparse=count > generation.schedule.run.tokens.least)
         return velocity
