@@ -27,6 +27,7 @@ from heterostep.config import HSAConfig
 from heterostep.engine import steps
 from heterostep.engine.generation import Branch, Generation
 from heterostep.engine.schedule import Schedule
+from heterostep.engine.trajectory import Correction
 from heterostep.engine.velocity import held, record
 from heterostep.errors import HeterostepError
 from heterostep.grid import TokenGrid
@@ -122,7 +123,8 @@ class Run:
             self._schedule = Schedule(config, Known(tuple(sigmas), Tokens(grid.num_tokens), from_frames=from_frames))
         self._schedule.check()
         self._grid, self._mask = grid, mask
-        self._memoryless = self.sampler == "euler" and not getattr(sampler, "extra_options", {}).get("s_churn")
+        memoryless = self.sampler == "euler" and not getattr(sampler, "extra_options", {}).get("s_churn")
+        self._correction = Correction.VELOCITY if memoryless else Correction.NONE
         self.generation: Generation | None = None
         self._branches: dict[tuple, Branch] = {}
         # Of the prediction under way.
@@ -158,7 +160,7 @@ class Run:
         if not self._first or generation.all_dense:
             return denoised
         velocity = (x - denoised) / sigma
-        given = steps.end_step(generation, velocity, lambda: self._ignored(x))
+        given = steps.end_step(generation, velocity, lambda: self._ignored(x)).velocity
         if given is velocity:
             return denoised
         # A preview is of what was predicted, before the gap's correction that the sampler is given with it.
@@ -177,7 +179,7 @@ class Run:
                 grid=self._grid,
                 samples=x.shape[0],
                 device=x.device,
-                memoryless=self._memoryless,
+                correction=self._correction,
                 clean=None if self._tokens is None else self._tokens.clean(self._mask, x),
             )
         generation = self.generation

@@ -20,6 +20,7 @@ from heterostep import compat, parallel, policy
 from heterostep.config import HSAConfig
 from heterostep.engine.report import Report, StepInfo
 from heterostep.engine.runner import Runner
+from heterostep.engine.trajectory import Correction
 from heterostep.engine.wrapping import WrappedStep, is_wrapped
 from heterostep.errors import HeterostepError
 from heterostep.models import FAMILIES, cp_plan
@@ -64,7 +65,7 @@ class _Session:
         step = None
         self.runner.check_idle()
         try:
-            self.runner.begin(memoryless=euler)
+            self.runner.begin(Correction.VELOCITY if euler else Correction.SAMPLE)
             _last[pipe] = self
             step = WrappedStep(scheduler, self.runner.end_step, self.runner.stepped)
             pipe.scheduler = scheduler

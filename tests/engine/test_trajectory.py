@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from heterostep.engine.trajectory import Trajectory, relative_change
+from heterostep.engine.trajectory import Correction, Given, Trajectory, relative_change
 from heterostep.sigmas import nominal_sigmas
 
 SIGMAS = nominal_sigmas(12, 3.0)
@@ -23,37 +23,84 @@ def line(step, at, start, stop):
     return start + (stop - start) * (TIMES[at] - TIMES[step[0]]) / (TIMES[step[1]] - TIMES[step[0]])
 
 
+HALF = torch.tensor([0.5])
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_gap_is_integrated_again_when_its_end_is_known(sparse):
     """With Euler the sample ends where a line between the known velocities leads, but for what mistrust takes away."""
     start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
-    trajectory = Trajectory(SIGMAS, TIMES, corrects=True)
+    trajectory = Trajectory(SIGMAS, TIMES, Correction.VELOCITY)
     x = torch.zeros(1, 4)
-    assert trajectory.evaluated(3, start, None)[1] is start
+    assert trajectory.evaluated(3, start, None)[1].velocity is start
     x = x + (SIGMAS[4] - SIGMAS[3]) * start
     for step in (4, 5, 6):
-        trajectory.skipped(step, start, sparse and step == 5)
+        assert trajectory.skipped(step, start, sparse and step == 5, HALF) is start
         x = x + (SIGMAS[step + 1] - SIGMAS[step]) * start
     change, given = trajectory.evaluated(7, stop, None)
     assert change.item() == pytest.approx(0.2)
     if sparse:
         # Some tokens were evaluated in the gap: a line would leave that out.
-        assert given is stop
+        assert given.velocity is stop
         return
     right = sum((SIGMAS[i + 1] - SIGMAS[i]) * line((3, 7), i, start, stop) for i in range(3, 7))
     missed = right - x
     dsigma = SIGMAS[8] - SIGMAS[7]
-    torch.testing.assert_close(given, stop + 0.8 * missed * (1 / dsigma + 1 / SIGMAS[7]))
+    assert given.move is None
+    torch.testing.assert_close(given.velocity, stop + 0.8 * missed * (1 / dsigma + 1 / SIGMAS[7]))
+    # At the next step the velocities are the model's again.
+    assert trajectory.skipped(8, stop, False, HALF) is stop
 
 
-def test_nothing_is_corrected_without_a_gap_or_where_it_is_not_asked():
+def gap(trajectory, start, stop, velocities, weight=HALF):
+    """The gap from one dense step to the next, whose velocities are `velocities`; what the scheduler was given in it."""
+    trajectory.evaluated(*start, None)
+    given = [trajectory.skipped(start[0] + 1 + i, v, False, weight) for i, v in enumerate(velocities)]
+    return given, trajectory.evaluated(*stop, None)
+
+
+def test_where_the_sample_can_be_moved_it_is_and_the_clean_sample_is_kept():
+    start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
+    trajectory = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
+    _, (_, given) = gap(trajectory, (3, start), (6, stop), [start, start])
+    missed = sum((SIGMAS[i + 1] - SIGMAS[i]) * (line((3, 6), i, start, stop) - start) for i in range(3, 6))
+    torch.testing.assert_close(given.move, 0.8 * missed)
+    # x - sigma v, before and after.
+    torch.testing.assert_close(given.move - SIGMAS[6] * given.velocity, -SIGMAS[6] * stop)
+
+
+def test_what_is_extrapolated_follows_the_move_until_the_next_dense_step():
+    """Two velocities that are both made elsewhere, by the same, have a slope that is right as it is."""
+    start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
+    trajectory = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
+    _, (_, given) = gap(trajectory, (3, start), (6, stop), [start, start])
+    lack = given.velocity - stop
+    ahead = (TIMES[7] - TIMES[6]) / (TIMES[6] - TIMES[3])
+    torch.testing.assert_close(trajectory.skipped(7, stop, False, HALF), stop + lack * (1 + 0.5 * ahead))
+    torch.testing.assert_close(trajectory.skipped(8, stop, False, 0 * HALF), stop + lack)
+    # The gap's end is as a straight line from the corrected velocity says: nothing is missed, nothing is moved.
+    change, given = trajectory.evaluated(9, stop + lack, None)
+    assert change.item() == pytest.approx(0, abs=1e-6)
+    on_line = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
+    on_line.evaluated(3, stop, None)
+    on_line.skipped(4, stop, False, HALF)
+    assert on_line.evaluated(5, stop, None)[1].move.abs().max() < 1e-6
+
+
+def test_single_tokens_end_what_follows_the_move():
+    start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
+    trajectory = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
+    gap(trajectory, (3, start), (6, stop), [start, start])
+    assert trajectory.skipped(7, stop, True, HALF) is stop
+
+
+@pytest.mark.parametrize("correction", list(Correction))
+def test_nothing_is_corrected_without_a_gap_or_where_it_is_not_asked(correction):
     v, w = torch.ones(1, 4), torch.full((1, 4), 1.2)
-    for corrects, steps in ((True, (3, 4)), (False, (3, 7))):
-        trajectory = Trajectory(SIGMAS, TIMES, corrects)
-        trajectory.evaluated(steps[0], v, None)
-        for step in range(steps[0] + 1, steps[1]):
-            trajectory.skipped(step, v, sparse=False)
-        change, given = trajectory.evaluated(steps[1], w, None)
-        assert given is w and change is not None
+    trajectory = Trajectory(SIGMAS, TIMES, correction)
+    last = 7 if correction is Correction.NONE else 4
+    given, (change, at_end) = gap(trajectory, (3, v), (last, w), [v] * (last - 4))
+    assert all(each is v for each in given) and change is not None
+    assert at_end.velocity is w and at_end.move is None
     trajectory.restart()
-    assert trajectory.evaluated(9, v, None) == (None, v)
+    assert trajectory.evaluated(9, v, None) == (None, Given(v))

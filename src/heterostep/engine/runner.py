@@ -32,6 +32,7 @@ from heterostep.engine.expert import Expert, compile_kernels, in_background
 from heterostep.engine.generation import Branch, Generation
 from heterostep.engine.report import Report, StepInfo
 from heterostep.engine.schedule import Schedule
+from heterostep.engine.trajectory import Correction, Given
 from heterostep.engine.velocity import held, record
 from heterostep.errors import HeterostepError
 from heterostep.kernels import gather_rows
@@ -77,7 +78,7 @@ class Runner:
         # Pipelines in other threads may share the transformer: one call at a time, for hooks see the call under way.
         self._lock = threading.RLock()
         self._thread: int | None = None  # whose pipeline call is under way
-        self._memoryless = False
+        self._correction = Correction.NONE
         self._kind: Hashable = None  # of the generation's run, see `Expert.kind_of_run`
         self._compiling: threading.Thread | None = None
         self.experts = [self._wrap(position, model) for position, model in enumerate(models)]
@@ -91,13 +92,13 @@ class Runner:
         if self._thread is not None:
             raise HeterostepError("the pipeline is running already: give each thread, or nested call, one of its own")
 
-    def begin(self, memoryless: bool) -> None:
+    def begin(self, correction: Correction) -> None:
         """The pipeline is being called: what the transformers are asked for in this thread is its generation.
 
         Args:
-            memoryless: whether its scheduler's step depends on nothing but what it is given.
+            correction: how its scheduler can be told what a gap has missed.
         """
-        self._thread, self._memoryless = threading.get_ident(), memoryless
+        self._thread, self._correction = threading.get_ident(), correction
         if self.generation is not None:
             self.generation.over = True
 
@@ -370,7 +371,7 @@ class Runner:
             grid=grid,
             samples=samples,
             device=device,
-            memoryless=self._memoryless,
+            correction=self._correction,
             first=first,
             clean=clean,
             ranks=expert.ranks,
@@ -413,15 +414,15 @@ class Runner:
             return scheduler.begin_index or 0
         return int((scheduler.timesteps - now).abs().argmin())
 
-    def end_step(self, velocity: torch.Tensor) -> torch.Tensor:
+    def end_step(self, velocity: torch.Tensor) -> Given:
         """The scheduler is given a step's guided velocity [B, ...], in the layout of the latents.
 
         Returns:
-            what it is to be given instead; the same object where nothing is changed.
+            what it is to be given instead; the same velocity where nothing is changed.
         """
         generation = self.generation
         if self._thread != threading.get_ident() or generation is None or generation.over or generation.step < 0:
-            return velocity
+            return Given(velocity)
         return steps.end_step(generation, velocity, lambda: self._ignored(generation, velocity))
 
     def stepped(self) -> None:

@@ -25,7 +25,7 @@ from heterostep.engine import account, budget, ranking
 from heterostep.engine.clock import StepClock
 from heterostep.engine.generation import Generation
 from heterostep.engine.schedule import Schedule
-from heterostep.engine.trajectory import Trajectory
+from heterostep.engine.trajectory import Correction, Given, Trajectory
 from heterostep.grid import TokenGrid
 from heterostep.parallel import ALONE, Ranks
 from heterostep.policy import Change
@@ -39,7 +39,7 @@ def begin(
     grid: TokenGrid,
     samples: int,
     device: torch.device,
-    memoryless: bool,
+    correction: Correction,
     first: int = 0,
     clean: torch.Tensor | None = None,
     ranks: Ranks = ALONE,
@@ -52,7 +52,7 @@ def begin(
         grid: the tokens; as many as the schedule's.
         samples: B.
         device: where the transformer runs.
-        memoryless: whether the sampler's step depends on nothing but what it is given (Euler).
+        correction: how the sampler can be told what a gap has missed.
         first: the sampler's step that the run begins with.
         clean: bool [B, N], tokens that carry no noise; None where all do.
         ranks: the processes that share the tokens.
@@ -69,7 +69,7 @@ def begin(
         clean=clean,
         clock=StepClock(device, ranks),
         times=times,
-        trajectory=Trajectory(sigmas, times, schedule.policy.corrects and memoryless),
+        trajectory=Trajectory(sigmas, times, correction if schedule.policy.corrects else Correction.NONE),
         evaluations=torch.zeros(samples, total, dtype=torch.int32, device=device),
         evaluated_at=torch.full((samples, total), sigmas[0], device=device),
         elapsed=torch.zeros(samples, total, device=device),
@@ -101,20 +101,23 @@ def start_step(generation: Generation, step: int) -> None:
 
 def end_step(
     generation: Generation, velocity: torch.Tensor, ignored: Callable[[], torch.Tensor | None] = lambda: None
-) -> torch.Tensor:
+) -> Given:
     """A step's guided velocity is known, [B, ...].
 
     Args:
         ignored: gives the values that do not count, bool of the velocity's shape, or None.
 
     Returns:
-        what the sampler is to be given instead; the same object where nothing is changed.
+        what the sampler is to be given instead; the same velocity where nothing is changed.
     """
     step, count = generation.step, generation.counts[generation.step]
     generation.samples_by_step[step] = generation.samples_called
     if not generation.is_dense:
-        generation.trajectory.skipped(step, velocity, sparse=count > generation.schedule.run.tokens.least)
-        return velocity
+        sparse = count > generation.schedule.run.tokens.least
+        weight = (
+            generation.weight if len(generation.weight) == len(velocity) else generation.weight.mean(0, keepdim=True)
+        )
+        return Given(generation.trajectory.skipped(step, velocity, sparse, weight))
     before = generation.trajectory.step
     change, given = generation.trajectory.evaluated(step, velocity, ignored())
     if change is not None and (generation.schedule.online or not generation.all_dense):

@@ -5,7 +5,9 @@ Shapes: B samples; a velocity is [B, ...] in the layout of the pipeline's latent
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +26,21 @@ def relative_change(new: torch.Tensor, old: torch.Tensor, ignored: torch.Tensor 
     return changed.flatten(1).sum(1) / size.flatten(1).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
+class Correction(enum.Enum):
+    """How a sampler can be told what a gap has missed."""
+
+    NONE = enum.auto()
+    VELOCITY = enum.auto()  # it has no memory (Euler): one velocity moves the sample by any amount
+    SAMPLE = enum.auto()  # it has: the sample is moved, and what the sampler remembers of it
+
+
+class Given(NamedTuple):
+    """What the sampler is to be given at a step: the velocity, and what the sample is to be moved by, if at all."""
+
+    velocity: torch.Tensor
+    move: torch.Tensor | None = None
+
+
 class Trajectory:
     """What the scheduler was given since the last dense step.
 
@@ -32,60 +49,100 @@ class Trajectory:
 
         missed = sum over i in j..k-1 of (sigma_i+1 - sigma_i) (line_i - given_i),  line over `log_alpha`
 
-    A scheduler without memory (Euler) is then given, at step k alone, v_k + (1 - change) (1/dsigma + 1/sigma) missed:
-    the first part moves the sample by what it lacks, the second keeps the prediction of the clean sample, made from the
-    sample as it was. It costs no evaluation. The larger the change over the gap, the less a line says of it.
+    The sample is moved by (1 - change) missed, for the larger the change over the gap, the less a line says of it. The
+    prediction of the clean sample x - sigma v, made from the sample as it was, is kept, so the velocity grows by
+    (1 - change) missed / sigma_k. It costs no evaluation. There are two ways (`Correction`):
+
+    - Euler is given, at step k alone, v_k + (1 - change) (1/dsigma + 1/sigma_k) missed, which does both.
+    - For solvers of higher order the sample is moved itself. The velocities that are extrapolated from v_k grow as it
+      does, up to the next dense step: else the clean sample that follows from them would jump, and such solvers go by
+      how it changes. With Euler that measured worse.
 
     Args:
         sigmas: noise levels 1..0 of the run's steps, one more than steps.
         times: `heterostep.sigmas.log_alpha` of each.
-        corrects: whether velocities at a gap's end are corrected.
+        correction: how velocities or samples are corrected at a gap's end.
     """
 
-    def __init__(self, sigmas: Sequence[float], times: Sequence[float], corrects: bool) -> None:
-        self._sigmas, self._times, self._corrects = sigmas, times, corrects
+    def __init__(self, sigmas: Sequence[float], times: Sequence[float], correction: Correction) -> None:
+        self._sigmas, self._times, self._correction = sigmas, times, correction
         self._known: torch.Tensor | None = None  # velocity of the last dense step
         self.step = -1  # which that was
         self._moved: torch.Tensor | None = None  # sum of (sigma' - sigma) v since, float32
         self._open = True  # the gap's velocities were all extrapolated
+        self._stride = 1.0  # time between the last two dense steps
+        # What velocities that were, or are, extrapolated from these two lack by the samples' moves, float32.
+        self._lacks: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
     def restart(self) -> None:
         """Forget: another model's velocities say nothing of this one's."""
-        self._known, self._moved = None, None
+        self._known, self._moved, self._lacks = None, None, (None, None)
 
-    def skipped(self, step: int, velocity: torch.Tensor, sparse: bool) -> None:
-        """Take note of a step whose velocities were extrapolated, all or (`sparse`) most of them."""
-        self._open = self._open and not sparse
-        if self._corrects and self._moved is not None:
-            self._moved = self._moved + (self._sigmas[step + 1] - self._sigmas[step]) * velocity.float()
+    def skipped(self, step: int, velocity: torch.Tensor, sparse: bool, weight: torch.Tensor) -> torch.Tensor:
+        """Take note of a step whose velocities were extrapolated, all or (`sparse`) most of them.
+
+        Args:
+            weight: of the last slope in them, [B].
+
+        Returns:
+            the velocity for the scheduler: the same object where nothing is to be corrected.
+        """
+        if sparse:
+            self._open, self._lacks = False, (None, None)
+        given = self._followed(step, velocity, weight)
+        if self._correction is not Correction.NONE and self._moved is not None:
+            self._moved = self._moved + (self._sigmas[step + 1] - self._sigmas[step]) * given.float()
+        return given
 
     def evaluated(
         self, step: int, velocity: torch.Tensor, ignored: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, Given]:
         """Take note of a dense step.
 
         Returns:
-            the relative change since the last one, [B] (None where there is none), and the velocity for the scheduler:
-            the same object where nothing is to be corrected.
+            the relative change since the last one, [B] (None where there is none), and what the scheduler is given: the
+            same velocity where nothing is to be corrected.
         """
-        change, given = None, velocity
+        change, given, lack = None, Given(velocity), None
         if self._known is not None and self._known.shape == velocity.shape:
-            change = relative_change(velocity, self._known, ignored)
-            if self._corrects and self._open and self._moved is not None and step - self.step > 1:
-                given = self._corrected(step, velocity, change)
+            old = self._known if self._lacks[1] is None else self._known.float() + self._lacks[1]
+            change = relative_change(velocity, old, ignored)
+            self._stride = self._times[step] - self._times[self.step]
+            if self._open and self._moved is not None and step - self.step > 1:
+                move = (1 - change).clamp(0.0, 1.0).view(-1, *[1] * (velocity.ndim - 1))
+                move = move * self._missed(step, velocity.float(), old.float())
+                lack = move / self._sigmas[step]
+                if self._correction is Correction.SAMPLE:
+                    given = Given((velocity.float() + lack).to(velocity.dtype), move)
+                else:
+                    width = self._sigmas[step + 1] - self._sigmas[step]
+                    given, lack = Given((velocity.float() + move / width + lack).to(velocity.dtype)), None
         self._known, self.step, self._open = velocity, step, True
-        if self._corrects:
-            self._moved = (self._sigmas[step + 1] - self._sigmas[step]) * velocity.float()
+        self._lacks = self._lacks[1], lack
+        if self._correction is not Correction.NONE:
+            # Of the velocity before it is corrected: what the correction does belongs to the gap behind.
+            known = velocity.float() if lack is None else velocity.float() + lack
+            self._moved = (self._sigmas[step + 1] - self._sigmas[step]) * known
         return change, given
 
-    def _corrected(self, step: int, velocity: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-        assert self._known is not None and self._moved is not None
+    def _missed(self, step: int, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        assert self._moved is not None
         sigmas, times, before = self._sigmas, self._times, self.step
-        new, old = velocity.float(), self._known.float()
         widths = [sigmas[i + 1] - sigmas[i] for i in range(before, step)]
         ahead = [(times[i] - times[before]) / (times[step] - times[before]) for i in range(before, step)]
         along = sum(width * part for width, part in zip(widths, ahead))
-        missed = sum(widths) * old + along * (new - old) - self._moved
-        trust = (1 - change).clamp(0.0, 1.0).view(-1, *[1] * (velocity.ndim - 1))
-        factor = 1 / (sigmas[step + 1] - sigmas[step]) + 1 / sigmas[step]
-        return (new + trust * factor * missed).to(velocity.dtype)
+        return sum(widths) * old + along * (new - old) - self._moved
+
+    def _followed(self, step: int, velocity: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """An extrapolated velocity as it would be, had the two that it comes from been made where the sample is now."""
+        before, last = self._lacks
+        if before is None and last is None:
+            return velocity
+        ahead = weight.view(-1, *[1] * (velocity.ndim - 1)) * (self._times[step] - self._times[self.step])
+        ahead = ahead / self._stride
+        followed = velocity.float()
+        if last is not None:
+            followed = followed + (1 + ahead) * last
+        if before is not None:
+            followed = followed - ahead * before
+        return followed.to(velocity.dtype)

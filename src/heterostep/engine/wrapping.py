@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from heterostep.engine.trajectory import Given
 from heterostep.errors import HeterostepError
 
 
@@ -75,21 +76,27 @@ class WrappedStep:
 
     Args:
         scheduler: a diffusers scheduler.
-        before: before(velocity) -> the velocity that the scheduler is to be given.
+        before: before(velocity) -> what the scheduler is to be given.
         after: called when it has made the step.
     """
 
-    def __init__(
-        self, scheduler: Any, before: Callable[[torch.Tensor], torch.Tensor], after: Callable[[], None]
-    ) -> None:
+    def __init__(self, scheduler: Any, before: Callable[[torch.Tensor], Given], after: Callable[[], None]) -> None:
         self._scheduler, self._before, self._after = scheduler, before, after
         self._inner = scheduler.step
         self._was_in_class = "step" not in scheduler.__dict__
         functools.update_wrapper(self, self._inner)
         scheduler.step = self
 
-    def __call__(self, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        stepped = self._inner(self._before(model_output), *args, **kwargs)
+    def __call__(
+        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        given = self._before(model_output)
+        if given.move is not None:
+            sample = sample + given.move.to(sample.dtype)
+            # UniPC's corrector goes once more from where the step before began.
+            if getattr(self._scheduler, "last_sample", None) is not None:
+                self._scheduler.last_sample = self._scheduler.last_sample + given.move.to(sample.dtype)
+        stepped = self._inner(given.velocity, timestep, sample, *args, **kwargs)
         self._after()
         return stepped
 
