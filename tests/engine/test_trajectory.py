@@ -53,7 +53,7 @@ def test_a_gap_is_integrated_again_when_its_end_is_known(sparse):
 
 
 def gap(trajectory, start, stop, velocities, weight=HALF):
-    """The gap from one dense step to the next, whose velocities are `velocities`; what the scheduler was given in it."""
+    """From one dense step (number, velocity) to the next: what the scheduler was given in between, and at its end."""
     trajectory.evaluated(*start, None)
     given = [trajectory.skipped(start[0] + 1 + i, v, False, weight) for i, v in enumerate(velocities)]
     return given, trajectory.evaluated(*stop, None)

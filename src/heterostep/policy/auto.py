@@ -3,7 +3,7 @@
     plan       all tokens are evaluated at steps between which the guided velocity changes by equal amounts
     evaluate   at such a dense step; what it changed by is measured, and the steps ahead are planned anew
     extrapolate  in between, each velocity follows its last change over log(1 - sigma), the less the larger that was
-    correct    at the next dense step the gap behind is integrated again, for its end is known (`engine/trajectory.py`)
+    correct    at the next dense step the sample is moved by what the gap behind has missed (`engine/trajectory.py`)
 
 How fast a velocity changes is measured in the run itself. Over sigma its relative change goes like
 

@@ -88,7 +88,7 @@ class Policy(abc.ABC):
         online: whether changes alter the plan, so that it is made anew also where no seconds are to be kept.
         sparse: whether it evaluates some of the tokens at a step by its own choice.
         ranks_each_step: whether tokens are ranked anew at each sparse step in place of the first after a dense one.
-        corrects: whether a gap between dense steps is integrated again when its end is known
+        corrects: whether the sample is moved by what a gap between dense steps has missed, once its end is known
             (`heterostep.engine.trajectory`).
     """
 
