@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from heterostep import parallel
 from heterostep.errors import HeterostepError, first_line
@@ -72,6 +73,11 @@ def _wanted(model: str, with_image: bool) -> tuple[dict[str, Any], Kind, str]:
         name = config["_class_name"]
     except Exception as error:
         # A folder, the hub and the network fail in many ways.
+        if _is_unreachable(error):
+            raise HeterostepError(
+                f"{model} is no folder here, the hub cannot be reached, and it is not in its cache: check the network, "
+                "or give a folder"
+            ) from error
         raise HeterostepError(f"{model} is no diffusers model folder or hub id: {first_line(error)}") from error
     known = kinds()
     if name not in known:
@@ -86,6 +92,15 @@ def _wanted(model: str, with_image: bool) -> tuple[dict[str, Any], Kind, str]:
     if wanted is None or (with_image and name == "WanPipeline" and not config.get("expand_timesteps")):
         raise HeterostepError(f"{model} makes videos from text alone: leave out --image")
     return config, kind, wanted
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether the hub's library found neither the network nor a copy that it has kept."""
+    while error is not None:
+        if isinstance(error, LocalEntryNotFoundError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def about(model: str) -> dict[str, Any]:

@@ -122,6 +122,14 @@ def test_quiet_is_quiet(pipes, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_prompt_that_the_bundled_model_does_not_know_is_said_before_it_runs(pipes, capsys):
+    assert cli.main(["generate", "a cat on the grass", *SMALL]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("note: the bundled model knows drawn shapes only") and "--model" in err.splitlines()[0]
+    assert cli.main(["generate", PROMPT, *SMALL]) == 0
+    assert "note" not in capsys.readouterr().err
+
+
 def test_sizes_are_the_models_unless_given(pipes, monkeypatch):
     monkeypatch.setattr(tiny, "DEFAULTS", {**tiny.DEFAULTS, "height": 32, "width": 48, "num_frames": 5})
     assert cli.main(["generate", PROMPT, "--steps", "3", "--dense", "--quiet"]) == 0

@@ -108,7 +108,9 @@ def test_plan_without_known_memory(capsys):
     assert {row[-1] for row in rows(out, STORES)} == {"?"} and "may use" not in out
     assert "chosen       offload: peak" in out and "in host memory" in out and "fit" not in out.split("chosen")[1]
     out, _ = works(capsys, *arguments)
-    assert "run's peak   " in out and "none are kept" in out and not rows(out, STORES)
+    assert "run's peak   " in out and "none are kept" in out and not rows(out, STORES) and "no effect" not in out
+    out, _ = works(capsys, *arguments, "--kv-store", "fp8")
+    assert "none are kept: a step evaluates all tokens or none; --kv-store has no effect" in out
 
 
 def test_plan_as_json(capsys):

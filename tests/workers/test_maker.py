@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from heterostep import making, tiny
@@ -137,6 +138,20 @@ def test_a_job_is_cancelled_before_and_while_it_runs(maker):
 def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path):
     with pytest.raises(HeterostepError, match="is no diffusers model folder"):
         Maker(str(tmp_path), "cpu", "auto").start()
+
+
+def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch):
+    """Without a network diffusers says that the file does not exist."""
+
+    def load_config(model):
+        try:
+            raise LocalEntryNotFoundError("no connection, and not in the cache")
+        except LocalEntryNotFoundError as error:
+            raise OSError(f"{model} does not appear to have a file named model_index.json.") from error
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", load_config)
+    with pytest.raises(HeterostepError, match=r"^a/b is no folder here, the hub cannot be reached.* check the network"):
+        Maker("a/b", "cpu", "auto").start()
 
 
 def test_a_model_of_images_alone_starts_as_what_it_is(tmp_path):

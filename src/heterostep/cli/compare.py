@@ -17,13 +17,16 @@ from heterostep.files import writing
 from heterostep.making import SIZES, load
 from heterostep.order import check_model
 
+# To make so many and hold them takes a moment; a comparison of them takes weeks.
+MOST_CAPTIONS = 10_000
+
 
 def compare(
     out: Annotated[Path, typer.Option(help="Folder; a comparison that was stopped goes on.")] = Path("report"),
     prompts: Annotated[
         Path | None, typer.Option(help="File, a prompt a line.  [default: the model's held-out ones]")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Held-out captions, without --prompts.")] = 2,
+    count: Annotated[int, typer.Option(min=1, max=MOST_CAPTIONS, help="Held-out captions, without --prompts.")] = 2,
     image_to_video: Annotated[
         bool, typer.Option("--image-to-video", help="From first frames; in --prompts after a tab.")
     ] = False,

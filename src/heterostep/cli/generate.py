@@ -122,6 +122,8 @@ def generate(
     picture = making.open_image(image) if image is not None else None
     start_ranks(gpus, device, context.obj)
     quiet = quiet or not is_seen(gpus)
+    if model is None and not quiet and (note := _foreign(prompt)):
+        typer.echo(note, err=True)
     with silence(), on_device(gpus, device) as place:
         precision = precision_of(dtype, place)
         pipe, defaults = making.load(model, picture is not None, precision)
@@ -146,6 +148,15 @@ def generate(
         _write(result, reference, out, report, heatmap, fps)
     if not quiet:
         typer.echo(_summary(result, reference, [path for path in (out, report, heatmap) if path is not None]))
+
+
+def _foreign(prompt: str) -> str | None:
+    """What to say of a prompt that the bundled model cannot follow; None where it can."""
+    try:
+        heterostep.tiny.world.parse(prompt)
+    except HeterostepError as error:
+        return f"note: the bundled model knows drawn shapes only, and {error}; for any other prompt give --model"
+    return None
 
 
 def _make(pipe: Any, config: HSAConfig, options: dict[str, Any], seed: int, name: str, quiet: bool) -> making.Result:

@@ -115,7 +115,8 @@ def _show_plan(made: Plan, config: HSAConfig) -> None:
     if keeps:
         Console().print(table)
     else:
-        typer.echo("K and V      none are kept: a step evaluates all tokens or none")
+        unused = "" if config.kv_store == "auto" else "; --kv-store has no effect"
+        typer.echo(f"K and V      none are kept: a step evaluates all tokens or none{unused}")
     if made.limit_bytes is not None:
         typer.echo(f"may use      {filesize.decimal(made.limit_bytes)} of the device, a margin left")
     if made.chosen is None:

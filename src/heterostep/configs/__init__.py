@@ -138,6 +138,8 @@ def _find_class(name: str) -> Any:
 
 
 def _read_folder(folder: Path) -> Configuration:
+    if not (folder / "model_index.json").exists():
+        raise HeterostepError(f"{folder} has no model_index.json: give the folder of a diffusers pipeline")
     index = _read_json(folder / "model_index.json")
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
