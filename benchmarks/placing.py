@@ -1,4 +1,4 @@
-"""Other ways to place dense steps, and to weigh a velocity's last change, beside the default.
+"""Other ways to place dense steps, to weigh a velocity's last change and to end a gap, beside the default.
 
 PSNR in dB to the dense video; with --latents, SNR of the final latents to the dense run's, without given frames. By
 default videos are short (9 frames) and made one by one, so that a row of 50 steps and one caption takes a CPU's core
@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from heterostep import enabled, register_policy, tiny
+from heterostep import HSAConfig, enabled, register_policy, tiny
 from heterostep.compare.measure import generate
 from heterostep.compare.prompts import held_out
 from heterostep.compare.regimes import REGIMES, in_regime
 from heterostep.engine.trajectory import Trajectory
-from heterostep.policy import Change
+from heterostep.policy import Change, Run
 from heterostep.policy.auto import LEVEL, LEVEL_SPREAD, NOISE, Auto
 from heterostep.sigmas import MARGIN
 
@@ -136,6 +136,17 @@ class WideCarry(Wide, Carry):
 
     def factor(self, step: int) -> np.ndarray:
         return Wide.factor(self, step) * Carry.factor(self, step)
+
+
+@register_policy
+class Uncorrected(Auto):
+    """The sample is not moved by what a gap has missed."""
+
+    name = "uncorrected"
+
+    def __init__(self, config: HSAConfig, run: Run) -> None:
+        super().__init__(config, run)
+        self.corrects = False
 
 
 @register_policy

@@ -85,6 +85,10 @@ def test_every_regime_has_a_row_for_each_share() -> None:
         ("bundled", 0.5), ("bundled", 0.25), ("lightx2v", 0.5), ("lightx2v", 0.25),
     ]  # fmt: skip
     assert all(row["captions"] == row["videos"] == 3 for row in found)
+    stopped = results(complete=False)
+    stopped["dense"].pop()
+    stopped["generations"] = [each for each in stopped["generations"] if each["prompt"] < 2]
+    assert matrix({"bundled": stopped})[0]["videos"] == 2
 
 
 def test_ours_at_a_point() -> None:
@@ -122,6 +126,24 @@ def test_a_budget_above_the_dearest_point_is_spent_on_that() -> None:
     only = {"heterostep": CURVES["heterostep"], "teacache": CURVES["teacache"]}
     peer = rows(only)[0.75]["peer"]
     assert peer["psnr"] == pytest.approx(99.5 / 3) and peer["found"] == "its dearest point"
+
+
+def test_videos_that_equal_dense_are_told_of_a_mean_that_leaves_them_out() -> None:
+    captions = tuple(f"caption {i}" for i in range(40))
+    dbs = [30.0] * 40
+
+    def peer(differ: int) -> tuple[dict[str, Any], str]:
+        dearer = [40.0] * differ + [None] * (40 - differ)
+        curves = {"heterostep": {0.5: (0.5, dbs)}, "easycache": {1: (0.4, dbs), 2: (0.6, dearer)}}
+        row = matrix({"bundled": results(curves, captions=captions)}, (0.5,))
+        return row[0]["peer"], table(row)
+
+    found, text = peer(10)
+    assert found["psnr"] == pytest.approx(35) and found["equal"] == 30 and "easycache ~35.0+ ± 0.0 (low" in text
+    assert peer(40)[0]["equal"] == 0 and "+" not in peer(40)[1]
+    # One of 40 says nothing of the others.
+    found, text = peer(1)
+    assert found["psnr"] == 30 and found["found"] == "its next cheaper point" and "easycache 30.0 ± 0.0" in text
 
 
 def test_what_is_not_reached_is_not_counted_and_told() -> None:
@@ -261,4 +283,4 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "bundled.json.gz").write_bytes(gzip.compress(b"[]"))
     with pytest.raises(HeterostepError, match="is no comparison's results"):
         read(tmp_path)
-    assert module.SCHEMA == 2
+    assert module.SCHEMA == 3

@@ -78,13 +78,54 @@ def test_what_is_extrapolated_follows_the_move_until_the_next_dense_step():
     ahead = (TIMES[7] - TIMES[6]) / (TIMES[6] - TIMES[3])
     torch.testing.assert_close(trajectory.skipped(7, stop, False, HALF), stop + lack * (1 + 0.5 * ahead))
     torch.testing.assert_close(trajectory.skipped(8, stop, False, 0 * HALF), stop + lack)
-    # The gap's end is as a straight line from the corrected velocity says: nothing is missed, nothing is moved.
-    change, given = trajectory.evaluated(9, stop + lack, None)
-    assert change.item() == pytest.approx(0, abs=1e-6)
-    on_line = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
-    on_line.evaluated(3, stop, None)
-    on_line.skipped(4, stop, False, HALF)
-    assert on_line.evaluated(5, stop, None)[1].move.abs().max() < 1e-6
+
+
+def test_a_gap_after_a_gap_is_integrated_from_the_corrected_velocity():
+    start, stop, end = (torch.full((1, 4), value) for value in (2.0, 2.5, 2.9))
+    trajectory = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
+    _, (_, given) = gap(trajectory, (3, start), (6, stop), [start, start])
+    lack = given.velocity - stop
+    inside = [trajectory.skipped(step, stop, False, HALF) for step in (7, 8)]
+    change, given = trajectory.evaluated(9, end, None)
+    assert change.item() == pytest.approx(((end - stop - lack) / end).mean().item())
+    widths = [SIGMAS[i + 1] - SIGMAS[i] for i in (6, 7, 8)]
+    lines = [line((6, 9), i, stop + lack, end) for i in (6, 7, 8)]
+    missed = sum(w * (right - wrong) for w, right, wrong in zip(widths, lines, [stop + lack, *inside]))
+    torch.testing.assert_close(given.move, (1 - change) * missed)
+    # What comes next is extrapolated from two velocities that were made elsewhere, each by its own move.
+    now = given.velocity - end
+    ahead = 0.5 * (TIMES[10] - TIMES[9]) / (TIMES[9] - TIMES[6])
+    torch.testing.assert_close(trajectory.skipped(10, end, False, HALF), end + now + ahead * (now - lack))
+
+
+def test_another_model_does_not_follow_this_ones_moves():
+    start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
+    trajectory = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
+    gap(trajectory, (3, start), (6, stop), [start, start])
+    trajectory.restart()
+    assert trajectory.evaluated(7, start, None) == (None, Given(start))
+    assert trajectory.skipped(8, start, False, HALF) is start
+    assert trajectory.evaluated(9, start, None)[1].move.abs().max() < 1e-6
+
+
+def test_a_step_made_twice_and_a_velocity_of_another_shape_are_survived():
+    start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
+    trajectory = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
+    gap(trajectory, (3, start), (6, stop), [start, start])
+    trajectory.evaluated(6, stop, None)
+    assert trajectory.skipped(7, stop, False, HALF).isfinite().all()
+    wider = torch.full((1, 6), 2.0)
+    assert trajectory.evaluated(8, wider, None) == (None, Given(wider))
+    assert trajectory.skipped(9, wider, False, HALF) is wider
+
+
+def test_all_processes_go_by_one_change():
+    start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
+    trajectory = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
+    trajectory.evaluated(3, start, None)
+    trajectory.skipped(4, start, False, HALF)
+    change, given = trajectory.evaluated(5, stop, None, lambda own: torch.ones_like(own))
+    assert change.item() == 1 and given.move.abs().max() == 0
 
 
 def test_single_tokens_end_what_follows_the_move():

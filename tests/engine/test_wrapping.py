@@ -16,6 +16,8 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
 import heterostep
+from heterostep.engine.trajectory import Given
+from heterostep.engine.wrapping import WrappedStep
 from heterostep.errors import HeterostepError
 from heterostep.pipeline import inspect
 from rows import ROWS, equal
@@ -201,3 +203,32 @@ def test_prompt_states_written_to_in_place_are_noticed(pipe):
         for change in (write, replace)
     )
     assert equal(written, replaced)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+@pytest.mark.parametrize("kind", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_moved_sample_arrives_where_the_clean_sample_is_kept(kind, by_name):
+    """x - sigma v stays, so what is left of a move at the next step is as much as noise is left."""
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 8.0}
+
+    def sample_after(move):
+        scheduler = kind(**flow)
+        scheduler.set_timesteps(20)
+        sigmas, x = scheduler.sigmas.double(), torch.ones(1, 4, dtype=torch.float64)
+        given = iter(
+            Given(v + move / sigmas[12], move * v) if at == 12 else Given(v)
+            for at, v in enumerate(torch.ones(13, 1, 4, dtype=torch.float64))
+        )
+        step = WrappedStep(scheduler, lambda velocity: next(given), lambda: None)
+        for t in scheduler.timesteps[:13]:
+            x = scheduler.step(x, timestep=t, sample=x)[0] if by_name else scheduler.step(x, t, x, return_dict=False)[0]
+        step.restore()
+        return x, sigmas
+
+    (plain, sigmas), (moved, _) = sample_after(0.0), sample_after(1.0)
+    # UniPC's corrector goes once more from the sample before.
+    start = 11 if kind is UniPCMultistepScheduler else 12
+    torch.testing.assert_close(
+        moved - plain, torch.full_like(plain, float(sigmas[13] / sigmas[start])), rtol=1e-4, atol=0
+    )

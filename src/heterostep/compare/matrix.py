@@ -30,7 +30,11 @@ from heterostep.files import replacing, writing
 
 OURS, STEPS, HSA = "heterostep", "steps", "hsa"
 SHARES = (0.75, 0.5, 0.25)
-SCHEMA = 2
+SCHEMA = 3
+# A setting with which fewer than this part of the videos differ from the dense ones counts as one that skips nothing.
+LEAST_DIFFER = 0.05
+# Beside a mean that leaves out videos which equal the dense ones.
+EQUAL_MARK = "+"
 # Half of a 95 % interval, in standard errors.
 INTERVAL = 1.96
 TITLES = {"text": "Text-to-video", "image": "Image-to-video"}
@@ -109,12 +113,13 @@ class _Curves:
         if found is None:
             return None
         how = "interpolated" if found.interpolated else "measured"
-        if found.interpolated and summary.between(found, "psnr") is None:
+        captions, of = self._captions(name, found), len(self._videos[name, found.cheaper["value"]])
+        if found.interpolated and len(captions) < LEAST_DIFFER * of:
             # Nothing lies between a video that equals dense's and another: what costs less is there for the asking.
             found, how = Place(found.cheaper, found.cheaper), "its next cheaper point"
+            captions = self._captions(name, found)
         elif points[0][EVALUATIONS]["mean"] < 0.99 * share:
             how = "its dearest point"
-        captions = self._captions(name, found)
         row = {
             "name": name,
             "label": self.labels.get(name, name),
@@ -123,6 +128,7 @@ class _Curves:
             "low": summary.between(found, "psnr", "low"),
             "found": how,
             "interpolated": found.interpolated,
+            "equal": of - len(captions),
         }
         return row, captions
 
@@ -172,6 +178,8 @@ def matrix(results: dict[str, Results], shares: Sequence[float] = SHARES) -> lis
     rows = []
     for regime, result in results.items():
         curves = _Curves(result)
+        # Of a comparison that was stopped some prompts are left.
+        made = {record["prompt"] for record in result["dense"]}
         for share in shares:
             found = {name: curves.cell(name, share) for name in (OURS, STEPS, HSA, *curves.peers)}
             cells = {name: each[0] for name, each in found.items() if each is not None}
@@ -184,8 +192,8 @@ def matrix(results: dict[str, Results], shares: Sequence[float] = SHARES) -> lis
                 {
                     "regime": regime,
                     "share": share,
-                    "captions": len({prompt["prompt"] for prompt in result["prompts"]}),
-                    "videos": len(result["prompts"]),
+                    "captions": len({result["prompts"][number]["prompt"] for number in made}),
+                    "videos": len(made),
                     **columns,
                     "low_peer": max(able, key=lambda cell: cell["low"], default=None),
                     "lead": {key: lead for key, lead in leads.items() if key != "ours"},
@@ -302,7 +310,8 @@ def cell(figures: Row | None) -> str:
         return "-"
     mark = "~" if figures["interpolated"] else ""
     interval = "" if figures["interval"] is None else f" ± {figures['interval']:.1f}"
-    return f"{mark}{decibels(figures['psnr'])}{interval} (low {decibels(figures['low'])})"
+    equal = EQUAL_MARK if figures["equal"] and figures["psnr"] < IDENTICAL_DB else ""
+    return f"{mark}{decibels(figures['psnr'])}{equal}{interval} (low {decibels(figures['low'])})"
 
 
 def table(rows: Sequence[Row]) -> str:

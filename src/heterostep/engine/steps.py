@@ -114,14 +114,16 @@ def end_step(
     generation.samples_by_step[step] = generation.samples_called
     if not generation.is_dense:
         sparse = count > generation.schedule.run.tokens.least
-        weight = (
-            generation.weight if len(generation.weight) == len(velocity) else generation.weight.mean(0, keepdim=True)
-        )
+        weight = generation.weight
+        if len(weight) != len(velocity):
+            weight = weight.mean(0, keepdim=True)
         return Given(generation.trajectory.skipped(step, velocity, sparse, weight))
     before = generation.trajectory.step
-    change, given = generation.trajectory.evaluated(step, velocity, ignored())
-    if change is not None and (generation.schedule.online or not generation.all_dense):
-        change = generation.ranks.from_first(change)
+    if not generation.schedule.online and generation.all_dense:
+        # Where nothing is skipped there is nothing to agree on.
+        return generation.trajectory.evaluated(step, velocity, ignored())[1]
+    change, given = generation.trajectory.evaluated(step, velocity, ignored(), generation.ranks.from_first)
+    if change is not None:
         policy = generation.schedule.policy
         if len(change) == generation.samples:
             generation.weight = policy.weight(change)

@@ -6,7 +6,7 @@ Shapes: B samples; a velocity is [B, ...] in the layout of the pipeline's latent
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,7 +56,8 @@ class Trajectory:
     - Euler is given, at step k alone, v_k + (1 - change) (1/dsigma + 1/sigma_k) missed, which does both.
     - For solvers of higher order the sample is moved itself. The velocities that are extrapolated from v_k grow as it
       does, up to the next dense step: else the clean sample that follows from them would jump, and such solvers go by
-      how it changes. With Euler that measured worse.
+      how it changes. With Euler that measured worse. (UniPC's corrector goes once more from the sample before, which is
+      moved as far; what arrives at step k is sigma_k / sigma_k-1 of it.)
 
     Args:
         sigmas: noise levels 1..0 of the run's steps, one more than steps.
@@ -95,9 +96,18 @@ class Trajectory:
         return given
 
     def evaluated(
-        self, step: int, velocity: torch.Tensor, ignored: torch.Tensor | None
+        self,
+        step: int,
+        velocity: torch.Tensor,
+        ignored: torch.Tensor | None,
+        agree: Callable[[torch.Tensor], torch.Tensor] = lambda change: change,
     ) -> tuple[torch.Tensor | None, Given]:
         """Take note of a dense step.
+
+        Args:
+            velocity: the guided one.
+            ignored: values that do not count, as in `relative_change`.
+            agree: gives the change that all processes go by, of this one's.
 
         Returns:
             the relative change since the last one, [B] (None where there is none), and what the scheduler is given: the
@@ -106,8 +116,9 @@ class Trajectory:
         change, given, lack = None, Given(velocity), None
         if self._known is not None and self._known.shape == velocity.shape:
             old = self._known if self._lacks[1] is None else self._known.float() + self._lacks[1]
-            change = relative_change(velocity, old, ignored)
-            self._stride = self._times[step] - self._times[self.step]
+            change = agree(relative_change(velocity, old, ignored))
+            # A sampler may make a step twice.
+            self._stride = self._times[step] - self._times[self.step] or self._stride
             if self._open and self._moved is not None and step - self.step > 1:
                 move = (1 - change).clamp(0.0, 1.0).view(-1, *[1] * (velocity.ndim - 1))
                 move = move * self._missed(step, velocity.float(), old.float())
@@ -117,6 +128,8 @@ class Trajectory:
                 else:
                     width = self._sigmas[step + 1] - self._sigmas[step]
                     given, lack = Given((velocity.float() + move / width + lack).to(velocity.dtype)), None
+        else:
+            self._lacks = None, None
         self._known, self.step, self._open = velocity, step, True
         self._lacks = self._lacks[1], lack
         if self._correction is not Correction.NONE:

@@ -93,7 +93,7 @@ class WrappedStep:
         given = self._before(model_output)
         if given.move is not None:
             sample = sample + given.move.to(sample.dtype)
-            # UniPC's corrector goes once more from where the step before began.
+            # UniPC's corrector goes once more from where the step before began, and drops the sample.
             if getattr(self._scheduler, "last_sample", None) is not None:
                 self._scheduler.last_sample = self._scheduler.last_sample + given.move.to(sample.dtype)
         stepped = self._inner(given.velocity, timestep, sample, *args, **kwargs)
