@@ -16,6 +16,8 @@ SOLVERS = ("pipeline", "euler")
 SCORES = ("velocity", "random", "oracle")
 SYNCS = ("drift", "hold", "fresh")
 KV_STORES = ("auto", "device", "fp8", "offload", "fp8-offload")
+# Gigabytes that no device has.
+MOST_VRAM = 1e6
 # Options, and values of `policy`, that had other names; these go on working for one version.
 RENAMED = {"between": "sparse_share", "rotation": "round_robin"}
 _RENAMED_POLICIES = {"rotation": "round-robin"}
@@ -216,8 +218,8 @@ class HSAConfig:
             raise HeterostepError(f"policy must be a name, such as auto or hsa, not {self.policy!r}")
         if self.vram is not None:
             vram = _number("vram", self.vram)
-            if not 0 < vram < math.inf:
-                raise HeterostepError(f"vram must be gigabytes above 0, not {vram:g}")
+            if not 0 < vram < MOST_VRAM:
+                raise HeterostepError(f"vram must be gigabytes above 0 and below {MOST_VRAM:,.0f}, not {vram:g}")
             object.__setattr__(self, "vram", vram)
         self._choose_policy()
 

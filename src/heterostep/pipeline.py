@@ -153,6 +153,12 @@ def _check_scheduler(scheduler: Any) -> None:
     )
 
 
+def plain_class(pipe: Any) -> Any:
+    """A pipeline's class, as it is without `enable`."""
+    cls = type(pipe)
+    return cls.__bases__[1] if issubclass(cls, _Enabled) else cls
+
+
 def first_order(scheduler: Any) -> Any:
     """First-order steps on the scheduler's own sigma grid."""
     if isinstance(scheduler, UniPCMultistepScheduler):

@@ -344,6 +344,13 @@ def test_a_pipeline_is_left_as_it_was():
     assert all(m.processor._attention_backend is None for m in pipe.transformer.modules() if hasattr(m, "processor"))
 
 
+def test_an_enabled_pipeline_can_be_planned():
+    pipe = small_wan("wan2.1-t2v")
+    plain = plan(pipe, share=0.5, **SMALL)
+    with heterostep.enabled(pipe, share=0.3):
+        assert plan(pipe, share=0.5, **SMALL) == plain
+
+
 def test_other_models_keep_their_attention_backend():
     # diffusers also makes a model's backend that of all models without one.
     before = Backends.get_active_backend()

@@ -31,6 +31,8 @@ from heterostep.files import replacing, writing
 OURS, STEPS, HSA = "heterostep", "steps", "hsa"
 SHARES = (0.75, 0.5, 0.25)
 SCHEMA = 3
+# dB: what is nearer than this reads the same, and is neither ahead nor behind.
+TIE = 0.05
 # A setting with which fewer than this part of the videos differ from the dense ones counts as one that skips nothing.
 LEAST_DIFFER = 0.05
 # Beside a mean that leaves out videos which equal the dense ones.
@@ -200,7 +202,7 @@ def matrix(results: dict[str, Results], shares: Sequence[float] = SHARES) -> lis
                     "ahead": _ahead(ours, others, "psnr"),
                     "low_ahead": _ahead(ours, others, "low"),
                     "loses": {
-                        figure: [cell["name"] for cell in others if ours is None or cell[key] > ours[key]]
+                        figure: [cell["name"] for cell in others if ours is None or cell[key] > ours[key] + TIE]
                         for figure, key in (("mean", "psnr"), ("low", "low"))
                     },
                     "not_counted": {name: curves.missing(name, share) for name, cell in found.items() if cell is None},
@@ -320,7 +322,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         ours = cell(row["ours"])
-        ours = f"**{ours}**" if (row["ahead"] or 0) > 0 else ours
+        ours = f"**{ours}**" if (row["ahead"] or 0) > TIE else ours
         peer = "-" if row["peer"] is None else f"{row['peer']['name']} {cell(row['peer'])}"
         lost = (", ".join(row["loses"][figure]) or "-" for figure in ("mean", "low"))
         cells = (row["regime"], f"{row['share']:g}", ours, peer, cell(row["steps"]), cell(row["hsa"]), *lost)

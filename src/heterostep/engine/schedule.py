@@ -81,10 +81,11 @@ class Schedule:
             self._check_replay(config.share)
         elif config.target < self.lowest_share:
             name = "runtime" if config.runtime is not None else "share"
+            steps = f"{num_steps} step{'' if num_steps == 1 else 's'}"
             switch = ", with one where the second transformer takes over" if self.run.restarts else ""
             raise HeterostepError(
                 f"{name}={config.target:g} is below the lowest possible {math.ceil(self.lowest_share * 1000) / 1000:g} "
-                f"for {num_steps} steps ({self.policy.smallest()}{switch}): raise {name} or take more steps"
+                f"for {steps} ({self.policy.smallest()}{switch}): raise {name} or take more steps"
             )
 
     def _check_replay(self, shares: tuple[float, ...]) -> None:

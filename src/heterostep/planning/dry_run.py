@@ -26,7 +26,7 @@ from heterostep import configs
 from heterostep.configs import Configuration
 from heterostep.errors import HeterostepError, first_line
 from heterostep.models import FAMILIES, kinds
-from heterostep.pipeline import supported, transformers
+from heterostep.pipeline import plain_class, supported, transformers
 
 # The parts that a dry run asks for anything; a pipeline takes None for the others.
 NEEDED = ("transformer", "transformer_2", "vae", "audio_vae", "connectors")
@@ -129,7 +129,9 @@ def dry_run_pipeline(
     _check_support(type(pipe).__name__, " and ".join(sorted({type(model).__name__ for model in models})))
     image_encoder = getattr(pipe, "image_encoder", None)
     # A copy keeps what was set on the pipeline beside its parts, such as the lengths that prompts are padded to.
-    twin = copy.copy(pipe)
+    # Also of an enabled one, which cannot be copied as it is.
+    twin = object.__new__(plain_class(pipe))
+    twin.__dict__.update(pipe.__dict__)
     for name, part in pipe.components.items():
         if name in NEEDED and part is not None:
             component = {**part.config, "class": type(part).__name__}
