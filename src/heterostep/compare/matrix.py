@@ -31,7 +31,7 @@ from heterostep.files import replacing, writing
 OURS, STEPS, HSA = "heterostep", "steps", "hsa"
 SHARES = (0.75, 0.5, 0.25)
 SCHEMA = 3
-# dB: what is nearer than this reads the same, and is neither ahead nor behind.
+# dB: a lead below this is not seen in the table, and not bold.
 TIE = 0.05
 # A setting with which fewer than this part of the videos differ from the dense ones counts as one that skips nothing.
 LEAST_DIFFER = 0.05
@@ -202,7 +202,7 @@ def matrix(results: dict[str, Results], shares: Sequence[float] = SHARES) -> lis
                     "ahead": _ahead(ours, others, "psnr"),
                     "low_ahead": _ahead(ours, others, "low"),
                     "loses": {
-                        figure: [cell["name"] for cell in others if ours is None or cell[key] > ours[key] + TIE]
+                        figure: [cell["name"] for cell in others if ours is None or cell[key] > ours[key]]
                         for figure, key in (("mean", "psnr"), ("low", "low"))
                     },
                     "not_counted": {name: curves.missing(name, share) for name, cell in found.items() if cell is None},

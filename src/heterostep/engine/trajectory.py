@@ -72,12 +72,13 @@ class Trajectory:
         self._moved: torch.Tensor | None = None  # sum of (sigma' - sigma) v since, float32
         self._open = True  # the gap's velocities were all extrapolated
         self._stride = 1.0  # time between the last two dense steps
-        # What velocities that were, or are, extrapolated from these two lack by the samples' moves, float32.
-        self._lacks: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        # What the last dense step's velocity lacks by its sample's move, float32; the same of the one before it.
+        self._lack: torch.Tensor | None = None
+        self._lack_before: torch.Tensor | None = None
 
     def restart(self) -> None:
         """Forget: another model's velocities say nothing of this one's."""
-        self._known, self._moved, self._lacks = None, None, (None, None)
+        self._known = self._moved = self._lack = self._lack_before = None
 
     def skipped(self, step: int, velocity: torch.Tensor, sparse: bool, weight: torch.Tensor) -> torch.Tensor:
         """Take note of a step whose velocities were extrapolated, all or (`sparse`) most of them.
@@ -89,7 +90,7 @@ class Trajectory:
             the velocity for the scheduler: the same object where nothing is to be corrected.
         """
         if sparse:
-            self._open, self._lacks = False, (None, None)
+            self._open, self._lack, self._lack_before = False, None, None
         given = self._followed(step, velocity, weight)
         if self._correction is not Correction.NONE and self._moved is not None:
             self._moved = self._moved + (self._sigmas[step + 1] - self._sigmas[step]) * given.float()
@@ -115,7 +116,7 @@ class Trajectory:
         """
         change, given, lack = None, Given(velocity), None
         if self._known is not None and self._known.shape == velocity.shape:
-            old = self._known if self._lacks[1] is None else self._known.float() + self._lacks[1]
+            old = self._known if self._lack is None else self._known.float() + self._lack
             change = agree(relative_change(velocity, old, ignored))
             # A sampler may make a step twice.
             self._stride = self._times[step] - self._times[self.step] or self._stride
@@ -129,11 +130,11 @@ class Trajectory:
                     width = self._sigmas[step + 1] - self._sigmas[step]
                     given, lack = Given((velocity.float() + move / width + lack).to(velocity.dtype)), None
         else:
-            self._lacks = None, None
+            self._lack = None
         self._known, self.step, self._open = velocity, step, True
-        self._lacks = self._lacks[1], lack
+        self._lack, self._lack_before = lack, self._lack
         if self._correction is not Correction.NONE:
-            # Of the velocity before it is corrected: what the correction does belongs to the gap behind.
+            # Without the move itself, which belongs to the gap behind.
             known = velocity.float() if lack is None else velocity.float() + lack
             self._moved = (self._sigmas[step + 1] - self._sigmas[step]) * known
         return change, given
@@ -148,14 +149,13 @@ class Trajectory:
 
     def _followed(self, step: int, velocity: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """An extrapolated velocity as it would be, had the two that it comes from been made where the sample is now."""
-        before, last = self._lacks
-        if before is None and last is None:
+        if self._lack is None and self._lack_before is None:
             return velocity
         ahead = weight.view(-1, *[1] * (velocity.ndim - 1)) * (self._times[step] - self._times[self.step])
         ahead = ahead / self._stride
         followed = velocity.float()
-        if last is not None:
-            followed = followed + (1 + ahead) * last
-        if before is not None:
-            followed = followed - ahead * before
+        if self._lack is not None:
+            followed = followed + (1 + ahead) * self._lack
+        if self._lack_before is not None:
+            followed = followed - ahead * self._lack_before
         return followed.to(velocity.dtype)

@@ -92,10 +92,11 @@ class WrappedStep:
     ) -> Any:
         given = self._before(model_output)
         if given.move is not None:
-            sample = sample + given.move.to(sample.dtype)
+            move = given.move.to(sample.dtype)
+            sample = sample + move
             # UniPC's corrector goes once more from where the step before began, and drops the sample.
             if getattr(self._scheduler, "last_sample", None) is not None:
-                self._scheduler.last_sample = self._scheduler.last_sample + given.move.to(sample.dtype)
+                self._scheduler.last_sample = self._scheduler.last_sample + move
         stepped = self._inner(given.velocity, timestep, sample, *args, **kwargs)
         self._after()
         return stepped
