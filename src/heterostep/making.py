@@ -275,6 +275,7 @@ def summary(result: Result, reference: Result | None) -> dict[str, str]:
     )
     where = "" if memory.kv_store in ("none", "device") else f" ({memory.kv_store})"
     where += f", {filesize.decimal(memory.kv_host_bytes)} of it in host memory" if memory.kv_host_bytes else ""
+    where += "" if memory.kv_cache_bytes else " (none is kept)"
     where += ", after memory ran out with a larger store" if memory.fell_back else ""
     lines["memory"] = (
         f"K/V cache {filesize.decimal(memory.kv_cache_bytes)}{where}, peak {filesize.decimal(memory.peak_bytes)}"

@@ -80,6 +80,7 @@ def test_generate_writes_a_video(pipes, capsys, dial):
     for word in ("asked", "spent" if "share" in out else "achieved", "mean", "K/V cache", "peak", "video.mp4"):
         assert word in out
     assert "12/12, active" in err
+    assert "K/V cache 0 bytes (none is kept), peak" in out
 
 
 def test_the_same_seed_gives_the_same_file(pipes):
