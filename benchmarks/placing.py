@@ -85,22 +85,12 @@ class Reserve(Forecasting):
 class Placing(Forecasting):
     """Places dense steps by the predicted change times a factor of each step's, [num_steps]."""
 
-    step: int | None = None
-
     @abc.abstractmethod
     def factor(self, step: int) -> np.ndarray:
         """As seen at `step`."""
 
-    def rates(self, exponent: float) -> np.ndarray:
-        rates = super().rates(exponent)
-        if self.step is None:
-            return rates
-        step, self.step = self.step, None
-        return rates * self.factor(step)
-
-    def dense_steps(self, number: int, step: int, exponent: float, fixed: set[int]) -> list[int]:
-        self.step = step
-        return super().dense_steps(number, step, exponent, fixed)
+    def counted(self, exponent: float, step: int) -> np.ndarray:
+        return super().counted(exponent, step) * self.factor(step)
 
 
 @register_policy
@@ -160,6 +150,26 @@ class End(Auto):
         return super()._fixed(step, number) | set(range(max(step, num_steps - 2), num_steps))
 
 
+@register_policy
+class Alike(Auto):
+    """Changes near pure noise count as all others do."""
+
+    name = "alike"
+
+    def counted(self, exponent: float, step: int) -> np.ndarray:
+        return self.rates(exponent)
+
+
+@register_policy
+class Soon(Alike):
+    """The same, and the second step is dense, so that a first change is known."""
+
+    name = "soon"
+
+    def _fixed(self, step: int, number: int) -> set[int]:
+        return super()._fixed(step, number) | ({1} if step == 0 else set())
+
+
 class ByWidth(Placing):
     """Dense steps are as close as (width rate^order)^(1 / (order + 1)), the width that of a step in sigma.
 
@@ -171,8 +181,7 @@ class ByWidth(Placing):
 
     def factor(self, step: int) -> np.ndarray:
         # The rate has the width in it.
-        rates = super(Placing, self).rates(self.exponent(self.seen))
-        return (self._widths / rates) ** (1 / (self.order + 1))
+        return (self._widths / self.rates(self.exponent(self.seen))) ** (1 / (self.order + 1))
 
 
 @register_policy
@@ -230,7 +239,9 @@ class Slopes:
         """From now on; there is one run at a time."""
         evaluated, seen = Trajectory.evaluated, self
 
-        def watched(self: Any, step: int, velocity: torch.Tensor, ignored: torch.Tensor | None) -> Any:
+        def watched(
+            self: Any, step: int, velocity: torch.Tensor, ignored: torch.Tensor | None, *args: Any, **options: Any
+        ) -> Any:
             flat = (velocity if ignored is None else velocity.masked_fill(ignored, 0)).float().flatten(1)
             known = self.__dict__.setdefault("points", [])
             if self._known is None:
@@ -240,7 +251,7 @@ class Slopes:
             if len(known) == 3:
                 before, last = ((b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(known, known[1:]))
                 seen.best = (before * last).sum(1) / (before * before).sum(1).clamp_min(1e-20)
-            return evaluated(self, step, velocity, ignored)
+            return evaluated(self, step, velocity, ignored, *args, **options)
 
         Trajectory.evaluated = watched  # type: ignore[method-assign]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from heterostep.config import HSAConfig
 from heterostep.engine.schedule import Schedule
 from heterostep.policy import Change, Run, Tokens, make
-from heterostep.policy.auto import ENOUGH, ENOUGH_FROM_FRAMES, LEVEL
+from heterostep.policy.auto import LEVEL
 from heterostep.sigmas import nominal_sigmas
 
 TOTAL = 320
@@ -65,7 +65,7 @@ def test_with_single_tokens_the_last_evaluation_is_spent(num_steps, share, spars
 @given(num_steps=st.integers(2, 100), shift=st.floats(1.0, 16.0), exponent=st.floats(0.6, 2.2))
 def test_more_evaluations_make_no_gap_longer(num_steps, shift, exponent):
     policy = auto(num_steps, shift)
-    passed = np.concatenate([[0.0], np.cumsum(policy.rates(exponent))])
+    passed = np.concatenate([[0.0], np.cumsum(policy.counted(exponent, 0))])
 
     def widest(number):
         steps = [*policy.dense_steps(number, 0, exponent, {0}), num_steps]
@@ -74,7 +74,7 @@ def test_more_evaluations_make_no_gap_longer(num_steps, shift, exponent):
         return max((passed[b] - passed[a] for a, b in zip(steps, steps[1:]) if b - a > 1), default=0.0)
 
     widths = [widest(number) for number in range(1, num_steps + 1)]
-    largest = policy.rates(exponent).max()
+    largest = policy.counted(exponent, 0).max()
     assert all(later <= earlier + largest for earlier, later in zip(widths, widths[1:]))
     assert widths[-1] == 0
 
@@ -97,7 +97,7 @@ def test_restarts_are_dense_from_wherever_it_is_planned(num_steps, restarts, sha
 @pytest.mark.parametrize("shift", [1.0, 3.0, 8.0, 16.0])
 @pytest.mark.parametrize("exponent", [0.9, 1.3, 1.7])
 def test_a_made_up_profile_is_met_with_equal_changes(shift, exponent):
-    """Velocities change by a law of their own level and exponent; from the second step on that is measured."""
+    """Velocities change by a law of their own level and exponent; from the second evaluation on that is measured."""
     schedule = Schedule(HSAConfig(share=0.4), Run(nominal_sigmas(50, shift), Tokens(TOTAL)))
     policy = schedule.policy
     true = np.concatenate([[0.0], np.cumsum(1.3 * LEVEL * policy.rates(exponent))])
@@ -112,8 +112,9 @@ def test_a_made_up_profile_is_met_with_equal_changes(shift, exponent):
             counts = schedule.within_share(counts, begin, changes)
     assert sum(counts) == 20 * TOTAL
     assert policy.exponent(changes) == pytest.approx(exponent, abs=0.12)
-    # Beside gaps of one step, which cannot be shorter, all changes are alike.
-    long = [change.value for change in changes if change.stop - change.start > 1]
+    # Beside gaps of one step, which cannot be shorter, and the first, before which nothing is known, all count alike.
+    counted = np.concatenate([[0.0], np.cumsum(1.3 * LEVEL * policy.counted(exponent, 0))])
+    long = [counted[gap.stop] - counted[gap.start] for gap in changes[1:] if gap.stop - gap.start > 1]
     assert long and max(long) < 2.2 * min(long)
 
 
@@ -146,16 +147,32 @@ def test_before_anything_is_measured_the_task_is_what_is_known():
     assert dense(auto(4).plan(2 * TOTAL)) == [0, 1]
 
 
-def test_few_evaluations_do_not_begin_with_two_alike():
-    few = dense(auto(12, 7.0, from_frames=True).plan(3 * TOTAL))
-    assert len(few) == 3 and few[:2] != [0, 1]
-    for enough, from_frames in ((ENOUGH, False), (ENOUGH_FROM_FRAMES, True)):
-        assert dense(auto(40, from_frames=from_frames).plan(enough * TOTAL))[:2] == [0, 1]
-        assert dense(auto(40, from_frames=from_frames).plan((enough - 1) * TOTAL))[:2] != [0, 1]
+def test_no_evaluation_is_spent_to_know_more():
+    """The second one goes where the predicted change puts it, as all others do."""
+    for number in (3, 5, 10, 12):
+        for from_frames in (False, True):
+            policy = auto(50, 12.0, from_frames=from_frames)
+            counted = np.cumsum(policy.counted(policy.exponent([]), 0))
+            second = dense(policy.plan(number * TOTAL))[1]
+            # A part of the whole, as the other gaps: rounded to a step.
+            assert counted[second - 2] <= counted[-1] / number <= counted[second]
     # Tokens are ranked by a first change.
     assert dense(auto(12, 7.0, from_frames=True, sparse_share=0.2).plan(6 * TOTAL))[:2] == [0, 1]
     # Where every step reads K and V, they are kept from the second on.
     assert auto(8, tokens=Tokens(TOTAL, 1)).plan(3 * TOTAL)[:2] == [TOTAL, TOTAL]
+
+
+def test_changes_near_pure_noise_count_for_less():
+    def parts(num_steps, shift):
+        policy = auto(num_steps, shift)
+        return policy.counted(1.4, 0) / policy.rates(1.4)
+
+    part = parts(50, 16.0)
+    # Shift 16: the first five steps are those with a signal of less than 0.006.
+    assert (np.diff(part) > -1e-12).all() and part[0] < 0.35 and part[1] < 0.7 and part[5] > 0.94
+    assert part[10] > 0.99 and part[-1] == pytest.approx(1)
+    # At low shifts none is like that but the first.
+    assert (parts(40, 3.0)[1:] > 0.99).all()
 
 
 def test_steps_that_are_asked_to_be_dense_are():

@@ -16,9 +16,6 @@ TOLERANCE = 0.02
 # From given frames, with 4 and 8 steps plain sampling with fewer of them is better or level; with 12 it is not, nor is
 # it from text alone.
 FEW_STEPS = 8
-# From text alone, plain sampling with fewer steps is better at shifts 12 and 16 at half of the evaluations and less; at
-# 9 it is not. A shift of 11 puts the middle step at this noise level.
-HIGH_SHIFT_SIGMA, HIGH_SHIFT_TARGET = 11 / 12, 0.5
 
 
 class Schedule:
@@ -51,16 +48,10 @@ class Schedule:
     def advice(self) -> str | None:
         """Where plain sampling with fewer steps was measured to be better, or as good; None elsewhere."""
         steps, target = self.run.num_steps, self.config.target
-        if target == 1:
+        if target == 1 or steps > FEW_STEPS or not self.run.from_frames:
             return None
-        fewer = f"num_inference_steps={max(1, round(target * steps))}"
-        if steps <= FEW_STEPS and self.run.from_frames:
-            little = f"with {steps} steps from a first frame there is little to leave out"
-            return f"{little}: {fewer} may give as good a video"
-        high = self.run.sigmas[steps // 2] >= HIGH_SHIFT_SIGMA
-        if high and target <= HIGH_SHIFT_TARGET and not self.run.from_frames:
-            return f"from text alone at so high a shift, {fewer} without heterostep may give a better video"
-        return None
+        little = f"with {steps} steps from a first frame there is little to leave out"
+        return f"{little}: num_inference_steps={max(1, round(target * steps))} may give as good a video"
 
     @property
     def lowest_share(self) -> float:

@@ -40,9 +40,9 @@ LEVEL, LEVEL_SPREAD = 0.3, 0.3
 UNGUIDED_LEVEL, UNGUIDED_LEVEL_SPREAD = 0.1, 0.6
 # The same where frames are given, before the first change has been measured: that tells more than the task does.
 EXPONENT_FROM_FRAMES = 1.2
-# With fewer evaluations than this, one at the second step costs more than the change that it measures can tell: of an
-# exponent that given frames tell already, the more so.
-ENOUGH, ENOUGH_FROM_FRAMES = 5, 7
+# Where 1 - sigma, the signal, is less than this, a change counts for less: from so little signal the steps that follow
+# hardly see what it did to the sample. Measured by skipping one step at a time (benchmarks/skips.py).
+FAINT = 0.002
 # Standard deviation of a measured log(change) about the law.
 NOISE = 0.25
 EXPONENTS = np.linspace(0.6, 2.2, 33)
@@ -65,6 +65,7 @@ class Auto(Policy):
         self.corrects = config.extrapolate is None
         sigmas = np.asarray(run.sigmas)
         self._middles, self._widths = (sigmas[:-1] + sigmas[1:]) / 2, -np.diff(sigmas)
+        self._seen = 1 - np.exp((self._middles - 1) / FAINT)
         self._fitted: dict[tuple[Change, ...], float] = {}
 
     def replan(self, evaluations: int, step: int, changes: Sequence[Change] = (), exact: bool = True) -> list[int]:
@@ -85,10 +86,9 @@ class Auto(Policy):
     def _fixed(self, step: int, number: int) -> set[int]:
         """Steps from `step` on that are dense in any case, where about `number` can be."""
         num_steps, config = self.run.num_steps, self.config
-        # The first change is wanted soon, unless evaluations are few. Tokens are ranked by it.
-        enough = ENOUGH_FROM_FRAMES if self.run.from_frames else ENOUGH
-        few = enough if not self.sparse else 3
-        start = max(config.dense_start or 1, 2 if number >= few or self.run.tokens.least else 1)
+        # Tokens are ranked by a first change, and K and V that every step reads are kept from the second step on.
+        at_once = self.run.tokens.least or (self.sparse and number >= 3)
+        start = max(config.dense_start or 1, 2 if at_once else 1)
         fixed = {step, *(at for at in self.run.restarts if at > step)} | set(range(step, min(start, num_steps)))
         return fixed | set(range(max(step, num_steps - config.dense_end), num_steps))
 
@@ -97,6 +97,10 @@ class Auto(Policy):
         # The margin keeps both away from 0, where the rate has no end.
         signal, noise = 1 - self._middles + MARGIN, self._middles + MARGIN
         return (signal**-exponent + END / noise) * self._widths
+
+    def counted(self, exponent: float, step: int) -> np.ndarray:
+        """What of the predicted changes counts where dense steps are placed from `step` on; float64 [num_steps]."""
+        return self.rates(exponent) * self._seen
 
     @functools.cached_property
     def _candidates(self) -> list[tuple[float, np.ndarray]]:
@@ -127,12 +131,12 @@ class Auto(Policy):
         return min(self._candidates, key=lambda candidate: cost(*candidate))[0]
 
     def dense_steps(self, number: int, step: int, exponent: float, fixed: set[int]) -> list[int]:
-        """`number` steps from `step` on, ascending, with `fixed` among them: between them the velocity changes alike.
+        """`number` steps from `step` on, ascending, with `fixed` among them: what changes in between counts alike.
 
         The free ones go, one by one, to where most change is left between two fixed ones, and are then set evenly.
         """
         num_steps = self.run.num_steps
-        passed = np.concatenate([[0.0], np.cumsum(self.rates(exponent))])
+        passed = np.concatenate([[0.0], np.cumsum(self.counted(exponent, step))])
         ends = [*sorted(fixed), num_steps]
         sections = list(zip(ends, ends[1:]))
         inside = [0] * len(sections)
