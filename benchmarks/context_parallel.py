@@ -7,7 +7,7 @@ loop, dense (`share=1`) and with `runtime=`. Real configurations, random weights
     python benchmarks/context_parallel.py --gpus 1 2 --sizes wan2.1-t2v-1.3b:480x832x81 --frames 33
     python benchmarks/context_parallel.py --gpus 1 2 --device cpu --sizes tiny:64x64x9 --steps 12   # a try without GPUs
 
-Wan's calls were run on two H200s (docs/guide/several-gpus.md), the loops on a CPU only, where seconds mean nothing.
+What two H200s gave is in docs/guide/several-gpus.md.
 """
 
 from __future__ import annotations

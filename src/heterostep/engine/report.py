@@ -117,7 +117,8 @@ class Report:
         policy: what decided where evaluations went.
         solver: how steps were made.
         finished: False where the run was interrupted.
-        advice: what would probably serve better than this run's settings, one sentence; None where nothing is known.
+        advice: what would probably serve better than this run's settings, or why its target was out of reach, one
+            sentence; None where nothing is known.
         seed: of the noise, where the command made the video; None from Python, where it is in your generator.
         schema: the version of the keys of `to_json`.
     """
