@@ -493,6 +493,22 @@ def test_guidance_that_ends_early_is_told_step_by_step():
     assert [info.step for info in seen] == list(range(12)) and heterostep.report(pipe).finished
 
 
+@pytest.mark.parametrize("last", [3, 4, 8])
+def test_no_change_is_measured_from_a_guided_velocity_to_one_that_is_not(last):
+    pipe = small_pipeline()
+
+    def stop_guidance(pipe, step, timestep, tensors):
+        if step == last:
+            pipe._guidance_scale = 1.0
+        return {}
+
+    heterostep.enable(pipe, share=0.5)
+    run(pipe, steps=20, callback_on_step_end=stop_guidance)
+    changes = inspect(pipe).generation.changes
+    assert changes and {change.guided for change in changes} == {True, False}
+    assert not [change for change in changes if change.start <= last < change.stop]
+
+
 @pytest.mark.parametrize("last", [3, 8])
 def test_guidance_that_ends_early_is_in_the_target_of_seconds(last, monkeypatch):
     """A dense loop of 20 steps, with two calls each until guidance ends and one after that."""

@@ -111,7 +111,11 @@ def end_step(
         what the sampler is to be given instead; the same velocity where nothing is changed.
     """
     step, count = generation.step, generation.counts[generation.step]
-    generation.samples_by_step[step] = generation.samples_called
+    called = generation.samples_called
+    generation.samples_by_step[step] = called
+    if generation.samples_by_step.get(step - 1, called) != called:
+        # Guidance begins or ends here: no line goes from a guided velocity to one that is not.
+        generation.trajectory.restart()
     if not generation.is_dense:
         sparse = count > generation.schedule.run.tokens.least
         weight = generation.weight
