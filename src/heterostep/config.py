@@ -238,8 +238,8 @@ class HSAConfig:
             object.__setattr__(self, "extrapolate", 0.0)
 
     @classmethod
-    def of(cls, config: HSAConfig | None, options: dict[str, Any]) -> HSAConfig:
-        """The config that a caller gave as one, or as keywords.
+    def of(cls, config: HSAConfig | None, options: dict[str, Any], beside: tuple[str, ...] = ()) -> HSAConfig:
+        """The config that a caller gave as one, or as keywords; `beside` are other keywords that the caller takes.
 
         Raises:
             HeterostepError: both were given, or a keyword that is no field; or a value is out of its range.
@@ -250,7 +250,7 @@ class HSAConfig:
             kind = type(config).__name__
             raise HeterostepError(f"config must be an HSAConfig, not {kind}: give its fields as keywords")
         if unknown := sorted(set(options) - set(cls.__dataclass_fields__) - set(RENAMED)):
-            known = ", ".join(cls.__dataclass_fields__)
+            known = ", ".join((*cls.__dataclass_fields__, *beside))
             raise HeterostepError(f"no such option: {', '.join(unknown)}; the options are {known}")
         return config or cls(**options)
 

@@ -34,6 +34,8 @@ def device_of(name: str) -> Any:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise HeterostepError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cpu" and device.index:
+        raise HeterostepError(f"there is no device {name}: the CPU is one, called cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise HeterostepError(f"there is no device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
     return device

@@ -68,6 +68,8 @@ def open_image(source: str | os.PathLike[str] | BinaryIO, name: str | None = Non
 
     if name is None:
         name = str(source)
+        if Path(name).is_dir():
+            raise HeterostepError(f"{name} is a folder, not an image")
         if not Path(name).is_file():
             raise HeterostepError(f"there is no image {name}")
     try:

@@ -239,7 +239,7 @@ def enable(
     Raises:
         HeterostepError: an option is out of range, or the pipeline or its scheduler is not supported.
     """
-    config = HSAConfig.of(config, options)
+    config = HSAConfig.of(config, options, beside=("on_step",))
     if on_step is not None and not callable(on_step):
         raise HeterostepError(f"on_step must be a function that takes a StepInfo, not {on_step!r}")
     policy.find(config.policy)

@@ -252,6 +252,8 @@ def test_scene_without_a_shape_fails_in_one_line(no_model, capsys):
         (["--out", "v" * 250 + ".mp4"], "vvv... is too long"),
         (["--device", "abacus"], "unknown device"),
         (["--device", "cuda:99"], "no device cuda:99"),
+        (["--device", "cpu:9"], "the CPU is one, called cpu"),
+        (["--image", "."], ". is a folder, not an image"),
         (["--dtype", "int3"], "--dtype"),
         (["--solver", "magic"], "--solver"),
         (["--guidance", "nan"], "--guidance must be a number of at least 0, not nan"),
@@ -422,6 +424,21 @@ def test_whole_steps_alone_need_no_k_v_cache(pipes, capsys):
     assert "not both" in only_line(fails(capsys, *SMALL, "--no-kv", "--sparse-share", "0.2"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], ""),
+        (["--kv-store", "fp8"], "; --kv-store had no effect"),
+        (["--kv-store", "fp8", "--vram", "8"], "; --kv-store and --vram had no effect"),
+        (["--kv-store", "fp8", "--sparse-share", "0.2"], ""),
+    ],
+)
+def test_a_store_where_nothing_is_kept_is_told_of(pipes, capsys, arguments, told):
+    assert cli.main(["generate", PROMPT, *SMALL, "--share", "0.72", *arguments]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("memory"))
+    assert told in line and ("no effect" in line) == bool(told)
+
+
 def test_the_k_v_store_is_chosen_and_told(pipes, capsys):
     arguments = ["generate", PROMPT, *SMALL, "--share", "0.72", "--sparse-share", "0.2", "--kv-store", "fp8-offload"]
     assert cli.main([*arguments, "--report", "report.json"]) == 0
@@ -565,6 +582,21 @@ def test_compare_used_wrongly(no_model, capsys, arguments, message):
     before = files()
     assert cli.main(["compare", *SMALL, *arguments]) == 2
     assert message in only_line(capsys.readouterr().err) and files() == before
+
+
+def test_a_comparison_of_nothing_is_an_error(pipes, capsys):
+    """A target below what any plan can meet leaves no curve."""
+    assert cli.main(["compare", *SMALL, "--count", "1", "--runtimes", "0.01", "--methods", "heterostep"]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("heterostep: nothing could be compared (heterostep: without 0.01")
+
+
+def test_prompts_that_the_bundled_model_cannot_follow_are_told_of(pipes, capsys):
+    Path("prompts.txt").write_text(f"a cat\n{PROMPT}\n")
+    arguments = [*SMALL, "--runtimes", "0.5", "--methods", "steps", "--videos", "0", "--prompts", "prompts.txt"]
+    assert cli.main(["compare", *arguments]) == 0
+    note = capsys.readouterr().err.splitlines()[0]
+    assert "cannot follow 1 of 2 prompts, such as 'a cat' (" in note and note.endswith("for others give --model")
 
 
 def test_compare_wants_no_more_prompts_than_a_model_brings(no_model, capsys):

@@ -339,7 +339,7 @@ def test_model_offload_in_either_order(pipe, enable_first, monkeypatch):
 def test_refusals_say_what_is_supported(pipe):
     from diffusers import DDIMScheduler
 
-    with pytest.raises(HeterostepError, match="no such option: speed"):
+    with pytest.raises(HeterostepError, match="no such option: speed; the options are runtime, share, .*, on_step$"):
         heterostep.enable(pipe, speed=2)
     with pytest.raises(HeterostepError, match="not both"):
         heterostep.enable(pipe, config=heterostep.HSAConfig(share=0.5), share=0.5)

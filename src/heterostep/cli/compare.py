@@ -10,7 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from heterostep.cli.options import DEVICE_HELP, DTYPE_HELP, check_folder, check_guidance, out_of_memory, silence
+from heterostep.cli.options import (
+    DEVICE_HELP,
+    DTYPE_HELP,
+    check_folder,
+    check_guidance,
+    is_foreign,
+    out_of_memory,
+    silence,
+)
 from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError
 from heterostep.files import writing
@@ -88,7 +96,9 @@ def compare(
     chosen = _methods(methods, METHODS)
     # Faults are found before the model is loaded, which knows the size that first frames of a file are cropped to.
     if prompts is not None:
-        source.read_prompts(prompts, seed, (1, 1) if image_to_video else None)
+        read = source.read_prompts(prompts, seed, (1, 1) if image_to_video else None)
+        if model is None and not quiet:
+            _tell_of_foreign([prompt.text for prompt in read])
     elif model is not None:
         source.held_out_of(model, count, seed, image_to_video)
     tell = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
@@ -139,12 +149,27 @@ def compare(
                 results = scores.score(out, videos, tell)
             with writing(out / "index.html"):
                 written = page.write_page(out)
+            if not results["curves"]:
+                reasons = "; ".join(f"{each['name']}: {each['reason']}" for each in results["methods"])
+                raise HeterostepError(f"nothing could be compared ({reasons}); the dense videos are in {out}")
     if not quiet:
         if todo_regimes:
             typer.echo(matrix.table(matrix.matrix(matrix.read(out), wanted)))
         else:
             table.show(results)
         typer.echo(f"{written}")
+
+
+def _tell_of_foreign(prompts: list[str]) -> None:
+    """A note of those that the bundled model cannot follow."""
+    foreign = [(prompt, reason) for prompt in prompts if (reason := is_foreign(prompt))]
+    if foreign:
+        prompt, reason = foreign[0]
+        typer.echo(
+            f"note: the bundled model knows drawn shapes only, and cannot follow {len(foreign)} of {len(prompts)} "
+            f"prompts, such as {prompt!r} ({reason}); for others give --model",
+            err=True,
+        )
 
 
 def _runtimes(text: str) -> tuple[float, ...]:

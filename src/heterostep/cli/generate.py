@@ -16,8 +16,11 @@ from heterostep.cli.options import (
     DEVICE_HELP,
     DTYPE_HELP,
     GPUS_HELP,
+    POLICY_HELP,
+    SYNC_HELP,
     check_guidance,
     check_outputs,
+    is_foreign,
     is_seen,
     on_device,
     silence,
@@ -64,10 +67,8 @@ def generate(
         float,
         typer.Option(min=0, max=1, help="Part of the evaluations for single tokens, between dense steps."),
     ] = 0.0,
-    policy: Annotated[
-        str, typer.Option(help="Where evaluations go: auto, or hsa for the paper's step divisors.")
-    ] = "auto",
-    sync: Annotated[str, typer.Option(help="K/V of skipped tokens: hold, or drift along their last change.")] = "hold",
+    policy: Annotated[str, typer.Option(help=POLICY_HELP)] = "auto",
+    sync: Annotated[str, typer.Option(help=SYNC_HELP)] = "hold",
     no_kv: Annotated[bool, typer.Option("--no-kv", hidden=True, help="The default now.")] = False,
     kv_store: Annotated[str, typer.Option(help="auto, device, fp8, offload or fp8-offload.")] = "auto",
     vram: Annotated[float | None, typer.Option(help="Gigabytes it may use, for auto.  [default: what is free]")] = None,
@@ -122,8 +123,11 @@ def generate(
     picture = making.open_image(image) if image is not None else None
     start_ranks(gpus, device, context.obj)
     quiet = quiet or not is_seen(gpus)
-    if model is None and not quiet and (note := _foreign(prompt)):
-        typer.echo(note, err=True)
+    if model is None and not quiet and (reason := is_foreign(prompt)):
+        typer.echo(
+            f"note: the bundled model knows drawn shapes only, and {reason}; for any other prompt give --model",
+            err=True,
+        )
     with silence(), on_device(gpus, device) as place:
         precision = precision_of(dtype, place)
         pipe, defaults = making.load(model, picture is not None, precision)
@@ -147,16 +151,9 @@ def generate(
     if is_seen(gpus):
         _write(result, reference, out, report, heatmap, fps)
     if not quiet:
-        typer.echo(_summary(result, reference, [path for path in (out, report, heatmap) if path is not None]))
-
-
-def _foreign(prompt: str) -> str | None:
-    """What to say of a prompt that the bundled model cannot follow; None where it can."""
-    try:
-        heterostep.tiny.world.parse(prompt)
-    except HeterostepError as error:
-        return f"note: the bundled model knows drawn shapes only, and {error}; for any other prompt give --model"
-    return None
+        written = [path for path in (out, report, heatmap) if path is not None]
+        stores = {"--kv-store": kv_store != "auto", "--vram": vram is not None}
+        typer.echo(_summary(result, reference, written, [name for name, given in stores.items() if given]))
 
 
 def _make(pipe: Any, config: HSAConfig, options: dict[str, Any], seed: int, name: str, quiet: bool) -> making.Result:
@@ -187,6 +184,11 @@ def _write(
             part.write_text(json.dumps(making.report_content(result, reference)) + "\n", encoding="utf-8")
 
 
-def _summary(result: making.Result, reference: making.Result | None, files: Sequence[Path]) -> str:
+def _summary(
+    result: making.Result, reference: making.Result | None, files: Sequence[Path], stores: Sequence[str]
+) -> str:
+    """`stores`: options that were given for where K and V are kept."""
     lines = making.summary(result, reference) | {"files": ", ".join(map(str, files))}
+    if stores and result.report.memory.kv_store == "none":
+        lines["memory"] += f"; {' and '.join(stores)} had no effect"
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())

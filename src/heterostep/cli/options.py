@@ -23,6 +23,10 @@ DEVICE_HELP = "cpu, cuda or cuda:N; auto takes CUDA where there is one."
 DTYPE_HELP = "auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32 whose products have TF32's ten bits."
 
 
+POLICY_HELP = "Where evaluations go: auto; hsa, the paper's step divisors; or round-robin, a control."
+SYNC_HELP = "K/V of skipped tokens: hold; drift along their last change; or fresh, a bound that saves nothing."
+
+
 def check_guidance(guidance: float | None) -> None:
     if guidance is not None and not 0 <= guidance < math.inf:
         raise HeterostepError(f"--guidance must be a number of at least 0, not {guidance:g}")
@@ -59,6 +63,17 @@ def check_outputs(*outputs: tuple[Path | None, tuple[str, ...]]) -> None:
         _try_to_write(path.parent)
     if len({path.resolve() for path, _ in given}) < len(given):
         raise HeterostepError("two outputs have the same path")
+
+
+def is_foreign(prompt: str) -> str | None:
+    """What the bundled model cannot follow in a prompt; None where it can."""
+    from heterostep.tiny import world
+
+    try:
+        world.parse(prompt)
+    except HeterostepError as error:
+        return str(error)
+    return None
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import filesize
 
-from heterostep.cli.options import DTYPE_HELP, silence
+from heterostep.cli.options import DTYPE_HELP, POLICY_HELP, silence
 from heterostep.config import HSAConfig
 from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError
@@ -25,9 +25,7 @@ def plan(
         float,
         typer.Option(min=0, max=1, help="Part of the evaluations for single tokens, between dense steps."),
     ] = 0.0,
-    policy: Annotated[
-        str, typer.Option(help="Where evaluations go: auto, or hsa for the paper's step divisors.")
-    ] = "auto",
+    policy: Annotated[str, typer.Option(help=POLICY_HELP)] = "auto",
     no_kv: Annotated[bool, typer.Option("--no-kv", hidden=True, help="The default now.")] = False,
     vram: Annotated[float | None, typer.Option(help="Gigabytes of the device.  [default: what is free]")] = None,
     kv_store: Annotated[str, typer.Option(help="auto, device, fp8, offload or fp8-offload.")] = "auto",
@@ -81,19 +79,20 @@ def plan(
     if as_json:
         typer.echo(made.to_json())
         return
-    _show_plan(made, config)
+    _show_plan(made, config, frames)
 
 
-def _show_plan(made: Plan, config: HSAConfig) -> None:
+def _show_plan(made: Plan, config: HSAConfig, asked: int | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
     dial = f"runtime {config.runtime:g}" if config.runtime is not None else f"share {config.target:g}"
-    frames, height, width = made.grid
+    grid = " x ".join(map(str, made.grid))
+    rounded = "" if asked in (None, made.num_frames) else f" (for {asked}, which the model does not make)"
     lines = {
         "model": f"{made.model} ({made.pipeline}{', from a first frame' if made.from_frames else ''})",
-        "video": f"{made.height} x {made.width}, {made.num_frames} frames: {made.tokens:,} tokens "
-        f"({frames} x {height} x {width}), {made.calls} transformer calls a step",
+        "video": f"{made.height} x {made.width}, {made.num_frames} frames{rounded}: {made.tokens:,} tokens "
+        f"({grid}), {made.calls} transformer calls a step",
         "steps": f"{len(made.active_share)}; {dial}: {made.share:.3f} of the dense token evaluations",
         "at first": made.evaluated,
         **({"advice": made.advice} if made.advice else {}),

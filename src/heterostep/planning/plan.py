@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from heterostep import configs, parallel
+from heterostep.checkpoints import size_rules
 from heterostep.compat import use_backend
 from heterostep.config import HSAConfig
 from heterostep.engine import forecast
@@ -236,6 +237,10 @@ def _plan(
     if gpus > 1:
         cp_plan(seen.model)
         parallel.check_heads(seen.model, gpus)
+    rules, frames = size_rules(seen.pipe), sizes["num_frames"]
+    if frames != rules.frames(frames):
+        # Diffusers makes another number then, by the tokens that there are.
+        frames = (grid.shape[0] * (rules.token or (1,))[0] - 1) * rules.stride + 1
     total, sigmas = grid.num_tokens, _sigmas(seen, sizes["num_inference_steps"])
     num_steps, switch = len(sigmas) - 1, adapter.expert_switch(seen.pipe)
     restarts = () if switch is None or not 0 < switch - seen.first < num_steps else (switch - seen.first,)
@@ -305,7 +310,7 @@ def _plan(
         dense_seconds=dense_seconds,
         device=None if timed is None else timed.device,
         gpus=gpus,
-        **sizes,
+        **sizes | {"num_frames": frames},
     )
 
 
