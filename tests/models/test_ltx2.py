@@ -191,3 +191,27 @@ def test_slow_first_calls_do_not_take_from_the_target(monkeypatch, target):
     shares = heterostep.report(pipe).active_share
     taken = sum(0.46 if share == 1 else 0.045 + share * (0.46 - 0.045) for share in shares)
     assert taken / (0.5 * steps) == pytest.approx(target, rel=0.03)
+
+
+@pytest.mark.parametrize(("sparse", "reached"), [(0.4, False), (0.05, True)])
+def test_where_the_sound_alone_takes_longer_than_the_target_the_video_is_not_given_up(sparse, reached, monkeypatch):
+    """As on several GPUs, where the sound's calls wait for the host."""
+    pipe = small_ltx2("text", "2.3")
+    heterostep.enable(pipe, runtime=0.5)
+
+    def durations(clock):
+        made = inspect(pipe).generation
+        return [0.5 if made.counts[at] == made.total else sparse for at in range(len(clock._marks) - 1)]
+
+    monkeypatch.setattr(StepClock, "durations", durations)
+    run_ltx2(pipe, steps=24)
+    report = heterostep.report(pipe)
+    dense = report.active_share.count(1)
+    if reached:
+        # 24 half seconds, of which 24 twentieths are the sound's alone.
+        assert dense == pytest.approx((0.5 * 24 * 0.5 - 24 * 0.05) / 0.45, abs=1) and report.advice is None
+        return
+    # At the least they would be two.
+    assert dense == 11 and report.runtime.achieved > 0.85
+    assert "took 0.80 of a whole one" in report.advice and "runtime=0.5 was out of reach" in report.advice
+    assert "GPU" not in report.advice

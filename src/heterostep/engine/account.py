@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from heterostep.config import HSAConfig
-from heterostep.engine.budget import fitted_cost
+from heterostep.engine.budget import fitted_cost, out_of_reach
 from heterostep.engine.clock import StepCost
 from heterostep.engine.generation import Generation
 from heterostep.engine.report import MemoryReport, Report, RuntimeReport, ShareReport, StepInfo, StepsReport
@@ -59,21 +59,21 @@ def report(generation: Generation, pipeline: str) -> Report:
         steps_maps=steps[:, : math.prod(grid)].view(-1, *grid).numpy().astype(np.int64),
         solver=config.solver,
         finished=generation.finished,
-        advice=generation.schedule.advice or (fitted and out_of_reach(generation, fitted[0])),
+        advice=generation.schedule.advice or (fitted and _missed(generation, fitted[0])),
     )
 
 
-def out_of_reach(generation: Generation, cost: StepCost) -> str | None:
-    """Why no plan could meet the target in seconds, where each step runs some tokens: that alone may take too long."""
-    runtime, tokens = generation.config.runtime, generation.schedule.run.tokens
-    if runtime is None or not tokens.least or not generation.finished:
+def _missed(generation: Generation, cost: StepCost) -> str | None:
+    """Why the target in seconds was out of reach; None where it was not."""
+    if not (generation.finished and out_of_reach(generation, cost)):
         return None
+    tokens, runtime = generation.schedule.run.tokens, generation.config.runtime
     part = cost.seconds(tokens.least / tokens.total) / cost.plain
-    if part <= runtime:
-        return None
     fewer = "take fewer num_inference_steps" + (" or one GPU" if generation.ranks.size > 1 else "")
-    skipped = f"a step that leaves the video's tokens out took {part:.2f} of a whole one, for what it runs beside them"
-    return f"{skipped}: runtime={runtime:g} was out of reach; {fewer}, or raise runtime"
+    return (
+        f"a step that leaves the video's tokens out took {part:.2f} of a whole one, for what it runs beside them: "
+        f"runtime={runtime:g} was out of reach, and that share of the evaluations was made; {fewer}, or raise runtime"
+    )
 
 
 def _replay_options(generation: Generation, shares: list[float]) -> dict[str, Any]:

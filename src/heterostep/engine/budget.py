@@ -16,6 +16,14 @@ def fitted_cost(generation: Generation) -> tuple[StepCost, list[float]] | None:
     return StepCost(durations, shares, generation.warm, generation.kept, generation.samples_by_step), durations
 
 
+def out_of_reach(generation: Generation, cost: StepCost) -> bool:
+    """Whether the steps that evaluate the fewest tokens take longer than the target in seconds all by themselves."""
+    runtime, tokens = generation.config.runtime, generation.schedule.run.tokens
+    if runtime is None or not tokens.least or not cost.settled:
+        return False
+    return cost.seconds(tokens.least / tokens.total) > runtime * cost.plain
+
+
 def plan_anew(generation: Generation) -> None:
     """After a step: the rest of the run within what is left of the share, or of the seconds."""
     schedule, step = generation.schedule, generation.step
@@ -33,6 +41,10 @@ def plan_anew(generation: Generation) -> None:
     if fitted is None:
         return
     cost, durations = fitted
+    if out_of_reach(generation, cost):
+        # To leave out all that can be would cost the video, and not meet the target either.
+        generation.counts = schedule.within_share(generation.counts, begin, generation.changes)
+        return
     planned = [cost.seconds(count / generation.total) for count in generation.counts[:begin]]
     # What has been made counts as it was timed, what comes before the new plan as it is expected.
     made = min(len(durations), begin)

@@ -72,6 +72,7 @@ class StepCost:
         dense: seconds of a dense step, the (lower) median of those but the first.
         plain: seconds of a dense step of the pipeline without heterostep.
         fixed: the part of a sparse step that does not shrink with its tokens.
+        settled: whether more sparse steps have been timed than those that may be first calls.
         empty: seconds of a step without any.
         steady: the timed seconds, less the warm-up in them.
         warmup: seconds that compilation and other first calls took, of the first two steps and the first sparse ones.
@@ -103,9 +104,10 @@ class StepCost:
         # The line goes through the dense median: it is the best known point, and the target is measured in it.
         fixed = [(seconds - share * self.dense) / (1 - share) for share, seconds in timed if 0 < share < 0.95]
         # A first call says nothing unless it was quick.
+        self.settled = len(fixed) > FIRST_SPARSE
         known = fixed[FIRST_SPARSE:] or [min(fixed, default=0.0)]
         least = max(statistics.median(known), 0.0)
-        self.fixed = 0.0 if len(fixed) <= FIRST_SPARSE and least > self.dense else min(least, self.dense)
+        self.fixed = 0.0 if not self.settled and least > self.dense else min(least, self.dense)
         sparse = [at for at, share in enumerate(shares) if 0 < share < 1]
         first_calls = set() if warm else {0, 1, *sparse[:FIRST_SPARSE]}
         expected = [self.seconds(share) * size for share, size in zip(shares, self._sizes)]
