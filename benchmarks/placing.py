@@ -145,9 +145,9 @@ class End(Auto):
 
     name = "end"
 
-    def _fixed(self, step: int, number: int) -> set[int]:
+    def _fixed(self, step: int, affordable: float) -> set[int]:
         num_steps = self.run.num_steps
-        return super()._fixed(step, number) | set(range(max(step, num_steps - 2), num_steps))
+        return super()._fixed(step, affordable) | set(range(max(step, num_steps - 2), num_steps))
 
 
 @register_policy
@@ -166,8 +166,8 @@ class Soon(Alike):
 
     name = "soon"
 
-    def _fixed(self, step: int, number: int) -> set[int]:
-        return super()._fixed(step, number) | ({1} if step == 0 else set())
+    def _fixed(self, step: int, affordable: float) -> set[int]:
+        return super()._fixed(step, affordable) | ({1} if step == 0 else set())
 
 
 class ByWidth(Placing):

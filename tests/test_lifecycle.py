@@ -16,6 +16,7 @@ import heterostep
 from heterostep import compat
 from heterostep.engine.clock import StepClock
 from heterostep.engine.runner import Runner
+from heterostep.engine.trajectory import Trajectory
 from heterostep.errors import HeterostepError
 from heterostep.pipeline import inspect
 from rows import REPRESENTATIVE, ROWS, equal, quickly, transformers
@@ -494,16 +495,29 @@ def test_guidance_that_ends_early_is_told_step_by_step():
 
 
 @pytest.mark.parametrize("last", [3, 4, 8])
-def test_no_change_is_measured_from_a_guided_velocity_to_one_that_is_not(last):
-    pipe = small_pipeline()
+@pytest.mark.parametrize("ends", [True, False])
+def test_no_line_is_drawn_from_a_guided_velocity_to_one_that_is_not(last, ends, monkeypatch):
+    """No change is measured, and no sample moved, over a gap within which guidance ends, or begins."""
+    pipe, moved = small_pipeline(), []
 
-    def stop_guidance(pipe, step, timestep, tensors):
-        if step == last:
-            pipe._guidance_scale = 1.0
+    def switch(pipe, step, timestep, tensors):
+        if step == last or (step == 0 and not ends):
+            # The pipeline takes the negative prompt's states along, whether it uses them or not.
+            pipe._guidance_scale = 1.0 if ends or step == 0 else 5.0
         return {}
 
+    evaluated = Trajectory.evaluated
+
+    def watched(trajectory, step, *rest):
+        before, known = trajectory.step, trajectory._known is not None
+        change, given = evaluated(trajectory, step, *rest)
+        moved.extend([(before, step)] if given.move is not None and known else [])
+        return change, given
+
+    monkeypatch.setattr(Trajectory, "evaluated", watched)
     heterostep.enable(pipe, share=0.5)
-    run(pipe, steps=20, callback_on_step_end=stop_guidance)
+    run(pipe, steps=20, callback_on_step_end=switch)
+    assert moved and not [gap for gap in moved if gap[0] <= last < gap[1]]
     changes = inspect(pipe).generation.changes
     assert changes and {change.guided for change in changes} == {True, False}
     assert not [change for change in changes if change.start <= last < change.stop]

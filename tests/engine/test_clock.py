@@ -23,6 +23,9 @@ def test_first_calls_that_are_slow_are_warm_up():
     assert cost.dense == pytest.approx(1.0)
     assert cost.steady == pytest.approx([1.0, 1.0, 1.0, 0.6, 0.6, 2.5, 1.0])
     assert cost.warmup == pytest.approx(3.0 + 2.0 + 5.4)
+    # The second evaluation may come later than the second step.
+    late = StepCost([30.0, 0.0, 0.0, 5.0, 0.0, 1.0, 1.0, 5.0], [1, 0, 0, 1, 0, 1, 1, 1])
+    assert late.steady == pytest.approx([1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 5.0]) and late.warmup == pytest.approx(33.0)
     steady = StepCost([1.2, 1.0, 1.1, 0.5], [1, 1, 1, 0.5])
     assert steady.warmup == 0 and steady.steady == [1.2, 1.0, 1.1, 0.5]
 
@@ -40,6 +43,9 @@ def test_what_a_sparse_step_costs_is_not_told_by_its_slow_first_calls():
     """Compiled, then recorded as a CUDA graph: the first three may be slow, as LTX-2's are on a GPU."""
     dense, slow = [1.75, 0.46, 0.46], [2.55, 0.39, 0.49]
     assert StepCost([*dense, slow[0]], [1, 1, 1, 0.01]).fixed == 0
+    # So far they say nothing of whether a target can be met.
+    assert not StepCost([*dense, *slow], [1, 1, 1, *[0.01] * 3]).settled
+    assert StepCost([*dense, *slow, 0.05], [1, 1, 1, *[0.01] * 4]).settled
     assert StepCost([*dense, *slow, 0.05], [1, 1, 1, *[0.01] * 4]).fixed == pytest.approx(0.045, abs=0.01)
     cost = StepCost([*dense, *slow, 0.05, 0.05, 0.3], [1, 1, 1, *[0.01] * 6])
     assert cost.fixed == pytest.approx(0.05, abs=0.01)

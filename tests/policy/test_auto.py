@@ -58,8 +58,31 @@ def test_with_single_tokens_the_last_evaluation_is_spent(num_steps, share, spars
     policy = auto(num_steps, sparse_share=sparse_share)
     budget = int(share * num_steps * TOTAL)
     counts = policy.plan(budget)
+    if budget < 2 * TOTAL:
+        # There is no change that tokens could be ranked by.
+        assert counts == [TOTAL, *[0] * (num_steps - 1)]
+        return
     assert sum(counts) == max(budget, sum(policy.plan(0)))
     assert all(0 <= count <= TOTAL for count in counts)
+
+
+@given(
+    num_steps=st.integers(1, 12),
+    share=st.floats(0.1, 1.0),
+    sparse_share=st.floats(0.05, 1.0),
+    start=st.integers(1, 3),
+    end=st.integers(0, 3),
+)
+def test_a_plan_with_single_tokens_can_be_replayed_and_keeps_its_share(num_steps, share, sparse_share, start, end):
+    options = {"sparse_share": sparse_share, "dense_start": start, "dense_end": end}
+    run = Run(nominal_sigmas(num_steps), Tokens(TOTAL))
+    schedule = Schedule(HSAConfig(share=share, **options), run)
+    if share < schedule.lowest_share:
+        return
+    counts = schedule.plan()
+    assert sum(counts) <= share * num_steps * TOTAL + 1e-6
+    shares = [count / TOTAL for count in counts]
+    Schedule(HSAConfig(share=shares), run).check()
 
 
 @given(num_steps=st.integers(2, 100), shift=st.floats(1.0, 16.0), exponent=st.floats(0.6, 2.2))

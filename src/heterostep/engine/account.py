@@ -71,8 +71,8 @@ def _missed(generation: Generation, cost: StepCost) -> str | None:
     part = cost.seconds(tokens.least / tokens.total) / cost.plain
     fewer = "take fewer num_inference_steps" + (" or one GPU" if generation.ranks.size > 1 else "")
     return (
-        f"a step that leaves the video's tokens out took {part:.2f} of a whole one, for what it runs beside them: "
-        f"runtime={runtime:g} was out of reach, and that share of the evaluations was made; {fewer}, or raise runtime"
+        f"a step that leaves the video's tokens out took {part:.2f} of a whole one: runtime={runtime:g} was out of "
+        f"reach, and that share of the evaluations was made; {fewer}, or raise runtime"
     )
 
 

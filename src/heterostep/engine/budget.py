@@ -17,11 +17,13 @@ def fitted_cost(generation: Generation) -> tuple[StepCost, list[float]] | None:
 
 
 def out_of_reach(generation: Generation, cost: StepCost) -> bool:
-    """Whether the steps that evaluate the fewest tokens take longer than the target in seconds all by themselves."""
-    runtime, tokens = generation.config.runtime, generation.schedule.run.tokens
+    """Whether the fewest evaluations that a run can make would take longer than its target in seconds."""
+    runtime, schedule = generation.config.runtime, generation.schedule
+    tokens = schedule.run.tokens
     if runtime is None or not tokens.least or not cost.settled:
         return False
-    return cost.seconds(tokens.least / tokens.total) > runtime * cost.plain
+    fewest = sum(cost.seconds(count / tokens.total) for count in schedule.policy.plan(0))
+    return fewest > (1 + TOLERANCE) * runtime * cost.plain * schedule.run.num_steps
 
 
 def plan_anew(generation: Generation) -> None:

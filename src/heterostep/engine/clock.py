@@ -75,7 +75,8 @@ class StepCost:
         settled: whether more sparse steps have been timed than those that may be first calls.
         empty: seconds of a step without any.
         steady: the timed seconds, less the warm-up in them.
-        warmup: seconds that compilation and other first calls took, of the first two steps and the first sparse ones.
+        warmup: seconds that compilation and other first calls took, of the first two dense steps and the first sparse
+            ones.
     """
 
     def __init__(
@@ -109,7 +110,8 @@ class StepCost:
         least = max(statistics.median(known), 0.0)
         self.fixed = 0.0 if not self.settled and least > self.dense else min(least, self.dense)
         sparse = [at for at, share in enumerate(shares) if 0 < share < 1]
-        first_calls = set() if warm else {0, 1, *sparse[:FIRST_SPARSE]}
+        whole = [at for at, share in enumerate(shares) if share == 1]
+        first_calls = set() if warm else {*whole[:2], *sparse[:FIRST_SPARSE]}
         expected = [self.seconds(share) * size for share, size in zip(shares, self._sizes)]
         self.steady = [
             expected[at] if at in first_calls and seconds > SLOW * expected[at] else seconds

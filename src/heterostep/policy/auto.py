@@ -1,6 +1,7 @@
 """The default policy: evaluate at equal change.
 
-    plan       all tokens are evaluated at steps between which the guided velocity changes by equal amounts
+    plan       all tokens are evaluated at steps between which the guided velocity changes by equal amounts (near pure
+               noise a change counts for less)
     evaluate   at such a dense step; what it changed by is measured, and the steps ahead are planned anew
     extrapolate  in between, each velocity follows its last change over log(1 - sigma), the less the larger that was
     correct    at the next dense step the sample is moved by what the gap behind has missed (`engine/trajectory.py`)
@@ -73,24 +74,26 @@ class Auto(Policy):
         each = max(tokens.total - tokens.least, 1)
         affordable = (evaluations - tokens.least * (num_steps - step)) / each
         number = math.floor(affordable * (1 - sparse_share) + 1e-9)
-        fixed = self._fixed(step, number)
+        fixed = self._fixed(step, affordable)
         number = max(number, len(fixed))
         dense = self.dense_steps(number, step, self.exponent(changes), fixed)
         counts = [tokens.total if at in dense else tokens.least for at in range(step, num_steps)]
         left = max(evaluations - sum(counts), 0)
-        # In seconds the rest is left: a call of a new size takes longer than its tokens do.
-        if sparse_share or (tokens.least and exact):
+        # In seconds the rest is left: a call of a new size takes longer than its tokens do. And without a first change
+        # there is nothing to rank tokens by.
+        if (sparse_share or (tokens.least and exact)) and (step or 1 in dense):
             self._spend_on_tokens(counts, left, [at - step for at in dense], exact)
         return counts
 
-    def _fixed(self, step: int, number: int) -> set[int]:
-        """Steps from `step` on that are dense in any case, where about `number` can be."""
+    def _fixed(self, step: int, affordable: float) -> set[int]:
+        """Steps from `step` on that are dense in any case, where about so many can be."""
         num_steps, config = self.run.num_steps, self.config
+        fixed = {step, *(at for at in self.run.restarts if at > step)}
+        fixed |= set(range(step, min(config.dense_start or 1, num_steps)))
+        fixed |= set(range(max(step, num_steps - config.dense_end), num_steps))
         # Tokens are ranked by a first change, and K and V that every step reads are kept from the second step on.
-        at_once = self.run.tokens.least or (self.sparse and number >= 3)
-        start = max(config.dense_start or 1, 2 if at_once else 1)
-        fixed = {step, *(at for at in self.run.restarts if at > step)} | set(range(step, min(start, num_steps)))
-        return fixed | set(range(max(step, num_steps - config.dense_end), num_steps))
+        soon = fixed | set(range(step, min(2, num_steps)))
+        return soon if self.run.tokens.least or (self.sparse and len(soon) <= affordable + 1e-9) else fixed
 
     def rates(self, exponent: float) -> np.ndarray:
         """Predicted change of the velocity from each step to the next, up to the level; float64 [num_steps]."""
