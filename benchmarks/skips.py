@@ -2,7 +2,8 @@
 
 A plan is right when each of its gaps costs alike. So this tells whether gaps of equal predicted change do, and where
 the prediction is off (docs/background/method.md). The bundled model; a batch of captions for tuning; on an H200 a row
-of 50 steps, 16 captions and 73 gaps takes about four minutes.
+of 50 steps, 16 captions and 96 gaps takes about five minutes. benchmarks/skips.json has those gaps that there was time
+for, made with a script of the same steps.
 
     python benchmarks/skips.py --regime wan2.1-flf2v --task text --json skips.json    # adds a row, or replaces it
     python benchmarks/skips.py --draw skips.png --json benchmarks/skips.json          # draws all rows
