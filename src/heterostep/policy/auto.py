@@ -37,10 +37,10 @@ END = 0.2
 # What is expected of a run before it is seen, and its standard deviation; of log(level) for the level.
 EXPONENT, EXPONENT_SPREAD = 1.4, 0.3
 LEVEL, LEVEL_SPREAD = 0.3, 0.3
-# Without guidance, where less is known: a model that guidance was distilled into may change as a guided one does.
-UNGUIDED_LEVEL, UNGUIDED_LEVEL_SPREAD = 0.1, 0.6
-# The same where frames are given, before the first change has been measured: that tells more than the task does.
+# The exponent where frames are given, until a change has been measured: that tells more than the task does.
 EXPONENT_FROM_FRAMES = 1.2
+# The level without guidance, where less is known: a model that guidance was distilled into may change as a guided one.
+UNGUIDED_LEVEL, UNGUIDED_LEVEL_SPREAD = 0.1, 0.6
 # Where 1 - sigma, the signal, is less than this, a change counts for less: from so little signal the steps that follow
 # hardly see what it did to the sample. Measured by skipping one step at a time (benchmarks/skips.py).
 FAINT = 0.002
