@@ -306,6 +306,8 @@ def check_model(model: str | None) -> None:
     Raises:
         BadField: it is not.
     """
+    if model == "":
+        raise BadField("model", "the name of the model is empty: leave it out for the bundled one")
     if model is None or Path(model).is_dir():
         return
     if model.startswith(("/", ".", "~")) or model.count("/") != 1 or "\\" in model:

@@ -195,6 +195,12 @@ def check_pipeline(pipe: Any) -> None:
     name, models = type(pipe).__name__, transformers(pipe)
     kinds = {type(model).__name__ for model in models}
     if not kinds or any(kind not in FAMILIES or name not in FAMILIES[kind].pipelines for kind in kinds):
+        if not kinds and not hasattr(pipe, "components"):
+            if name in FAMILIES:
+                raise HeterostepError(f"heterostep wants the pipeline, not its transformer ({name})")
+            raise HeterostepError(
+                f"heterostep wants a diffusers pipeline, not {name}; supported are {', '.join(supported())}"
+            )
         hint = " (compile its blocks with compile_repeated_blocks() instead)" if "OptimizedModule" in kinds else ""
         inner = " and ".join(sorted(kinds)) or "no transformer"
         raise HeterostepError(f"{name} with {inner} is not supported{hint}; supported are {', '.join(supported())}")

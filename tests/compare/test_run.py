@@ -359,6 +359,8 @@ def test_the_table_marks_winners_and_what_was_not_reached():
     shown = console.file.getvalue()
     assert "30.0 *" in shown and "not reached" in shown and "Some Cache: failed: no luck [1]" in shown
     assert "runtime 0.5 of dense" in shown and "VBench of Some Cache, 2: failed" in shown and "busy" not in shown
+    table.show(results | {"curves": lines}, console)
+    assert "not reached (from 0.70 on)" in console.file.getvalue()
     table.show(results | {"chance": [{"runtime": 0.8}, {"runtime": 1.02}, {"runtime": 1.2}]}, console)
     assert "differ by 20% in seconds: the machine was busy" in console.file.getvalue()
     table.show(results | {"settings": {"cost": "evaluations"}}, console)

@@ -13,6 +13,7 @@ import typer
 from heterostep.cli.options import (
     DEVICE_HELP,
     DTYPE_HELP,
+    MOST_STEPS,
     check_folder,
     check_guidance,
     is_foreign,
@@ -52,7 +53,9 @@ def compare(
         typer.Option(help="Settings of published checkpoints, comma-separated names or all: one comparison each."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Diffusers folder or hub id.  [default: the bundled model]")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of the dense run.  [default: 40]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps of the dense run.  [default: 40]")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
@@ -73,6 +76,8 @@ def compare(
         raise HeterostepError("--regime sets steps and guidance: leave out --steps, --guidance and --vbench")
     check_guidance(guidance)
     check_folder(out)
+    if prompts is not None and prompts.is_dir():
+        raise HeterostepError(f"{prompts} is a folder, not a file of prompts")
     if prompts is not None and not prompts.is_file():
         raise HeterostepError(f"there is no file {prompts}")
     check_model(model)
@@ -178,7 +183,7 @@ def _runtimes(text: str) -> tuple[float, ...]:
     except ValueError:
         values = ()
     if not values or not all(0 < value <= 1 for value in values):
-        raise HeterostepError(f"--runtimes wants numbers above 0 and at most 1, as in 1,0.5,0.25, not {text}")
+        raise HeterostepError(f"--runtimes wants numbers above 0 and at most 1, as in 1,0.5,0.25, not {text!r}")
     return values
 
 

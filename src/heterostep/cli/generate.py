@@ -16,10 +16,12 @@ from heterostep.cli.options import (
     DEVICE_HELP,
     DTYPE_HELP,
     GPUS_HELP,
+    MOST_STEPS,
     POLICY_HELP,
     SYNC_HELP,
     check_guidance,
     check_outputs,
+    in_options,
     is_foreign,
     is_seen,
     on_device,
@@ -72,7 +74,7 @@ def generate(
     no_kv: Annotated[bool, typer.Option("--no-kv", hidden=True, help="The default now.")] = False,
     kv_store: Annotated[str, typer.Option(help="auto, device, fp8, offload or fp8-offload.")] = "auto",
     vram: Annotated[float | None, typer.Option(help="Gigabytes it may use, for auto.  [default: what is free]")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.")] = 40,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
@@ -152,7 +154,7 @@ def generate(
         _write(result, reference, out, report, heatmap, fps)
     if not quiet:
         written = [path for path in (out, report, heatmap) if path is not None]
-        stores = {"--kv-store": kv_store != "auto", "--vram": vram is not None}
+        stores = {"--sync": sync != "hold", "--kv-store": kv_store != "auto", "--vram": vram is not None}
         typer.echo(_summary(result, reference, written, [name for name, given in stores.items() if given]))
 
 
@@ -187,8 +189,10 @@ def _write(
 def _summary(
     result: making.Result, reference: making.Result | None, files: Sequence[Path], stores: Sequence[str]
 ) -> str:
-    """`stores`: options that were given for where K and V are kept."""
+    """`stores`: options that were given for K and V, as the command has them."""
     lines = making.summary(result, reference) | {"files": ", ".join(map(str, files))}
     if stores and result.report.memory.kv_store == "none":
         lines["memory"] += f"; {' and '.join(stores)} had no effect"
+    if "advice" in lines:
+        lines["advice"] = in_options(lines["advice"])
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())

@@ -23,6 +23,8 @@ DEVICE_HELP = "cpu, cuda or cuda:N; auto takes CUDA where there is one."
 DTYPE_HELP = "auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32 whose products have TF32's ten bits."
 
 
+# Planning takes a moment for each, and no scheduler is made for more.
+MOST_STEPS = 10_000
 POLICY_HELP = "Where evaluations go: auto; hsa, the paper's step divisors; or round-robin, a control."
 SYNC_HELP = "K/V of skipped tokens: hold; drift along their last change; or fresh, a bound that saves nothing."
 
@@ -52,17 +54,26 @@ def check_outputs(*outputs: tuple[Path | None, tuple[str, ...]]) -> None:
     """Whether each (path, suffixes) can be written, before any work."""
     given = [(path, suffixes) for path, suffixes in outputs if path is not None]
     for path, suffixes in given:
+        if path.name and name_is_too_long(path):
+            raise HeterostepError(f"the file name {path.name[:20]}... is too long")
+        if path.is_dir():
+            raise HeterostepError(f"{path} is a folder: give a file that ends in {' or '.join(suffixes)}")
         if path.suffix.lower() not in suffixes:
             raise HeterostepError(f"{path} should end in {' or '.join(suffixes)}")
-        if path.is_dir():
-            raise HeterostepError(f"{path} is a folder")
         if not path.parent.is_dir():
             raise HeterostepError(f"there is no folder {path.parent} to write {path.name} to")
-        if name_is_too_long(path):
-            raise HeterostepError(f"the file name {path.name[:20]}... is too long")
         _try_to_write(path.parent)
     if len({path.resolve() for path, _ in given}) < len(given):
         raise HeterostepError("two outputs have the same path")
+
+
+def in_options(advice: str) -> str:
+    """Advice of a report or a plan by the command's options."""
+    return (
+        advice.replace("num_inference_steps=", "--steps ")
+        .replace("num_inference_steps", "--steps")
+        .replace("raise runtime", "raise --runtime")
+    )
 
 
 def is_foreign(prompt: str) -> str | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import filesize
 
-from heterostep.cli.options import DTYPE_HELP, POLICY_HELP, silence
+from heterostep.cli.options import DTYPE_HELP, MOST_STEPS, POLICY_HELP, in_options, silence
 from heterostep.config import HSAConfig
 from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError
@@ -34,7 +35,9 @@ def plan(
     image_to_video: Annotated[
         bool, typer.Option("--image-to-video", help="From a first frame, where the model makes videos from text too.")
     ] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.  [default: the model's]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.  [default: the model's]")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
@@ -47,7 +50,7 @@ def plan(
     from heterostep import configs
 
     if list_models:
-        typer.echo("\n".join(configs.names()))
+        typer.echo(json.dumps(configs.names(), indent=1) if as_json else "\n".join(configs.names()))
         return
     if not model:
         raise HeterostepError(f"give --model: a hub id, a folder, or one of {', '.join(configs.names())}")
@@ -95,7 +98,7 @@ def _show_plan(made: Plan, config: HSAConfig, asked: int | None) -> None:
         f"({grid}), {made.calls} transformer calls a step",
         "steps": f"{len(made.active_share)}; {dial}: {made.share:.3f} of the dense token evaluations",
         "at first": made.evaluated,
-        **({"advice": made.advice} if made.advice else {}),
+        **({"advice": in_options(made.advice)} if made.advice else {}),
         **({"on each of": f"{made.gpus} GPUs, what follows"} if made.gpus > 1 else {}),
         "weights": ", ".join(f"{name} {filesize.decimal(size)}" for name, size in made.weights.items()),
         "activations": filesize.decimal(made.activation_bytes),

@@ -25,6 +25,8 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     axis = AXES[results["settings"]["cost"]].split(",")[0]
     labels = {method["name"]: method["label"] for method in results["methods"]}
+    cost = results["settings"]["cost"]
+    lines = {line["method"]: line["points"] for line in results.get("curves", ())}
     for at in results["frontier"]:
         # Where nobody reaches the cost, there is still a column to say so.
         known = [name for name in COLUMNS if name == "psnr" or any(row[name] is not None for row in at["rows"])]
@@ -32,7 +34,10 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
         for row in at["rows"]:
             label = labels.get(row["method"], row["method"])
             if not row["reached"]:
-                table.add_row(label, *["not reached"][: len(known)])
+                points = lines.get(row["method"], ())
+                cheapest = min((point[cost]["mean"] for point in points if point[cost]), default=None)
+                missed = "not reached" if cheapest is None else f"not reached (from {cheapest:.2f} on)"
+                table.add_row(label, *[missed][: len(known)])
                 continue
             cells = []
             for name in known:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -172,6 +173,8 @@ def plan(
         raise HeterostepError(f"offload must be one of {', '.join(OFFLOADS)}, not {offload!r}")
     config = HSAConfig.of(config, options)
     loaded = hasattr(model, "components")
+    if not loaded and not isinstance(model, str | os.PathLike):
+        raise HeterostepError(f"plan wants a name, a folder or a pipeline, not {model!r:.60}")
     found = None if loaded else configs.load(model)
     if not found and "Modular" in type(model).__name__:
         raise HeterostepError(
