@@ -417,15 +417,12 @@ def test_sizes_that_are_left_out_are_the_models_own(folder):
     assert (made.num_inference_steps, made.guidance_scale) == (50, 5.0)
 
 
-@pytest.mark.parametrize(
-    ("model", "asked", "made"), [("wan2.1-t2v-1.3b", 84, 85), ("wan2.1-t2v-1.3b", 81, 81), ("ltx-2", 86, 81)]
-)
+@pytest.mark.parametrize(("model", "asked", "made"), [("wan2.1-t2v-1.3b", 84, 85), ("ltx-2", 86, 81)])
 def test_a_number_of_frames_that_the_model_does_not_make_is_diffusers_own(model, asked, made, capsys):
     from heterostep import cli
 
-    assert plan(model, runtime=0.5, height=64, width=64, num_frames=asked).num_frames == made
     assert cli.main(["plan", "--model", model, "--height", "64", "--width", "64", "--frames", str(asked)]) == 0
-    assert (f"{made} frames (for {asked}, which the model does not make)" in capsys.readouterr().out) == (asked != made)
+    assert f"{made} frames (for {asked}, which the model does not make)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
