@@ -12,7 +12,8 @@ from heterostep.engine.report import StepInfo
 
 def describe(info: StepInfo, config: HSAConfig) -> str:
     """Where a run is and where it will end, on one line that fits beside a short bar in 80 columns."""
-    text = f"{info.step + 1}/{info.num_inference_steps}, active {info.active_share:.2f}, {info.elapsed_seconds:.1f} s"
+    made = {0.0: "skipped", 1.0: "evaluated"}.get(info.active_share, f"{info.active_share:.2f} tokens")
+    text = f"{info.step + 1}/{info.num_inference_steps}, {made}, {info.elapsed_seconds:.1f} s"
     ends = info.projected_share if config.runtime is None else info.projected_runtime
     if config.target == 1 or ends is None:
         return text

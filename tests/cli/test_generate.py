@@ -79,7 +79,7 @@ def test_generate_writes_a_video(pipes, capsys, dial):
     out, err = capsys.readouterr()
     for word in ("asked", "spent" if "share" in out else "achieved", "mean", "K/V cache", "peak", "video.mp4"):
         assert word in out
-    assert "12/12, active" in err
+    assert "12/12, evaluated, " in err or "12/12, skipped, " in err
     assert "K/V cache 0 bytes (none is kept), peak" in out
 
 
@@ -523,6 +523,7 @@ def test_the_module_runs_as_a_command(tmp_path):
     lines = result.stderr.splitlines()
     assert all(line.startswith("heterostep ") for line in lines), result.stderr
     assert "ends at" in lines[-1] and "(asked 0.50)" in lines[-1]
+    assert ", evaluated, " in lines[0] and any(", skipped, " in line for line in lines)
     assert video.is_file()
     assert _python("-m", "heterostep", "generate", PROMPT, "--runtime", "7").returncode == 2
 
