@@ -592,9 +592,12 @@ def test_compare_used_wrongly(no_model, capsys, arguments, message):
     assert message in only_line(capsys.readouterr().err) and files() == before
 
 
-def test_a_comparison_of_nothing_is_an_error(pipes, capsys):
+@pytest.mark.parametrize("regime", [False, True])
+def test_a_comparison_of_nothing_is_an_error(pipes, capsys, regime):
     """A target below what any plan can meet leaves no curve."""
-    assert cli.main(["compare", *SMALL, "--count", "1", "--runtimes", "0.01", "--methods", "heterostep"]) == 2
+    # A regime brings its own steps.
+    at = [*SMALL[2:], "--regime", "lightx2v"] if regime else SMALL
+    assert cli.main(["compare", *at, "--count", "1", "--runtimes", "0.01", "--methods", "heterostep"]) == 2
     err = capsys.readouterr().err.splitlines()
     assert err[-1].startswith("heterostep: nothing could be compared (heterostep: without 0.01")
 

@@ -179,6 +179,8 @@ def test_no_evaluation_is_spent_to_know_more():
             second = dense(policy.plan(number * TOTAL))[1]
             # A part of the whole, as the other gaps: rounded to a step.
             assert counted[second - 2] <= counted[-1] / number <= counted[second]
+    few = dense(auto(12, 7.0, from_frames=True).plan(3 * TOTAL))
+    assert len(few) == 3 and few[:2] != [0, 1]
     # Tokens are ranked by a first change.
     assert dense(auto(12, 7.0, from_frames=True, sparse_share=0.2).plan(6 * TOTAL))[:2] == [0, 1]
     # Where every step reads K and V, they are kept from the second on.

@@ -16,9 +16,9 @@ from heterostep.cli.options import (
     MOST_STEPS,
     check_folder,
     check_guidance,
-    is_foreign,
     out_of_memory,
     silence,
+    why_foreign,
 )
 from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError
@@ -142,6 +142,8 @@ def compare(
             if regime.strip() == "all":
                 todo_regimes = [each for each in todo_regimes if regimes.refuses(pipe, each) is None]
             written = matrix.compare_regimes(pipe, todo, chosen, todo_regimes, settings, out, command, tell, known)
+            found = matrix.read(out)
+            _check_compared([found[each.name] for each in todo_regimes], out)
         else:
             calibrate_with(pipe, **{name: options[name] for name in asked})
             results = Comparison(pipe, todo, chosen, settings, out, command, tell, known).run()
@@ -154,20 +156,25 @@ def compare(
                 results = scores.score(out, videos, tell)
             with writing(out / "index.html"):
                 written = page.write_page(out)
-            if not results["curves"]:
-                reasons = "; ".join(f"{each['name']}: {each['reason']}" for each in results["methods"])
-                raise HeterostepError(f"nothing could be compared ({reasons}); the dense videos are in {out}")
+            _check_compared([results], out)
     if not quiet:
         if todo_regimes:
-            typer.echo(matrix.table(matrix.matrix(matrix.read(out), wanted)))
+            typer.echo(matrix.table(matrix.matrix(found, wanted)))
         else:
             table.show(results)
         typer.echo(f"{written}")
 
 
+def _check_compared(results: list[dict[str, Any]], out: Path) -> None:
+    """Whether any method could be run anywhere."""
+    if not any(each["curves"] for each in results):
+        reasons = dict.fromkeys(f"{each['name']}: {each['reason']}" for made in results for each in made["methods"])
+        raise HeterostepError(f"nothing could be compared ({'; '.join(reasons)}); the dense videos are in {out}")
+
+
 def _tell_of_foreign(prompts: list[str]) -> None:
     """A note of those that the bundled model cannot follow."""
-    foreign = [(prompt, reason) for prompt in prompts if (reason := is_foreign(prompt))]
+    foreign = [(prompt, reason) for prompt in prompts if (reason := why_foreign(prompt))]
     if foreign:
         prompt, reason = foreign[0]
         typer.echo(

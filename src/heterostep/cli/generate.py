@@ -22,11 +22,11 @@ from heterostep.cli.options import (
     check_guidance,
     check_outputs,
     in_options,
-    is_foreign,
     is_seen,
     on_device,
     silence,
     start_ranks,
+    why_foreign,
 )
 from heterostep.config import HSAConfig
 from heterostep.devices import Dtype, precision_of
@@ -125,7 +125,7 @@ def generate(
     picture = making.open_image(image) if image is not None else None
     start_ranks(gpus, device, context.obj)
     quiet = quiet or not is_seen(gpus)
-    if model is None and not quiet and (reason := is_foreign(prompt)):
+    if model is None and not quiet and (reason := why_foreign(prompt)):
         typer.echo(
             f"note: the bundled model knows drawn shapes only, and {reason}; for any other prompt give --model",
             err=True,

@@ -76,7 +76,7 @@ def in_options(advice: str) -> str:
     )
 
 
-def is_foreign(prompt: str) -> str | None:
+def why_foreign(prompt: str) -> str | None:
     """What the bundled model cannot follow in a prompt; None where it can."""
     from heterostep.tiny import world
 

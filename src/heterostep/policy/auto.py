@@ -41,8 +41,8 @@ LEVEL, LEVEL_SPREAD = 0.3, 0.3
 EXPONENT_FROM_FRAMES = 1.2
 # The level without guidance, where less is known: a model that guidance was distilled into may change as a guided one.
 UNGUIDED_LEVEL, UNGUIDED_LEVEL_SPREAD = 0.1, 0.6
-# Where 1 - sigma, the signal, is less than this, a change counts for less: from so little signal the steps that follow
-# hardly see what it did to the sample. Measured by skipping one step at a time (benchmarks/skips.py).
+# Where 1 - sigma, the signal, is less than this, a change counts for less: gaps there cost less than their change says,
+# as if later steps hardly saw what was done to so little signal. By skipping single steps (benchmarks/skips.py).
 FAINT = 0.002
 # Standard deviation of a measured log(change) about the law.
 NOISE = 0.25
@@ -66,7 +66,7 @@ class Auto(Policy):
         self.corrects = config.extrapolate is None
         sigmas = np.asarray(run.sigmas)
         self._middles, self._widths = (sigmas[:-1] + sigmas[1:]) / 2, -np.diff(sigmas)
-        self._seen = 1 - np.exp((self._middles - 1) / FAINT)
+        self._visible = 1 - np.exp((self._middles - 1) / FAINT)
         self._fitted: dict[tuple[Change, ...], float] = {}
 
     def replan(self, evaluations: int, step: int, changes: Sequence[Change] = (), exact: bool = True) -> list[int]:
@@ -103,7 +103,7 @@ class Auto(Policy):
 
     def counted(self, exponent: float, step: int) -> np.ndarray:
         """What of the predicted changes counts where dense steps are placed from `step` on; float64 [num_steps]."""
-        return self.rates(exponent) * self._seen
+        return self.rates(exponent) * self._visible
 
     @functools.cached_property
     def _candidates(self) -> list[tuple[float, np.ndarray]]:
