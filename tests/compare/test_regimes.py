@@ -12,7 +12,7 @@ import torch
 from heterostep.compare import regimes
 from heterostep.compare.measure import Prompt
 from heterostep.compare.methods.own import OWN
-from heterostep.compare.regimes import REGIMES, Regime, in_regime, refuses, suited
+from heterostep.compare.regimes import REGIMES, Regime, in_regime, named, refuses, suited
 from heterostep.compare.run import Settings
 from heterostep.errors import HeterostepError
 from heterostep.pipeline import check_pipeline, enabled
@@ -28,8 +28,9 @@ def shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
 
 def expected(regime: Regime, steps: int) -> np.ndarray:
     """The evaluated sigmas as the checkpoints' own code makes them."""
-    last = 1 / 1000 if regime.solver == "unipc" else 1 / steps
-    grid = np.linspace(1, last, steps + 1)[:-1] if regime.solver == "unipc" else np.linspace(1, last, steps)
+    # Euler evaluates both ends; the others step from the last one to 0, and diffusers begins DPM-Solver++ at 0.999.
+    ends = {"euler": (1, 1 / steps), "unipc": (1, 1 / 1000), "dpm": (0.999, 0)}[regime.solver]
+    grid = np.linspace(*ends, steps) if regime.solver == "euler" else np.linspace(*ends, steps + 1)[:-1]
     sigmas = shifted(grid, regime.shift)
     if regime.shift_terminal is None:
         return sigmas
@@ -41,7 +42,10 @@ def pipe() -> Any:
     return small_pipeline()
 
 
-@pytest.mark.parametrize("regime", REGIMES.values(), ids=lambda regime: regime.name)
+DPM = named("dpm-20-shift-5-guidance-5")
+
+
+@pytest.mark.parametrize("regime", [*REGIMES.values(), DPM], ids=lambda regime: regime.name)
 @pytest.mark.parametrize("kind", ["wan", "ltx"])
 def test_sigmas_are_those_of_the_regime(pipe: Any, regime: Regime, kind: str) -> None:
     # LTX's scheduler shifts by the number of tokens until it is told not to.
@@ -52,7 +56,7 @@ def test_sigmas_are_those_of_the_regime(pipe: Any, regime: Regime, kind: str) ->
         sigmas = scheduler.sigmas.double().numpy()
         assert len(scheduler.timesteps) == steps and len(sigmas) == steps + 1
         np.testing.assert_allclose(sigmas[:-1], expected(regime, steps), atol=2e-6)
-        assert (np.diff(sigmas) < 0).all() and sigmas[0] == pytest.approx(1, abs=2e-6) and sigmas[-1] == 0
+        assert (np.diff(sigmas) < 0).all() and sigmas[0] > 0.999 and sigmas[-1] == 0
         if regime.shift_terminal is not None:
             assert sigmas[-2] == pytest.approx(regime.shift_terminal)
     # A pipeline that gives sigmas of its own, as LTX's and HunyuanVideo's do, gets the same by Euler.
@@ -82,9 +86,41 @@ def test_numbers_and_names() -> None:
     assert json.loads(json.dumps(REGIMES["lightx2v"].numbers)) == {
         "solver": "euler", "steps": 4, "shift": 5, "guidance": 1,
     }  # fmt: skip
-    for wrong in ({"solver": "heun"}, {"steps": 0}, {"shift": 0}, {"boundary": 1.5}, {"guidance_2": 3.0}):
+    dpm_to_terminal = {"solver": "dpm", "shift_terminal": 0.1}
+    for wrong in (
+        dpm_to_terminal,
+        {"solver": "heun"},
+        {"steps": 0},
+        {"shift": 0},
+        {"boundary": 1.5},
+        {"guidance_2": 3.0},
+    ):
         with pytest.raises(HeterostepError, match="is not possible"):
             Regime(**{"name": "x", "label": "", "solver": "euler", "steps": 4, "shift": 5, "guidance": 1, **wrong})
+
+
+def test_a_name_may_give_the_numbers() -> None:
+    assert named("lightx2v") is REGIMES["lightx2v"]
+    own = named("euler-25-shift-7.5-guidance-5-terminal-0.1-experts-0.9")
+    assert (own.solver, own.steps, own.shift, own.guidance) == ("euler", 25, 7.5, 5)
+    assert (own.shift_terminal, own.boundary, own.guidance_2) == (0.1, 0.9, None) and set(own.tasks) == {
+        "text",
+        "image",
+    }
+    assert own.label == own.text == "Euler 25, shift 7.5, terminal 0.1, guidance 5, two experts at 0.9"
+    assert DPM.text == "DPM-Solver++ 20, shift 5, guidance 5"
+    for wrong in (
+        "wan",
+        "heun-20-shift-5-guidance-5",
+        "euler-20-shift--5-guidance-5",
+        "euler-20-guidance-5-shift-5",
+        "",
+    ):
+        with pytest.raises(HeterostepError, match="no such regime: .*as in euler-25-shift-7-guidance-5"):
+            named(wrong)
+    for wrong in ("euler-0-shift-5-guidance-5", "euler-9-shift-0-guidance-5", "unipc-9-shift-5-guidance-5-experts-2"):
+        with pytest.raises(HeterostepError, match="is not possible"):
+            named(wrong)
 
 
 def test_both_experts_are_run_and_share_their_weights(pipe: Any) -> None:
@@ -133,8 +169,8 @@ def test_what_cannot_be_is_refused_in_one_line(pipe: Any) -> None:
 
 
 def test_heterostep_runs_in_every_kind_of_regime(pipe: Any) -> None:
-    for name in ("ltx-2", "wan2.2-t2v-a14b", "20-steps"):
-        with in_regime(pipe, REGIMES[name]) as options, enabled(pipe, share=0.5):
+    for name in ("ltx-2", "wan2.2-t2v-a14b", "20-steps", DPM.name):
+        with in_regime(pipe, named(name)) as options, enabled(pipe, share=0.5):
             steps = options.pop("num_inference_steps")
             assert run(pipe, steps, **options).isfinite().all()
 
@@ -177,9 +213,12 @@ def test_a_folder_of_regimes_goes_on(pipe: Any, tmp_path: Any, monkeypatch: pyte
     ]
     assert content["rows"][1]["ours"]["psnr"] > 0 and content["rows"][1]["ours"]["found"] == "measured"
     # Another process on another regime, and none that cannot be.
-    compare_regimes(pipe, PROMPTS, methods, [REGIMES["lightx2v"]], settings, tmp_path)
+    compare_regimes(
+        pipe, PROMPTS, methods, [REGIMES["lightx2v"], few := named("dpm-4-shift-5-guidance-1")], settings, tmp_path
+    )
     content = json.loads((tmp_path / "matrix.json").read_text())
-    assert list(content["regimes"]) == ["lightx2v", "one", "two"]
+    assert list(content["regimes"]) == ["lightx2v", few.name, "one", "two"]
+    assert content["regimes"][few.name]["text"] == few.text and "6 steps" in content["regimes"]["one"]["text"]
     other = tmp_path / "other"
     with pytest.raises(HeterostepError, match="two experts"):
         compare_regimes(ROWS["ltx2.0-t2v"].build(), PROMPTS, methods, two, settings, other)

@@ -205,7 +205,6 @@ def test_prompt_states_written_to_in_place_are_noticed(pipe):
     assert equal(written, replaced)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation")
 @pytest.mark.parametrize("kind", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
 @pytest.mark.parametrize("by_name", [False, True])
 def test_a_moved_sample_arrives_where_the_clean_sample_is_kept(kind, by_name):

@@ -21,7 +21,7 @@ from heterostep.compare.methods import PEERS
 from heterostep.compare.methods.calibration import calibrate_with
 from heterostep.compare.methods.method import Method
 from heterostep.compare.page import write_page
-from heterostep.compare.regimes import REGIMES, Regime, in_regime, refuses
+from heterostep.compare.regimes import REGIMES, Regime, in_regime, named, refuses
 from heterostep.compare.run import Comparison, Settings
 from heterostep.compare.style import STYLE
 from heterostep.compare.summary import EVALUATIONS, IDENTICAL_DB, Place
@@ -225,7 +225,7 @@ def _lead(ours: tuple[Row, dict[str, float]] | None, theirs: tuple[Row, dict[str
 
 
 def read(folder: Path) -> dict[str, Results]:
-    """The results of a folder's regimes, in the order of `REGIMES`, then of other folders in it.
+    """The results of a folder's regimes, in the order of `REGIMES`, then of others in it by name.
 
     Those of a regime are in `<regime>/results.json` or, where nothing else was kept, compressed in
     `<regime>/results.json.gz` or `<regime>.json.gz`.
@@ -234,7 +234,8 @@ def read(folder: Path) -> dict[str, Results]:
         HeterostepError: there are none, or one cannot be read.
     """
     found = {}
-    others = sorted(path.name for path in folder.glob("*") if path.is_dir() and path.name not in REGIMES)
+    names = {path.name if path.is_dir() else path.name.removesuffix(".json.gz") for path in folder.glob("*")}
+    others = sorted(names - REGIMES.keys())
     for name in (*REGIMES, *others):
         places = (folder / name / "results.json", folder / name / "results.json.gz", folder / f"{name}.json.gz")
         path = next((path for path in places if path.is_file()), None)
@@ -281,11 +282,15 @@ def write_matrix(folder: Path, shares: Sequence[float] = SHARES) -> Path:
 
 def _about(name: str, results: Results) -> dict[str, Any]:
     """What is known of a regime's comparison beside its figures."""
-    known, settings = REGIMES.get(name), results["settings"]
-    text = f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']}"
+    settings = results["settings"]
+    try:
+        label, text = (known := named(name)).label, known.text
+    except HeterostepError:
+        # One of somebody's own, made in Python.
+        label, text = name, f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']}"
     return {
-        "label": known.label if known else name,
-        "text": known.text if known else text,
+        "label": label,
+        "text": text,
         "labels": {method["name"]: method["label"] for method in results["methods"]},
         "complete": results["complete"],
         **{key: settings.get(key) for key in ("model", "mode", "height", "width", "num_frames", "seeds")},

@@ -5,20 +5,28 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import re
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from heterostep.errors import HeterostepError, first_line
 from heterostep.pipeline import check_pipeline
 
 TEXT, IMAGE = "text", "image"
-SOLVERS = {"unipc": "UniPC", "euler": "Euler"}
+SOLVERS = {"unipc": "UniPC", "dpm": "DPM-Solver++", "euler": "Euler"}
+_X = r"\d+(?:\.\d+)?"
+# A name that says all numbers, for `named`.
+_NUMBERS = re.compile(
+    rf"(?P<solver>{'|'.join(SOLVERS)})-(?P<steps>\d+)-shift-(?P<shift>{_X})-guidance-(?P<guidance>{_X})"
+    rf"(-terminal-(?P<terminal>{_X}))?(-experts-(?P<boundary>{_X}))?"
+)
+EXAMPLE = "euler-25-shift-7-guidance-5"
 # Pipelines that can be given a second expert.
 _TWO_EXPERTS = ("WanPipeline", "WanImageToVideoPipeline")
 
@@ -30,11 +38,11 @@ class Regime:
     Attributes:
         name: as on the command line; also the name of its folder.
         label: for people, one short phrase.
-        solver: "unipc" or "euler", on the sigmas of flow matching.
+        solver: "unipc", "dpm" (DPM-Solver++) or "euler", on the sigmas of flow matching.
         steps: of the dense run.
         shift: s in sigma' = s sigma / (1 + (s - 1) sigma).
         guidance: of the call; at most 1 is without guidance.
-        shift_terminal: the last evaluated sigma, to which the others are stretched; None leaves them.
+        shift_terminal: the last evaluated sigma, to which the others are stretched; None leaves them. Not with "dpm".
         boundary: the sigma under which the second of two experts takes over; None for one expert.
         guidance_2: the second expert's guidance; None for the first one's.
         tasks: what its checkpoint does, of "text" and "image"; any task can be run in any regime.
@@ -60,8 +68,12 @@ class Regime:
         shares = (each for each in (self.shift_terminal, self.boundary) if each is not None)
         sound = self.solver in SOLVERS and self.steps >= 1 and self.shift > 0 and self.guidance >= 0
         sound &= all(0 < each < 1 for each in shares) and set(self.tasks) <= {TEXT, IMAGE}
+        sound &= self.solver != "dpm" or self.shift_terminal is None
         if not sound or (self.guidance_2 is not None and self.boundary is None):
-            raise HeterostepError(f"the regime {self.name} is not possible: {self}")
+            raise HeterostepError(
+                f"the regime {self.name} is not possible: it wants unipc, dpm or euler, 1 step or more, a shift "
+                "above 0, guidance of 0 or more, a terminal sigma (not with dpm) and experts' sigma between 0 and 1"
+            )
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -115,6 +127,29 @@ def _regimes() -> Iterator[Regime]:
 REGIMES: dict[str, Regime] = {regime.name: regime for regime in _regimes()}
 
 
+def named(name: str) -> Regime:
+    """A regime of the list by its name, or one of numbers, as in "euler-25-shift-7-guidance-5".
+
+    After those may come `-terminal-0.1` (`shift_terminal`) and `-experts-0.9` (`boundary`), in this order.
+
+    Raises:
+        HeterostepError: neither of them, or a number is out of range.
+    """
+    if name in REGIMES:
+        return REGIMES[name]
+    found = _NUMBERS.fullmatch(name)
+    if found is None:
+        raise HeterostepError(
+            f"no such regime: {name!r}; the regimes are {', '.join(REGIMES)}, and numbers of your own as in {EXAMPLE}"
+        )
+    given = {part: float(text) for part, text in found.groupdict().items() if text and part not in ("solver", "steps")}
+    own = Regime(
+        name, "", found["solver"], int(found["steps"]), given["shift"], given["guidance"],
+        shift_terminal=given.get("terminal"), boundary=given.get("boundary"), source="the command line",
+    )  # fmt: skip
+    return replace(own, label=own.text)
+
+
 def suited(task: str) -> list[Regime]:
     """The regimes whose checkpoints do the task, "text" or "image"."""
     return [regime for regime in REGIMES.values() if task in regime.tasks]
@@ -141,7 +176,7 @@ class FlowEulerScheduler(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
 
 
-def scheduler(regime: Regime, own: Any) -> UniPCMultistepScheduler | FlowEulerScheduler:
+def scheduler(regime: Regime, own: Any) -> UniPCMultistepScheduler | DPMSolverMultistepScheduler | FlowEulerScheduler:
     """The regime's scheduler, with the pipeline's own options wherever the regime says nothing."""
     spacings = ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
     wanted: dict[str, Any] = {**dict.fromkeys(spacings, False), "shift_terminal": regime.shift_terminal}
@@ -149,11 +184,11 @@ def scheduler(regime: Regime, own: Any) -> UniPCMultistepScheduler | FlowEulerSc
     if regime.solver == "euler":
         kind, wanted = FlowEulerScheduler, {**wanted, "shift": float(regime.shift), "stochastic_sampling": False}
     else:
-        kind = UniPCMultistepScheduler
+        kind = DPMSolverMultistepScheduler if regime.solver == "dpm" else UniPCMultistepScheduler
         wanted |= {"flow_shift": float(regime.shift), "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-    # Options of another scheduler's that this one has no use for would be warned of.
+    # What only another scheduler knows would be warned of or refused.
     known = inspect.signature(kind.__init__).parameters
-    return kind(**{name: value for name, value in own.config.items() if name in known} | wanted)
+    return kind(**{name: value for name, value in {**own.config, **wanted}.items() if name in known})
 
 
 def refuses(pipe: Any, regime: Regime) -> str | None:
