@@ -38,8 +38,8 @@ def main() -> None:
     found = read(args.folder)
     for camera, prompts in sorted(cameras.items()):
         some = {name: of_prompts(results, prompts) for name, results in found.items()}
-        count = len(next(iter(some.values()))["prompts"])
-        print(f"{camera} camera, {count} prompts\n\n{table(matrix(some))}\n")
+        counts = sorted({len({record["prompt"] for record in results["dense"]}) for results in some.values()})
+        print(f"### {camera.capitalize()} camera ({' to '.join(map(str, counts))} prompts)\n\n{table(matrix(some))}\n")
 
 
 if __name__ == "__main__":
