@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+from heterostep.errors import HeterostepError
 from heterostep.metrics import psnr
 
 
@@ -22,6 +23,15 @@ def test_psnr_scales_with_the_peak():
     assert psnr(a, b, peak=1.0) == pytest.approx(20)
 
 
+def test_psnr_knows_the_peak_of_floats_and_of_8_bits():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 256, (2, 3, 8, 8, 3), np.uint8)
+    assert psnr(a / 255, b / 255) == pytest.approx(psnr(a, b)) == pytest.approx(psnr(a / 255, b / 255, peak=1))
+    for wrong in ((a, b / 255), (a / 255, b / 1.0)):
+        with pytest.raises(HeterostepError, match="floats"):
+            psnr(*wrong)
+
+
 def test_psnr_wants_one_shape():
-    with pytest.raises(ValueError, match="shapes differ"):
+    with pytest.raises(HeterostepError, match="shapes differ"):
         psnr(np.zeros((2, 2)), np.zeros((1, 2)))

@@ -14,6 +14,7 @@ import numpy as np
 from av.codec.context import Flags
 from PIL import Image, ImageDraw, ImageFont
 
+from heterostep.errors import HeterostepError
 from heterostep.files import replacing
 
 
@@ -34,14 +35,18 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, audio: 
         audio: its sound, from the first frame on.
 
     Raises:
-        ValueError: the frames have another type or shape, or an odd size.
+        HeterostepError: the frames have another type or shape, an odd size, or there are none; or fps is not above 0.
         OSError: the file cannot be written.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
-        raise ValueError(f"frames must be uint8 [F, H, W, 3], not {frames.dtype} {list(frames.shape)}")
+        raise HeterostepError(
+            f"frames must be uint8 [F, H, W, 3], F at least 1, not {frames.dtype} {list(frames.shape)}"
+        )
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
-        raise ValueError(f"height and width must be even for yuv420p, not {height} and {width}")
+        raise HeterostepError(f"height and width must be even for yuv420p, not {height} and {width}")
+    if not 0 < fps < float("inf"):
+        raise HeterostepError(f"fps must be above 0, not {fps}")
     options = {"movflags": "faststart", "fflags": "+bitexact"}
     with replacing(path) as part, av.open(os.fspath(part), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
@@ -101,10 +106,10 @@ def side_by_side(left: np.ndarray, right: np.ndarray, labels: tuple[str, str]) -
         uint8 [F, H + strip, 2 W, 3]; the strip's height is even.
 
     Raises:
-        ValueError: the shapes differ.
+        HeterostepError: the shapes differ.
     """
     if left.shape != right.shape:
-        raise ValueError(f"the clips' shapes differ: {left.shape} and {right.shape}")
+        raise HeterostepError(f"the clips' shapes differ: {left.shape} and {right.shape}")
     count, height, width = left.shape[:3]
     strip_height = max(20, 2 * (height // 20))
     strip = np.concatenate([_label(text, width, strip_height) for text in labels], axis=1)
