@@ -113,7 +113,7 @@ class DirectCalls:
         inputs = self.inputs
         if index is not None:
             ranks = ranks_of(getattr(self.model, "_parallel_config", None))
-            inputs = self.adapter.select(self.model, inputs, ranks.padded(index))
+            inputs = self.adapter.select(self.model, inputs, ranks.pad_to_ranks(index))
         try:
             return self.model(**inputs)
         finally:

@@ -46,11 +46,11 @@ class Expert:
         """A forward's arguments by name, whole where each rank was given a part."""
         inputs = dict(self.signature.bind(self.model, *args, **kwargs).arguments)
         inputs.pop("self")
-        return self._of_ranks(inputs, self.ranks.whole)
+        return self._of_ranks(inputs, self.ranks.all_gather)
 
     def call(self, inputs: dict[str, Any]) -> Any:
         """The model's own forward."""
-        return self.wrapped.inner(**self._of_ranks(inputs, self.ranks.part))
+        return self.wrapped.inner(**self._of_ranks(inputs, self.ranks.shard))
 
     def _of_ranks(self, inputs: dict[str, Any], change: Callable[[torch.Tensor, int], torch.Tensor]) -> dict[str, Any]:
         """Those inputs changed that ranks have parts of: diffusers' hooks, which split them, are around our forward."""

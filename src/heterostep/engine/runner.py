@@ -253,7 +253,7 @@ class Runner:
             branch.free_kv()
         if index is None:
             return expert.call(inputs)
-        inputs = self.adapter.select(expert.model, inputs, expert.ranks.padded(index))
+        inputs = self.adapter.select(expert.model, inputs, expert.ranks.pad_to_ranks(index))
         few = index.numel() <= MOST_ROWS
         if few and self.config.cuda_graphs and generation.stores is not None and generation.stores.all_on_device:
             return self._replayed(expert, generation, branch, inputs, index)

@@ -71,7 +71,7 @@ def place(
     present = forecast.room_on(device, config.vram, call.dense)
     assert present is not None
     present -= (call.static + call.held) * sum(batches) // batch
-    room, host_room = ranks.least([present, forecast.host_room() // ranks.size])
+    room, host_room = ranks.all_reduce_min([present, forecast.host_room() // ranks.size])
     stores = forecast.choose(layers, room - call.dense, room - call.sparse, host_room)
     if stores is not None:
         return stores

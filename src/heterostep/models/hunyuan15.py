@@ -43,8 +43,8 @@ class JointAttention(CachedAttention):
             text_key = attn.norm_added_k(text_key)
         # Of the video each rank has a part, the text it has whole.
         split = self.split(hidden_states)
-        video = self.ranks.to_heads(split, query, key, value)
-        texts = self.ranks.own_heads(text_query, text_key, text_value)
+        video = self.ranks.tokens_to_heads(split, query, key, value)
+        texts = self.ranks.shard_heads(text_query, text_key, text_value)
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(video, texts))
         text, index = text_query.shape[1], self.call.index
         if index is not None:
@@ -56,8 +56,8 @@ class JointAttention(CachedAttention):
             pad(attention_mask, (x.shape[1] - attention_mask.shape[1], 0), value=True).bool() for x in (query, key)
         )
         out = self.attend(query, key, value, queries[:, None, :, None] & keys[:, None, None, :])
-        video_out = attn.to_out[1](attn.to_out[0](self.ranks.to_tokens(split, out[:, :-text])))
-        return video_out, attn.to_add_out(self.ranks.all_heads(out[:, -text:]))
+        video_out = attn.to_out[1](attn.to_out[0](self.ranks.heads_to_tokens(split, out[:, :-text])))
+        return video_out, attn.to_add_out(self.ranks.gather_heads(out[:, -text:]))
 
 
 def _patch_sizes(model: Any) -> tuple[int, int, int]:
@@ -86,14 +86,14 @@ class HunyuanVideo15Adapter(Adapter):
 
     def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> Seams:
         def select_patches(output):
-            return None if call.index is None else gather_rows(output, ranks().padded(call.index))
+            return None if call.index is None else gather_rows(output, ranks().pad_to_ranks(call.index))
 
         def select_rotary(output):
             if call.index is None:
                 return None
-            index = ranks().padded(call.index)
+            index = ranks().pad_to_ranks(call.index)
             # Context parallelism has split them, all tokens', before.
-            return tuple(ranks().part(ranks().whole(table, 0)[index], 1) for table in output)
+            return tuple(ranks().shard(ranks().all_gather(table, 0)[index], 1) for table in output)
 
         def ranks():
             return ranks_of(model._parallel_config)

@@ -100,12 +100,12 @@ class VideoAttention(CachedAttention):
         """
         split = self.split(key)
         if own:
-            query, key, value = self.ranks.to_heads(split, query, key, value)
+            query, key, value = self.ranks.tokens_to_heads(split, query, key, value)
         else:
-            (query,), (key, value) = self.ranks.own_heads(query), self.ranks.to_heads(split, key, value)
+            (query,), (key, value) = self.ranks.shard_heads(query), self.ranks.tokens_to_heads(split, key, value)
         key, value = self.kv.update(key, value, self.call.index)
         out = self.attend(query, key, value, mask)
-        return self.ranks.to_tokens(split, out) if own else self.ranks.all_heads(out)
+        return self.ranks.heads_to_tokens(split, out) if own else self.ranks.gather_heads(out)
 
 
 class AudioAttention(VideoAttention):

@@ -38,9 +38,9 @@ class SelfAttention(CachedAttention):
         query = normed_and_rotated(attn.norm_q, query, rotary_emb, attn.heads)
         key = normed_and_rotated(attn.norm_k, key, rotary_emb, attn.heads, by_head=True)
         split = self.split(hidden_states)
-        query, key, value = self.ranks.to_heads(split, query, key, value.unflatten(2, (attn.heads, -1)))
+        query, key, value = self.ranks.tokens_to_heads(split, query, key, value.unflatten(2, (attn.heads, -1)))
         key, value = self.kv.update(key, value, self.call.index)
-        out = self.ranks.to_tokens(split, self.attend(query, key, value))
+        out = self.ranks.heads_to_tokens(split, self.attend(query, key, value))
         return attn.to_out[1](attn.to_out[0](out))
 
     def prepare(self, attn: Any, hidden_states: torch.Tensor) -> None:
@@ -127,16 +127,16 @@ class WanAdapter(Adapter):
             rows = output.flatten(2).transpose(1, 2)
             # Control videos may be shorter than the video: the model fills them up, but after this hook.
             rows = pad(rows, (0, 0, 0, call.num_tokens - rows.shape[1]))
-            index = ranks_of(model._parallel_config).padded(call.index)
+            index = ranks_of(model._parallel_config).pad_to_ranks(call.index)
             return gather_rows(rows, index).transpose(1, 2)[..., None, None]
 
         def select_rotary(output):
             if call.index is None:
                 return None
             ranks = ranks_of(model._parallel_config)
-            index = ranks.padded(call.index)
+            index = ranks.pad_to_ranks(call.index)
             # Context parallelism has split them, all tokens', before.
-            return tuple(ranks.part(gather_rows(ranks.whole(table, 1), index), 1) for table in output)
+            return tuple(ranks.shard(gather_rows(ranks.all_gather(table, 1), index), 1) for table in output)
 
         seams = Seams()
         seams.hook_output(model.patch_embedding, select_patches)
