@@ -88,15 +88,14 @@ def make_stores(
 ) -> list[KVCache | StaticKV]:
     """Empty stores for one branch, of the kinds that fit."""
     processors = [processor for _, processor in expert.seams.attentions]
-    kinds = [processor.store is KVCache for processor in processors]
     if generation.stores is None:
         place_for(expert, generation, inputs)
     assert generation.stores is not None
     generation.kv_store, generation.store_names = str(generation.stores), generation.stores.names
-    names, size = generation.stores.names, sum(kinds)
+    names, size = generation.stores.names, sum(processor.keeps_tokens for processor in processors)
     first = min(generation.branches.index(branch) * size, len(names) - size)
     mine = iter(names[first : first + size])
-    stores = [p.make_store(next(mine) if tokens else "", generation.workspace) for p, tokens in zip(processors, kinds)]
+    stores = [p.make_store(next(mine) if p.keeps_tokens else "", generation.workspace) for p in processors]
     for store, shape in zip((s for s in stores if isinstance(s, KVCache)), generation.stores.layers[first:]):
         store.expected = shape
     return stores
@@ -112,7 +111,7 @@ def place_for(expert: Expert, generation: Generation, inputs: dict[str, Any]) ->
     # Where the plan is made anew, counts may yet come near to all.
     largest = max((count for count in generation.counts if count < total), default=total)
     share = 1 if generation.schedule.online else largest / total
-    attentions = sum(processor.store is KVCache for _, processor in expert.seams.attentions)
+    attentions = sum(processor.keeps_tokens for _, processor in expert.seams.attentions)
     batches = [branch.batch for branch in generation.branches]
     try:
         generation.stores = place(generation.config, expert.model, inputs, batches, share, attentions, generation.ranks)
