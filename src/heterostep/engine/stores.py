@@ -78,8 +78,8 @@ def place(
     least = forecast.uniform("fp8-offload", layers)
     free, needed = max(room - call.dense, 0) / 1e9, least.device_bytes / 1e9
     raise DoesNotFit(
-        f"K and V do not fit: at the least they take {needed:.1f} GB of the device, where {free:.1f} are free, "
-        f"and {least.host_bytes / 1e9:.1f} GB of host memory, where {host_room / 1e9:.1f} are"
+        f"K and V do not fit: even the smallest store needs {needed:.1f} GB on the device ({free:.1f} GB free) and "
+        f"{least.host_bytes / 1e9:.1f} GB of host memory ({host_room / 1e9:.1f} GB free)"
     )
 
 

@@ -1,8 +1,8 @@
 """Keys and values of all tokens, kept over steps; active tokens overwrite their rows.
 
-skipped tokens' rows may *drift*: as they are read, they go on along the change between the token's last two
-evaluations, which is kept beside K and V in e4m3 codes. Rotated keys drift as plain ones do, for a token's rotation is
-the same at every step. Coded K and V are held: what codes lose is as much as changes between two steps.
+Rows of skipped tokens may *drift*: when read, they are extrapolated along the change between the token's last two
+evaluations, stored as e4m3 codes. This works on rotated keys too, because a token's rotation never changes. fp8 stores
+do not drift: quantisation error is as large as the change between two steps.
 
 How they are kept is a *store*:
 
@@ -16,6 +16,8 @@ Shapes: B batch, N tokens, n active tokens, H heads, D head dim.
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 from enum import Enum
 
@@ -23,6 +25,8 @@ import torch
 from torch.nn.functional import pad
 
 from heterostep.kernels import advance, dequantise, gather_rows, quantise, write_kv
+
+_log = logging.getLogger("heterostep")
 
 
 class KVStore(str, Enum):
@@ -130,7 +134,7 @@ class Workspace:
         return host
 
     def fetch(self, cache: KVCache) -> list[torch.Tensor]:
-        """A layer's tensors on the device, valid until the next but one's; the next one's are on their way then."""
+        """Tensors of a layer on the device; valid until the next fetch. Starts the next layer's transfer."""
         if cache not in self._fetched:
             self._start(cache)
         staged, ready = self._fetched.pop(cache)
@@ -183,8 +187,13 @@ def _pinned(like: torch.Tensor) -> torch.Tensor:
             return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
         except RuntimeError:
             # The system may limit what is pinned. Without, copies are slower and right.
-            pass
+            _warn_of_unpinned()
     return torch.empty(like.shape, dtype=like.dtype)
+
+
+@functools.cache
+def _warn_of_unpinned() -> None:
+    _log.warning("host memory cannot be pinned; offloaded K/V will be copied more slowly")
 
 
 class KVCache:
@@ -238,6 +247,9 @@ class KVCache:
 
         Returns:
             K and V of all tokens, [B, N, H, D], valid until the next layer's update.
+
+        Raises:
+            RuntimeError: `index` is given, and no call has filled the cache with all tokens before.
         """
         if index is not None and not self._filled:
             raise RuntimeError("a sparse step needs a dense one before it: the K/V cache is empty")
