@@ -15,8 +15,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from heterostep import parallel
 from heterostep.errors import HeterostepError, first_line
-from heterostep.models import check_family, kinds
-from heterostep.models.base import Kind
+from heterostep.models import check_family, known_checkpoints
+from heterostep.models.base import Checkpoint
 from heterostep.models.wan import TEXT_STATES
 
 SIZES = ("height", "width", "num_frames", "guidance_scale")
@@ -66,7 +66,7 @@ def sibling(pipe: Any, model: str, with_image: bool) -> tuple[Any, dict[str, Any
     return made, _defaults(pipeline, kind, model)
 
 
-def _wanted(model: str, with_image: bool) -> tuple[dict[str, Any], Kind, str]:
+def _wanted(model: str, with_image: bool) -> tuple[dict[str, Any], Checkpoint, str]:
     """A model's index, its kind, and the name of the pipeline that does what is asked."""
     try:
         config = diffusers.DiffusionPipeline.load_config(model)
@@ -79,7 +79,7 @@ def _wanted(model: str, with_image: bool) -> tuple[dict[str, Any], Kind, str]:
                 "or give a folder"
             ) from error
         raise HeterostepError(f"{model} is no diffusers model folder or hub id: {first_line(error)}") from error
-    known = kinds()
+    known = known_checkpoints()
     if name not in known:
         raise HeterostepError(
             f"{model} is a {name}, which this command does not run; it runs {', '.join(known)}. More pipelines are "
@@ -148,7 +148,7 @@ def check_gpus(model: str, gpus: int) -> None:
         parallel.check_head_counts(kind, part, gpus)
 
 
-def _defaults(pipeline: type, kind: Kind, model: str) -> dict[str, Any]:
+def _defaults(pipeline: type, kind: Checkpoint, model: str) -> dict[str, Any]:
     parameters = inspect.signature(pipeline.__call__).parameters
     defaults = {size: parameters[size].default for size in SIZES} | {"fps": kind.fps}
     if defaults["num_frames"] is None:

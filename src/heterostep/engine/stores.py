@@ -87,7 +87,7 @@ def make_stores(
     expert: Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]
 ) -> list[KVCache | StaticKV]:
     """Empty stores for one branch, of the kinds that fit."""
-    processors = [processor for _, processor in expert.seams.attentions]
+    processors = [processor for _, processor in expert.patches.attentions]
     if generation.stores is None:
         place_for(expert, generation, inputs)
     assert generation.stores is not None
@@ -111,7 +111,7 @@ def place_for(expert: Expert, generation: Generation, inputs: dict[str, Any]) ->
     # Where the plan is made anew, counts may yet come near to all.
     largest = max((count for count in generation.counts if count < total), default=total)
     share = 1 if generation.schedule.online else largest / total
-    attentions = sum(processor.keeps_tokens for _, processor in expert.seams.attentions)
+    attentions = sum(processor.keeps_tokens for _, processor in expert.patches.attentions)
     batches = [branch.batch for branch in generation.branches]
     try:
         generation.stores = place(generation.config, expert.model, inputs, batches, share, attentions, generation.ranks)

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from heterostep.kernels import gather_rows, rotate
 from heterostep.models.attention import CachedAttention
-from heterostep.models.base import Adapter, Call, Family, Seams, TokenGrid
+from heterostep.models.base import Adapter, Call, Family, ModelPatches, TokenGrid
 from heterostep.parallel import ranks_of
 
 
@@ -75,17 +75,17 @@ class HunyuanVideo15Adapter(Adapter):
             *(size // patch for size, patch in zip(inputs["hidden_states"].shape[2:], _patch_sizes(model)))
         )
 
-    def from_frames(self, model: Any, inputs: dict[str, Any]) -> bool:
+    def is_image_conditioned(self, model: Any, inputs: dict[str, Any]) -> bool:
         # The last channel is the mask of given frames.
         return bool(inputs["hidden_states"][:, -1].any())
 
-    def arrange(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
+    def unpatchify(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
         # Of a token's values the channels come first.
         patches = velocities.unflatten(2, (-1, *_patch_sizes(model))).unflatten(1, grid.shape)
         return patches.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> Seams:
-        def select_patches(output):
+    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> ModelPatches:
+        def select_rows(output):
             return None if call.index is None else gather_rows(output, ranks().pad_to_ranks(call.index))
 
         def select_rotary(output):
@@ -98,13 +98,13 @@ class HunyuanVideo15Adapter(Adapter):
         def ranks():
             return ranks_of(model._parallel_config)
 
-        seams = Seams()
-        seams.hook_output(model.x_embedder, select_patches)
-        seams.hook_output(model.rope, select_rotary)
-        seams.hook_output(model.proj_out, on_velocity)
+        patches = ModelPatches()
+        patches.hook_output(model.x_embedder, select_rows)
+        patches.hook_output(model.rope, select_rotary)
+        patches.hook_output(model.proj_out, on_velocity)
         for block in model.transformer_blocks:
-            seams.replace_processor(block.attn, JointAttention(block.attn.processor, call))
-        return seams
+            patches.replace_processor(block.attn, JointAttention(block.attn.processor, call))
+        return patches
 
     def cp_plan(self, model: Any) -> dict[str, Any]:
         # diffusers has none. Text stays whole on each rank; `JointAttention` is what makes this right.

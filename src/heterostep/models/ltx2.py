@@ -17,7 +17,7 @@ import torch
 from heterostep.kernels import gather_rows
 from heterostep.kv.cache import StaticKV
 from heterostep.models.attention import CachedAttention, is_plain, normed_and_rotated
-from heterostep.models.base import Adapter, Call, Family, Kind, Seams, TokenGrid
+from heterostep.models.base import Adapter, Call, Checkpoint, Family, ModelPatches, TokenGrid
 
 
 def _normed_and_rotated(attn: Any, norm: Any, x: torch.Tensor, rotary_emb: Any, by_head: bool = False) -> torch.Tensor:
@@ -151,7 +151,7 @@ class LTX2Adapter(Adapter):
     """See `heterostep.models.base.Adapter`."""
 
     # The audio's velocity is wanted at every step; a video token more or less costs nothing beside it.
-    least_active = 1
+    min_active = 1
     parallel = True
 
     def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
@@ -163,12 +163,12 @@ class LTX2Adapter(Adapter):
         frames, height, width = (size // patch for size, patch in zip(sizes, patches, strict=True))
         return TokenGrid(frames, height, width, extra=num_tokens - frames * height * width)
 
-    def guidance_copies(self, pipe: Any) -> int:
+    def cfg_batch_factor(self, pipe: Any) -> int:
         # The first call has [without prompt, with prompt] in its batch; those for STG and modality guidance have one.
         # Modular pipelines make a call of each.
         return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
 
-    def select(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
+    def select_tokens(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
         hidden_states, coords = inputs["hidden_states"], inputs.get("video_coords")
         if coords is None:
             sizes = (inputs["num_frames"], inputs["height"], inputs["width"])
@@ -182,20 +182,20 @@ class LTX2Adapter(Adapter):
         for name in ("video_self_attention_mask", "video_keyframes_mask"):
             if inputs.get(name) is not None:
                 selected[name] = gather_rows(inputs[name], index)
-        return super().select(model, {**inputs, **selected}, index)
+        return super().select_tokens(model, {**inputs, **selected}, index)
 
-    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> Seams:
-        seams = Seams()
-        seams.hook_output(model.proj_out, on_velocity)
+    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> ModelPatches:
+        patches = ModelPatches()
+        patches.hook_output(model.proj_out, on_velocity)
         text_is_static = not (model.prompt_modulation and model.config.use_prompt_adaln_single)
         for block in model.transformer_blocks:
             for attn in (block.attn1, block.video_to_audio_attn):
-                seams.replace_processor(attn, VideoAttention(attn.processor, call))
+                patches.replace_processor(attn, VideoAttention(attn.processor, call))
             for attn in (block.audio_attn1, block.audio_to_video_attn):
-                seams.replace_processor(attn, AudioAttention(attn.processor, call))
+                patches.replace_processor(attn, AudioAttention(attn.processor, call))
             if text_is_static:
-                seams.replace_processor(block.attn2, TextAttention(block.attn2.processor, call))
-        return seams
+                patches.replace_processor(block.attn2, TextAttention(block.attn2.processor, call))
+        return patches
 
     def cp_plan(self, model: Any) -> dict[str, Any]:
         # diffusers' own splits the text, whose mask it then has no use for, and not all of the rotary tables.
@@ -231,8 +231,8 @@ FAMILIES = {
         LTX2Adapter(),
         ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline", "LTX2ModularPipeline"),
         {
-            "LTX2Pipeline": Kind("LTX2Pipeline", "LTX2ImageToVideoPipeline", 24),
-            "LTX2ImageToVideoPipeline": Kind("LTX2Pipeline", "LTX2ImageToVideoPipeline", 24),
+            "LTX2Pipeline": Checkpoint("LTX2Pipeline", "LTX2ImageToVideoPipeline", 24),
+            "LTX2ImageToVideoPipeline": Checkpoint("LTX2Pipeline", "LTX2ImageToVideoPipeline", 24),
         },
     ),
 }
