@@ -93,13 +93,22 @@ def _patch_sizes(model: Any) -> tuple[int, int, int]:
     return model.config.patch_size_t, model.config.patch_size, model.config.patch_size
 
 
-class HunyuanVideoAdapter(Adapter):
-    """See `heterostep.models.base.Adapter`."""
+class PatchesAdapter(Adapter):
+    """What the versions share: latents [B, C, F, H, W] are cut into patches, a token each."""
 
     def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
         return TokenGrid(
             *(size // patch for size, patch in zip(inputs["hidden_states"].shape[2:], _patch_sizes(model)))
         )
+
+    def unpatchify(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
+        # Of a token's values the channels come first.
+        patches = velocities.unflatten(2, (-1, *_patch_sizes(model))).unflatten(1, grid.shape)
+        return patches.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+class HunyuanVideoAdapter(PatchesAdapter):
+    """See `heterostep.models.base.Adapter`."""
 
     def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> ModelPatches:
         replaced = model.config.image_condition_type == "token_replace"
@@ -125,11 +134,6 @@ class HunyuanVideoAdapter(Adapter):
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
             patches.replace_processor(block.attn, JointAttention(block.attn.processor, call))
         return patches
-
-    def unpatchify(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
-        # Of a token's values the channels come first.
-        patches = velocities.unflatten(2, (-1, *_patch_sizes(model))).unflatten(1, grid.shape)
-        return patches.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def clean_tokens(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
         if model.config.image_condition_type != "token_replace":

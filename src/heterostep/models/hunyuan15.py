@@ -16,7 +16,8 @@ from torch.nn.functional import pad
 
 from heterostep.kernels import gather_rows, rotate
 from heterostep.models.attention import CachedAttention
-from heterostep.models.base import Adapter, Call, Family, ModelPatches, TokenGrid
+from heterostep.models.base import Call, Family, ModelPatches
+from heterostep.models.hunyuan import PatchesAdapter
 from heterostep.parallel import ranks_of
 
 
@@ -60,29 +61,14 @@ class JointAttention(CachedAttention):
         return video_out, attn.to_add_out(self.ranks.gather_heads(out[:, -text:]))
 
 
-def _patch_sizes(model: Any) -> tuple[int, int, int]:
-    """Of frames, rows and columns."""
-    return model.config.patch_size_t, model.config.patch_size, model.config.patch_size
-
-
-class HunyuanVideo15Adapter(Adapter):
+class HunyuanVideo15Adapter(PatchesAdapter):
     """See `heterostep.models.base.Adapter`."""
 
     parallel = True
 
-    def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
-        return TokenGrid(
-            *(size // patch for size, patch in zip(inputs["hidden_states"].shape[2:], _patch_sizes(model)))
-        )
-
     def is_image_conditioned(self, model: Any, inputs: dict[str, Any]) -> bool:
         # The last channel is the mask of given frames.
         return bool(inputs["hidden_states"][:, -1].any())
-
-    def unpatchify(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
-        # Of a token's values the channels come first.
-        patches = velocities.unflatten(2, (-1, *_patch_sizes(model))).unflatten(1, grid.shape)
-        return patches.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> ModelPatches:
         def select_rows(output):

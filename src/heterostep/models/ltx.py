@@ -57,16 +57,19 @@ class TextAttention(CachedAttention):
         return attn.to_out[1](attn.to_out[0](self.attend(query, *self.kv.tensors, attention_mask)))
 
 
-class LTXAdapter(Adapter):
+class GuidanceInBatch(Adapter):
+    """Of pipelines whose calls have [without prompt, with prompt] in their batch, as LTX-Video's and LTX-2's."""
+
+    def cfg_batch_factor(self, pipe: Any) -> int:
+        # Modular pipelines make a call of each.
+        return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
+
+
+class LTXAdapter(GuidanceInBatch):
     """See `heterostep.models.base.Adapter`."""
 
     def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
         return TokenGrid(inputs["num_frames"], inputs["height"], inputs["width"])
-
-    def cfg_batch_factor(self, pipe: Any) -> int:
-        # A call has [without prompt, with prompt] in its batch.
-        # Modular pipelines make a call of each.
-        return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
 
     def select_tokens(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
         rows = gather_rows(inputs["hidden_states"], index)

@@ -17,7 +17,8 @@ import torch
 from heterostep.kernels import gather_rows
 from heterostep.kv.cache import StaticKV
 from heterostep.models.attention import CachedAttention, is_plain, normed_and_rotated
-from heterostep.models.base import Adapter, Call, Checkpoint, Family, ModelPatches, TokenGrid
+from heterostep.models.base import Call, Checkpoint, Family, ModelPatches, TokenGrid
+from heterostep.models.ltx import GuidanceInBatch
 
 
 def _normed_and_rotated(attn: Any, norm: Any, x: torch.Tensor, rotary_emb: Any, by_head: bool = False) -> torch.Tensor:
@@ -147,8 +148,8 @@ class TextAttention(AudioAttention):
         return value.flatten(2, 3), key, value
 
 
-class LTX2Adapter(Adapter):
-    """See `heterostep.models.base.Adapter`."""
+class LTX2Adapter(GuidanceInBatch):
+    """See `heterostep.models.base.Adapter`. The calls for STG and modality guidance have one branch in their batch."""
 
     # The audio's velocity is wanted at every step; a video token more or less costs nothing beside it.
     min_active = 1
@@ -162,11 +163,6 @@ class LTX2Adapter(Adapter):
         patches = (model.config.patch_size_t, model.config.patch_size, model.config.patch_size)
         frames, height, width = (size // patch for size, patch in zip(sizes, patches, strict=True))
         return TokenGrid(frames, height, width, extra=num_tokens - frames * height * width)
-
-    def cfg_batch_factor(self, pipe: Any) -> int:
-        # The first call has [without prompt, with prompt] in its batch; those for STG and modality guidance have one.
-        # Modular pipelines make a call of each.
-        return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
 
     def select_tokens(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
         hidden_states, coords = inputs["hidden_states"], inputs.get("video_coords")
