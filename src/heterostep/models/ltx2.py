@@ -115,7 +115,7 @@ class AudioAttention(VideoAttention):
     Every rank has them whole.
     """
 
-    # Stays empty.
+    # Stays empty. Its presence alone says that the call is not the plain model's.
     store = StaticKV
 
     def key_value(self, attn: Any, states: torch.Tensor, rotary_emb: Any) -> tuple[torch.Tensor, ...]:
