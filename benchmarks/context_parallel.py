@@ -69,15 +69,14 @@ def loops(args: argparse.Namespace) -> None:
     import torch
 
     import heterostep
-    from heterostep import parallel
-    from heterostep.pipeline import spread
+    from heterostep.pipeline import enable_context_parallel
 
     name, height, width, frames = parsed(args.loops)
-    with parallel.joined(args.device) as device, torch.no_grad():
+    with launch.joined(args.device) as device, torch.no_grad():
         pipe, options = pipeline(name, device)
         pipe.set_progress_bar_config(disable=True)
         if launch.size() > 1:
-            spread(pipe, launch.size())
+            enable_context_parallel(pipe, launch.size())
 
         def run(config: dict[str, Any], steps: int = args.steps) -> tuple[float, Any]:
             with heterostep.enabled(pipe, **config):

@@ -31,7 +31,7 @@ def _pair(name: str) -> tuple[Any, Any]:
     one, two = _build(name), _build(name)
     for model, other in zip(transformers(one), transformers(two)):
         other.load_state_dict(model.state_dict())
-        parallel.spread(other, 2, FAMILIES[type(other).__name__].adapter.cp_plan(other))
+        parallel.enable_context_parallel(other, 2, FAMILIES[type(other).__name__].adapter.cp_plan(other))
     return one, two
 
 
@@ -165,7 +165,7 @@ def enabled_first() -> Any:
     two = _build("wan2.1-t2v")
     two.transformer.load_state_dict(one.transformer.state_dict())
     heterostep.enable(two, share=0.6, policy="hsa")
-    parallel.spread(two.transformer, 2, None)
+    parallel.enable_context_parallel(two.transformer, 2, None)
     alone, _ = _run("wan2.1-t2v", one, share=0.6, policy="hsa")
     error = _error(alone, ROWS["wan2.1-t2v"].run(two, steps=STEPS))
     heterostep.disable(two)
@@ -198,7 +198,7 @@ def _changed(change: Callable[[Any], Any], both: bool = False) -> float:
     two.transformer.load_state_dict(one.transformer.state_dict())
     for pipe in (one, two) if both else (two,):
         change(pipe.transformer)
-    parallel.spread(two.transformer, 2, None)
+    parallel.enable_context_parallel(two.transformer, 2, None)
     runs = [_run("wan2.1-t2v", pipe, share=0.6, policy="hsa")[0] for pipe in (one, two)]
     return _error(*runs)
 
@@ -214,7 +214,7 @@ def uneven() -> Any:
             refusal = str(error)
     if DEVICE == "cpu":
         # gloo cannot gather parts of different sizes, as NCCL does for diffusers.
-        context_parallel._all_gather_anything = lambda x, dim, group: parallel.Ulysses(group, True).whole(x, dim)
+        context_parallel._all_gather_anything = lambda x, dim, group: parallel.Ulysses(group, True).all_gather(x, dim)
     pipe, errors = _build("wan2.1-t2v"), []
     pipe.transformer.load_state_dict(one.transformer.state_dict())
     with compat.cpu_as_accelerator():
@@ -248,7 +248,7 @@ def restored() -> Any:
 def other_plan() -> Any:
     """What `enable` says where LTX-2's tokens are split by diffusers' plan."""
     pipe = _build("ltx2.0-t2v")
-    parallel.spread(pipe.transformer, 2, None)
+    parallel.enable_context_parallel(pipe.transformer, 2, None)
     try:
         heterostep.enable(pipe, share=0.6)
     except HeterostepError as error:
@@ -257,7 +257,7 @@ def other_plan() -> Any:
 
 def one_expert_of_two() -> Any:
     pipe = _build("wan2.2-i2v")
-    parallel.spread(pipe.transformer, 2, None)
+    parallel.enable_context_parallel(pipe.transformer, 2, None)
     try:
         heterostep.enable(pipe, share=0.6)
     except HeterostepError as error:
@@ -270,7 +270,7 @@ def upstream_ltx2() -> Any:
     one, _ = _pair(name)
     two = _build(name)
     two.transformer.load_state_dict(one.transformer.state_dict())
-    parallel.spread(two.transformer, 2, None)
+    parallel.enable_context_parallel(two.transformer, 2, None)
     try:
         return _error(ROWS[name].run(one, steps=2), ROWS[name].run(two, steps=2))
     except Exception as error:

@@ -170,10 +170,10 @@ class Threads(Ulysses):
         barrier.wait(timeout=30)
         return all_parts
 
-    def _exchanged(self, x):
+    def _all_to_all(self, x):
         return torch.stack([part[self.rank] for part in self._brought(x)])
 
-    def _gathered(self, x, dim):
+    def _all_gather_even(self, x, dim):
         return torch.cat(self._brought(x), dim=dim)
 
 
@@ -191,16 +191,16 @@ def test_active_tokens_go_to_heads_and_back(size, active):
     index = torch.stack([torch.randperm(12)[:active].sort().values for _ in range(2)])
 
     def work(ranks):
-        padded = ranks.padded(index)
+        padded = ranks.pad_to_ranks(index)
         assert padded.shape[1] % size == 0 and torch.equal(padded[:, :active], index)
-        mine = [ranks.part(gather_rows(x, padded), 1) for x in (query, key)]
+        mine = [ranks.shard(gather_rows(x, padded), 1) for x in (query, key)]
         split = ranks.split(mine[0].shape[1], index, 12)
         assert sum(split.counts) == active
-        inside = ranks.to_heads(split, *mine)
+        inside = ranks.tokens_to_heads(split, *mine)
         for x, given in zip(inside, (query, key)):
-            assert torch.equal(x, ranks.own_heads(gather_rows(given, index))[0])
+            assert torch.equal(x, ranks.shard_heads(gather_rows(given, index))[0])
             assert x.transpose(1, 2).is_contiguous()
-        back = ranks.to_tokens(split, inside[0].flatten(2))
+        back = ranks.heads_to_tokens(split, inside[0].flatten(2))
         own = split.counts[ranks.rank]
         assert back.shape[1] == split.rows and torch.equal(back[:, :own], mine[0].flatten(2)[:, :own])
 
@@ -212,13 +212,13 @@ def test_all_tokens_go_to_heads_and_back(size, tokens):
     value, uneven = torch.randn(2, tokens, 12, 4), tokens % size > 0
 
     def work(ranks):
-        mine = ranks.part(value, 1)
-        assert torch.equal(ranks.whole(mine, 1), value)
+        mine = ranks.shard(value, 1)
+        assert torch.equal(ranks.all_gather(mine, 1), value)
         split = ranks.split(mine.shape[1], None, tokens)
-        (inside,) = ranks.to_heads(split, mine)
-        assert torch.equal(inside, ranks.own_heads(value)[0])
-        assert torch.equal(ranks.to_tokens(split, inside.flatten(2)), mine.flatten(2))
-        assert torch.equal(ranks.all_heads(inside.flatten(2)), value.flatten(2))
+        (inside,) = ranks.tokens_to_heads(split, mine)
+        assert torch.equal(inside, ranks.shard_heads(value)[0])
+        assert torch.equal(ranks.heads_to_tokens(split, inside.flatten(2)), mine.flatten(2))
+        assert torch.equal(ranks.gather_heads(inside.flatten(2)), value.flatten(2))
 
     on_threads(size, work, anything=uneven)
 
@@ -226,10 +226,10 @@ def test_all_tokens_go_to_heads_and_back(size, tokens):
 def test_one_process_is_whole():
     assert ranks_of(None) is ALONE and ranks_of(SimpleNamespace(context_parallel_config=None)) is ALONE
     x, index = torch.randn(2, 6, 4, 8), torch.arange(5)[None]
-    assert ALONE.padded(index) is index and ALONE.part(x, 1) is x and ALONE.whole(x, 1) is x
-    (heads,) = ALONE.to_heads(ALONE.split(6, None, 6), x)
-    assert heads is x and ALONE.all_heads(x) is x
-    assert ALONE.agreed([1.0, 2.0]) == [1.0, 2.0] and ALONE.least([3]) == [3]
+    assert ALONE.pad_to_ranks(index) is index and ALONE.shard(x, 1) is x and ALONE.all_gather(x, 1) is x
+    (heads,) = ALONE.tokens_to_heads(ALONE.split(6, None, 6), x)
+    assert heads is x and ALONE.gather_heads(x) is x
+    assert ALONE.broadcast_floats([1.0, 2.0]) == [1.0, 2.0] and ALONE.all_reduce_min([3]) == [3]
 
 
 def test_a_ranks_memory():

@@ -1,7 +1,9 @@
+import functools
+
 import torch
 import torch.nn.functional as functional
 
-from heterostep.precision import use_tf32
+from heterostep.precision import name_of, use_tf32
 
 
 def test_tf32_halves_attention_on_a_gpu_alone(monkeypatch):
@@ -32,3 +34,19 @@ def test_tf32_halves_attention_on_a_gpu_alone(monkeypatch):
     assert wrapped(y.half(), y.half(), y.half(), torch.ones(3, 3, dtype=torch.bool)).dtype == torch.float16
     half, whole = torch.float16, torch.float32
     assert seen == [(whole, whole), (half, half), (half, torch.bool)]
+
+
+def test_a_function_that_others_put_around_attention_is_not_taken_for_ours(monkeypatch):
+    attend = functional.scaled_dot_product_attention
+    theirs = functools.wraps(attend)(lambda *args, **kwargs: attend(*args, **kwargs))
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", theirs)
+    assert name_of(torch.float32) == "float32"
+    before = torch.get_float32_matmul_precision()
+    try:
+        use_tf32()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    ours = functional.scaled_dot_product_attention
+    assert ours is not theirs and name_of(torch.float32) == "tf32" and name_of(torch.bfloat16) == "bfloat16"
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", functools.wraps(ours)(lambda: None))
+    assert name_of(torch.float32) == "tf32"

@@ -129,12 +129,12 @@ def bench(
         use_backend(model, attention_backend)
     inputs = {key: _random(key, value, device) for key, value in seen.calls[0].items()}
     if gpus > 1:
-        parallel.spread(model, gpus, cp_plan(model))
+        parallel.enable_context_parallel(model, gpus, cp_plan(model))
         parallel.check_heads(model, gpus)
     if compiled:
         model.compile_repeated_blocks(dynamic=False)
     local = FAMILIES[type(model).__name__].adapter.local_attentions(model)
-    with torch.no_grad(), parallel.clear_refusals(), parallel.exchanging_nothing(local):
+    with torch.no_grad(), parallel.readable_errors(), parallel.without_context_parallel(local):
         calls = DirectCalls(model, inputs)
         drift = sync == "drift"
         replayed: set[tuple[str, float]] = set()

@@ -15,8 +15,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from heterostep import parallel
 from heterostep.errors import HeterostepError, first_line
-from heterostep.models import check_family, kinds
-from heterostep.models.base import Kind
+from heterostep.models import check_family, known_checkpoints
+from heterostep.models.base import Checkpoint
 from heterostep.models.wan import TEXT_STATES
 
 SIZES = ("height", "width", "num_frames", "guidance_scale")
@@ -66,7 +66,7 @@ def sibling(pipe: Any, model: str, with_image: bool) -> tuple[Any, dict[str, Any
     return made, _defaults(pipeline, kind, model)
 
 
-def _wanted(model: str, with_image: bool) -> tuple[dict[str, Any], Kind, str]:
+def _wanted(model: str, with_image: bool) -> tuple[dict[str, Any], Checkpoint, str]:
     """A model's index, its kind, and the name of the pipeline that does what is asked."""
     try:
         config = diffusers.DiffusionPipeline.load_config(model)
@@ -79,7 +79,7 @@ def _wanted(model: str, with_image: bool) -> tuple[dict[str, Any], Kind, str]:
                 "or give a folder"
             ) from error
         raise HeterostepError(f"{model} is no diffusers model folder or hub id: {first_line(error)}") from error
-    known = kinds()
+    known = known_checkpoints()
     if name not in known:
         raise HeterostepError(
             f"{model} is a {name}, which this command does not run; it runs {', '.join(known)}. More pipelines are "
@@ -148,7 +148,7 @@ def check_gpus(model: str, gpus: int) -> None:
         parallel.check_head_counts(kind, part, gpus)
 
 
-def _defaults(pipeline: type, kind: Kind, model: str) -> dict[str, Any]:
+def _defaults(pipeline: type, kind: Checkpoint, model: str) -> dict[str, Any]:
     parameters = inspect.signature(pipeline.__call__).parameters
     defaults = {size: parameters[size].default for size in SIZES} | {"fps": kind.fps}
     if defaults["num_frames"] is None:
@@ -185,14 +185,21 @@ class SizeRules:
                 f"--frames must be a multiple of {self.stride} plus 1 for this model, such as "
                 f"{num_frames // self.stride * self.stride + 1}, not {num_frames}"
             )
-        if self.token is None or self.longest is None:
+        grid = self.token_grid(height, width, num_frames)
+        if grid is None or self.token is None or self.longest is None:
             return
         frames, pixels_high, pixels_wide = self.token
-        grid = (((num_frames - 1) // self.stride + 1) // frames, height // pixels_high, width // pixels_wide)
         most = (self.stride * (self.longest * frames - 1) + 1, self.longest * pixels_high, self.longest * pixels_wide)
         for name, tokens, limit, value in zip(("frames", "height", "width"), grid, most, (num_frames, height, width)):
             if tokens > self.longest:
                 raise HeterostepError(f"--{name} can be {limit} at the most for this model, not {value}")
+
+    def token_grid(self, height: int, width: int, num_frames: int) -> tuple[int, int, int] | None:
+        """Frames, height and width in tokens of a video of this size (pixels, frames); None where that is not known."""
+        if self.token is None:
+            return None
+        frames, pixels_high, pixels_wide = self.token
+        return ((num_frames - 1) // self.stride + 1) // frames, height // pixels_high, width // pixels_wide
 
     def frames(self, wanted: float) -> int:
         """The number of frames that the model makes which is nearest to a wanted one."""
@@ -231,23 +238,15 @@ def _strides(pipe: Any) -> tuple[int, int]:
     return math.lcm(16, *patches), pipe.vae_scale_factor_temporal
 
 
-def wan_token_grid(pipe: Any, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
-    """Frames, height and width of a Wan pipeline's token grid."""
-    patch_frames, patch_height, patch_width = pipe.transformer.config.patch_size
-    frames = ((num_frames - 1) // pipe.vae_scale_factor_temporal + 1) // patch_frames
-    spatial = pipe.vae_scale_factor_spatial
-    return frames, height // spatial // patch_height, width // spatial // patch_width
-
-
 def kv_cache_bytes(pipe: Any, height: int, width: int, num_frames: int, guidance_scale: float) -> int | None:
     """Bytes of the K and V that a Wan run keeps: every token and text state, in every layer, for each guidance branch.
 
     None for other families.
     """
-    config = pipe.transformer.config
-    if "rope_max_seq_len" not in config:
+    config, grid = pipe.transformer.config, size_rules(pipe).token_grid(height, width, num_frames)
+    if grid is None:
         return None
-    states = math.prod(wan_token_grid(pipe, height, width, num_frames)) + TEXT_STATES
+    states = math.prod(grid) + TEXT_STATES
     values = config.num_layers * config.num_attention_heads * config.attention_head_dim
     branches = 2 if guidance_scale > 1 else 1
     return 2 * branches * states * values * pipe.transformer.dtype.itemsize

@@ -8,6 +8,7 @@ whose starter is gone ends itself.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import signal
 import socket
@@ -16,11 +17,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
 
 from heterostep.errors import HeterostepError
+
+if TYPE_CHECKING:
+    import torch
 
 # What a rank finds in its environment beside torchrun's names: a pipe that closes when its starter ends, and, where it
 # has one, a folder for the line that it fails with, the socket of `meeting`, the pipe of `pipe`.
@@ -29,6 +33,8 @@ _MEETING, _PIPE = "HETEROSTEP_MEETING", "HETEROSTEP_PIPE"
 _POSIX = os.name == "posix"
 # Seconds between two looks at the ranks; that others have to say what they failed with; that they have to clean up.
 LOOK, GRACE, PATIENCE = 0.05, 2.0, 3.0
+# How long ranks wait for each other to begin.
+MEETING_TIMEOUT = datetime.timedelta(minutes=10)
 
 
 def rank() -> int | None:
@@ -87,6 +93,40 @@ def meeting() -> int | None:
 def pipe() -> int:
     """In a rank that was given one: its end of a pipe to its starter."""
     return int(os.environ[_PIPE])
+
+
+@contextlib.contextmanager
+def joined(kind: str) -> Iterator[torch.device]:
+    """In a rank: in one process group with the others, on this one's device.
+
+    Args:
+        kind: cuda or cpu.
+    """
+    # Here alone: the command starts ranks before it needs torch.
+    import torch
+    import torch.distributed as dist
+
+    device = torch.device(kind)
+    if kind == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device, **_rendezvous())
+    else:
+        dist.init_process_group("gloo", **_rendezvous())
+    yield device
+    # Not after an error: others may be waiting for this rank, and it would wait for them.
+    dist.destroy_process_group()
+
+
+def _rendezvous() -> dict[str, Any]:
+    """How the ranks of our starter find each other: by the socket that rank 0 has from it. Of others torch knows it."""
+    import torch.distributed as dist
+
+    if not is_ours():
+        return {}
+    place, number, ranks = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), rank(), size()
+    store = dist.TCPStore(*place, ranks, number == 0, timeout=MEETING_TIMEOUT, master_listen_fd=meeting())
+    return {"store": store, "rank": number, "world_size": ranks}
 
 
 def run(arguments: Sequence[str], ranks: int, program: Sequence[str] = ("-m", "heterostep")) -> int:

@@ -12,23 +12,19 @@ Shapes: P ranks, B batch, N tokens, n active tokens, H heads, D head dim; b = ce
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
-from heterostep import compat, launch
+from heterostep import compat
 from heterostep.errors import HeterostepError
 
 # Values of the noise that ranks compare, and how far they may differ over their standard deviation: what encodes a
 # given image may round otherwise on each.
 SAMPLED, DIFFERENT = 64, 0.1
-# How long ranks wait for each other to begin.
-MEETING = datetime.timedelta(minutes=10)
 
 
 class Split(NamedTuple):
@@ -53,16 +49,16 @@ class Ranks:
 
     size, rank = 1, 0
 
-    def padded(self, index: torch.Tensor) -> torch.Tensor:
-        """int64 [B, n] -> [B, P * b]: the last token as often again as is needed to split them evenly."""
+    def pad_to_ranks(self, index: torch.Tensor) -> torch.Tensor:
+        """Repeats the last token until the count is divisible by P: int64 [B, n] -> [B, P * b]."""
         return index
 
-    def part(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's part of what every rank has."""
+    def shard(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's part, along `dim`, of what every rank has."""
         return x
 
-    def whole(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """What the ranks have parts of."""
+    def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """What the ranks have parts of, joined along `dim`."""
         return x
 
     def split(self, rows: int, index: torch.Tensor | None, num_tokens: int) -> Split:
@@ -75,31 +71,31 @@ class Ranks:
         """
         return Split(rows, (rows,))
 
-    def to_heads(self, split: Split, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def tokens_to_heads(self, split: Split, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """A part of the tokens, all heads [B, b, H, D] -> all that count, a part of the heads [B, n, H / P, D]."""
         return xs
 
-    def to_tokens(self, split: Split, x: torch.Tensor) -> torch.Tensor:
+    def heads_to_tokens(self, split: Split, x: torch.Tensor) -> torch.Tensor:
         """The way back, heads flattened: [B, n, H / P * D] -> [B, b, H * D]."""
         return x
 
-    def own_heads(self, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def shard_heads(self, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Of what every rank has, [B, T, H, D], this rank's heads [B, T, H / P, D]."""
         return xs
 
-    def all_heads(self, x: torch.Tensor) -> torch.Tensor:
+    def gather_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's heads, flattened: [B, T, H / P * D] -> [B, T, H * D]."""
         return x
 
-    def from_first(self, x: torch.Tensor) -> torch.Tensor:
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """The first rank's tensor, on all; it may be written over."""
         return x
 
-    def agreed(self, values: Sequence[float]) -> list[float]:
+    def broadcast_floats(self, values: Sequence[float]) -> list[float]:
         """The first rank's numbers, on all."""
         return list(values)
 
-    def least(self, values: Sequence[int]) -> list[int]:
+    def all_reduce_min(self, values: Sequence[int]) -> list[int]:
         """The least of each number over all ranks."""
         return list(values)
 
@@ -128,22 +124,22 @@ class Ulysses(Ranks):
         self.group, self.anything = group, anything
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
-    def padded(self, index: torch.Tensor) -> torch.Tensor:
+    def pad_to_ranks(self, index: torch.Tensor) -> torch.Tensor:
         """See `Ranks`."""
         lacking = -index.shape[1] % self.size
         return torch.cat([index, index[:, -1:].expand(-1, lacking)], dim=1) if lacking else index
 
-    def part(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+    def shard(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """See `Ranks`."""
         return x.tensor_split(self.size, dim=dim)[self.rank]
 
-    def whole(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+    def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """See `Ranks`."""
         if not self.anything:
-            return self._gathered(x, dim)
-        sizes = self._gathered(torch.tensor([x.shape[dim]], device=x.device), 0).tolist()
+            return self._all_gather_even(x, dim)
+        sizes = self._all_gather_even(torch.tensor([x.shape[dim]], device=x.device), 0).tolist()
         x = x.movedim(dim, 0)
-        parts = self._gathered(_filled(x, max(sizes), 0), 0).chunk(self.size)
+        parts = self._all_gather_even(_filled(x, max(sizes), 0), 0).chunk(self.size)
         return torch.cat([part[:size] for part, size in zip(parts, sizes)]).movedim(0, dim)
 
     def split(self, rows: int, index: torch.Tensor | None, num_tokens: int) -> Split:
@@ -156,31 +152,31 @@ class Ulysses(Ranks):
         each, more = divmod(num_tokens, self.size)
         return Split(rows, tuple(each + (rank < more) for rank in range(self.size)))
 
-    def to_heads(self, split: Split, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def tokens_to_heads(self, split: Split, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `Ranks`. What comes back is laid out as [B, H / P, n, D], as stores and attention read it."""
         most = max(split.counts)
         # P, x, b, B, H / P, D
         sent = torch.stack([_filled(x, most, 1).unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4) for x in xs], 1)
-        received = self._exchanged(sent).permute(1, 3, 4, 0, 2, 5)
+        received = self._all_to_all(sent).permute(1, 3, 4, 0, 2, 5)
         return tuple(_joined(x, split.counts).transpose(1, 2) for x in received)
 
-    def to_tokens(self, split: Split, x: torch.Tensor) -> torch.Tensor:
+    def heads_to_tokens(self, split: Split, x: torch.Tensor) -> torch.Tensor:
         """See `Ranks`."""
         most = max(split.counts)
         parts = [_filled(part, most, 1) for part in x.split(split.counts, dim=1)]
         # P, B, b, H / P * D
-        received = self._exchanged(torch.stack(parts))
+        received = self._all_to_all(torch.stack(parts))
         return received.permute(1, 2, 0, 3).flatten(2)[:, : split.rows]
 
-    def own_heads(self, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def shard_heads(self, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `Ranks`."""
         return tuple(x.chunk(self.size, dim=2)[self.rank] for x in xs)
 
-    def all_heads(self, x: torch.Tensor) -> torch.Tensor:
+    def gather_heads(self, x: torch.Tensor) -> torch.Tensor:
         """See `Ranks`."""
-        return self._gathered(x, 2)
+        return self._all_gather_even(x, 2)
 
-    def from_first(self, x: torch.Tensor) -> torch.Tensor:
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """See `Ranks`."""
         import torch.distributed as dist
 
@@ -188,13 +184,11 @@ class Ulysses(Ranks):
         dist.broadcast(x, group=self.group, group_src=0)
         return x
 
-    def agreed(self, values: Sequence[float]) -> list[float]:
+    def broadcast_floats(self, values: Sequence[float]) -> list[float]:
         """See `Ranks`."""
-        return (
-            self.from_first(torch.tensor(values, dtype=torch.float64, device=self._device)).tolist() if values else []
-        )
+        return self.broadcast(torch.tensor(values, dtype=torch.float64, device=self._device)).tolist() if values else []
 
-    def least(self, values: Sequence[int]) -> list[int]:
+    def all_reduce_min(self, values: Sequence[int]) -> list[int]:
         """See `Ranks`."""
         import torch.distributed as dist
 
@@ -206,10 +200,10 @@ class Ulysses(Ranks):
         """See `Ranks`."""
         flat = noise.flatten()
         some = flat[:: max(1, len(flat) // SAMPLED)].float()
-        first = self.from_first(some.clone())
+        first = self.broadcast(some.clone())
         # All ranks must say so, or those that do not would wait for the others for ever.
         different = ((some - first).abs().max() > DIFFERENT * first.std()).float()
-        if self._gathered(different[None], 0).any():
+        if self._all_gather_even(different[None], 0).any():
             raise HeterostepError(
                 "the processes were given different noise: give each a generator of the same seed, and the same prompt"
             )
@@ -221,7 +215,7 @@ class Ulysses(Ranks):
         cuda = "nccl" in str(dist.get_backend(self.group))
         return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
-    def _exchanged(self, x: torch.Tensor) -> torch.Tensor:
+    def _all_to_all(self, x: torch.Tensor) -> torch.Tensor:
         """[P, ...] -> [P, ...]: the r-th part is sent to rank r, and there it comes from this rank's place."""
         import torch.distributed as dist
 
@@ -230,7 +224,7 @@ class Ulysses(Ranks):
         dist.all_to_all_single(received, x, group=self.group)
         return received
 
-    def _gathered(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+    def _all_gather_even(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         x = x.contiguous()
         received = x.new_empty(self.size * x.shape[0], *x.shape[1:])
         compat.all_gather(received, x, self.group)
@@ -314,7 +308,7 @@ def check_head_counts(name: str, config: Mapping[str, Any], ranks: int) -> None:
 
 
 @contextlib.contextmanager
-def exchanging_nothing(attentions: Iterable[Any]) -> Iterator[None]:
+def without_context_parallel(attentions: Iterable[Any]) -> Iterator[None]:
     """Let these attention modules compute by themselves, whose K and V every rank has whole.
 
     diffusers would send them all to all, where each rank's copy makes the same K and V count once more.
@@ -333,7 +327,7 @@ def exchanging_nothing(attentions: Iterable[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def clear_refusals() -> Iterator[None]:
+def readable_errors() -> Iterator[None]:
     """What diffusers' context parallelism asserts, as one line that says what to do."""
     try:
         yield
@@ -346,40 +340,8 @@ def clear_refusals() -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def joined(kind: str) -> Iterator[torch.device]:
-    """In a rank (`heterostep.launch`): with the others, on this one's device.
-
-    Args:
-        kind: cuda or cpu.
-    """
-    import torch.distributed as dist
-
-    device = torch.device(kind)
-    if kind == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, **_meeting())
-    else:
-        dist.init_process_group("gloo", **_meeting())
-    yield device
-    # Not after an error: others may be waiting for this rank, and it would wait for them.
-    dist.destroy_process_group()
-
-
-def _meeting() -> dict[str, Any]:
-    """How the ranks of our starter find each other: by the socket that rank 0 has from it. Of others torch knows it."""
-    import torch.distributed as dist
-
-    if not launch.is_ours():
-        return {}
-    rank, size, place = launch.rank(), launch.size(), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    store = dist.TCPStore(*place, size, rank == 0, timeout=MEETING, master_listen_fd=launch.meeting())
-    return {"store": store, "rank": rank, "world_size": size}
-
-
-def spread(model: Any, size: int, plan: dict[str, Any] | None) -> None:
-    """Spread a transformer over the processes that are there, `size` of them at one video.
+def enable_context_parallel(model: Any, size: int, plan: dict[str, Any] | None) -> None:
+    """Split a transformer's tokens over the processes that are there, `size` of them at one video.
 
     Args:
         plan: where its tokens are split and gathered; None for diffusers' own.

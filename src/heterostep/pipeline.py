@@ -69,7 +69,7 @@ class _Session:
             _last[pipe] = self
             step = WrappedStep(scheduler, self.runner.end_step, self.runner.stepped)
             pipe.scheduler = scheduler
-            with parallel.exchanging_nothing(local):
+            with parallel.without_context_parallel(local):
                 yield
         finally:
             if step is not None:
@@ -113,7 +113,7 @@ def _enabled_class(cls: Any) -> Any:
             raise HeterostepError(
                 "this is a copy of a pipeline that heterostep was enabled on: make it with from_pipe() instead"
             )
-        with session.call(self), parallel.clear_refusals():
+        with session.call(self), parallel.readable_errors():
             return cls.__call__(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: int) -> Any:
@@ -176,14 +176,16 @@ def transformers(pipe: Any) -> list[Any]:
     return found[:1] if len(found) == 2 and found[0] is found[1] else found
 
 
-def spread(pipe: Any, ranks: int) -> None:
-    """Spread a pipeline's transformers over so many processes, by the plans that work; before or after `enable`.
+def enable_context_parallel(pipe: Any, ranks: int) -> None:
+    """Split the tokens of a pipeline's transformers over so many processes, by the plans that work.
+
+    It may be called before `enable` or after it.
 
     Raises:
         HeterostepError: they cannot be.
     """
     for model in transformers(pipe):
-        parallel.spread(model, ranks, cp_plan(model))
+        parallel.enable_context_parallel(model, ranks, cp_plan(model))
 
 
 def check_pipeline(pipe: Any) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 import heterostep
 from heterostep import cli, making, tiny
 from heterostep.checkpoints import kv_cache_bytes
-from heterostep.models import kinds
+from heterostep.models import known_checkpoints
 from heterostep.pipeline import disable
 from heterostep.video import read_video
 from rows import quickly
@@ -209,7 +209,7 @@ def test_two_experts_through_the_command(tmp_path, monkeypatch):
 
 
 def test_every_pipeline_that_the_command_loads_is_supported():
-    loaded = {name for kind in kinds().values() for name in (kind.text, kind.image) if name}
+    loaded = {name for kind in known_checkpoints().values() for name in (kind.text, kind.image) if name}
     assert loaded <= set(heterostep.pipeline.supported())
 
 

@@ -422,6 +422,6 @@ def test_kernels_are_prepared_as_they_will_be_called(name, monkeypatch):
         called.clear()
         states = SimpleNamespace(is_cuda=True, dtype=torch.float32, new_zeros=torch.zeros)
         (expert,) = inspect(pipe).experts
-        for attn, processor in expert.seams.attentions:
+        for attn, processor in expert.patches.attentions:
             processor.prepare(attn, states)
     assert in_run and in_run <= called

@@ -1,6 +1,7 @@
 """Where K and V are kept: every store against the one on the device, the choice among them, a store that fails."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import heterostep
 from heterostep.engine import forecast
 from heterostep.engine.generation import Generation
 from heterostep.errors import HeterostepError
+from heterostep.kv import cache as kv_cache
 from heterostep.kv.cache import STORES, KVCache, KVShape, Workspace
 from heterostep.pipeline import inspect
 from rows import ROWS, equal
@@ -171,7 +173,9 @@ def test_too_little_room_is_said_and_whole_steps_need_none(room):
     for options in (SPARSE, {"share": 0.55, "policy": "hsa"}):
         with (
             heterostep.enabled(pipe, **options),
-            pytest.raises(HeterostepError, match="K and V do not fit: .* host memory.*evaluate whole steps"),
+            pytest.raises(
+                HeterostepError, match=r"K and V do not fit: .* host memory \(.* free\): make a .*evaluate whole steps"
+            ),
         ):
             run(pipe)
     for options in ({"share": 0.55}, {"runtime": 0.6}):
@@ -195,6 +199,23 @@ def test_memory_is_forecast_before_the_step_that_needs_it(room, monkeypatch):
     with heterostep.enabled(pipe, share=[1, 1, 1, 1, 1, 0.5]):
         run(pipe, steps=6)
     assert asked == [1]
+
+
+def test_memory_that_cannot_be_pinned_is_said_once(monkeypatch, caplog):
+    def unpinned(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError("the limit is reached")
+        return torch.zeros(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", unpinned)
+    kv_cache._warn_of_unpinned.cache_clear()
+    part = SimpleNamespace(device=torch.device("cuda"), shape=(2, 3), dtype=torch.float32)
+    with caplog.at_level(logging.WARNING, "heterostep"):
+        assert [kv_cache._pinned(part).shape for _ in range(2)] == [(2, 3)] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "host memory cannot be pinned; offloaded K/V will be copied more slowly"
+    ]
+    kv_cache._warn_of_unpinned.cache_clear()
 
 
 @pytest.mark.parametrize("at", ["dense", "sparse"])

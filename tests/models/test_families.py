@@ -9,8 +9,8 @@ import torch
 import heterostep
 from heterostep.kv.cache import KVCache
 from heterostep.pipeline import inspect as look_at
+from patched import Patched
 from rows import ROWS, equal, quickly, transformers
-from seams import Seamed
 
 STEPS = 12
 # Steps at which some of the tokens run, with two experts too.
@@ -65,16 +65,16 @@ def test_rows_of_a_subset_equal_the_dense_rows(row):
     """In each of a step's calls: with nothing stale, every subset gives its rows of the dense forward."""
     pipe = row.build()
     for model, inputs in calls_of_a_step(row, pipe, step=2):
-        seamed = Seamed(model, inputs)
-        assert equal(seamed.dense(), seamed.plain_output), "a dense call that keeps K/V is the plain call"
-        grid = seamed.adapter.token_grid(model, inputs)
-        assert torch.equal(seamed.adapter.arrange(model, grid, seamed.held), seamed.plain_output[0])
-        for count in (1, 7, seamed.num_tokens // 2, seamed.num_tokens):
-            for sparse, plain in zip(seamed.sparse(seamed.random_index(count)), seamed.plain_output, strict=True):
+        patched = Patched(model, inputs)
+        assert equal(patched.dense(), patched.plain_output), "a dense call that keeps K/V is the plain call"
+        grid = patched.adapter.token_grid(model, inputs)
+        assert torch.equal(patched.adapter.unpatchify(model, grid, patched.held), patched.plain_output[0])
+        for count in (1, 7, patched.num_tokens // 2, patched.num_tokens):
+            for sparse, plain in zip(patched.sparse(patched.random_index(count)), patched.plain_output, strict=True):
                 # Outputs of random weights are not of size one.
                 torch.testing.assert_close(sparse, plain, atol=1e-5 * plain.std().item(), rtol=0)
-        seamed.restore()
-        assert equal(model(**seamed.inputs), seamed.plain_output)
+        patched.restore()
+        assert equal(model(**patched.inputs), patched.plain_output)
 
 
 @torch.no_grad()
@@ -82,22 +82,22 @@ def test_sleeping_tokens_are_seen_by_every_attention_that_reads_video(row):
     """Whatever keeps K and V of tokens matters to the output: with zeros in their place it changes."""
     pipe = row.build()
     for model, inputs in calls_of_a_step(row, pipe, step=2):
-        seamed = Seamed(model, inputs)
-        seamed.dense()
-        index = seamed.random_index(8)
+        patched = Patched(model, inputs)
+        patched.dense()
+        index = patched.random_index(8)
         # An attention that STG switches off, or that modality guidance leaves out, keeps nothing.
-        kept = [store for store in seamed.stores if isinstance(store, KVCache) and store.nbytes]
+        kept = [store for store in patched.stores if isinstance(store, KVCache) and store.nbytes]
         assert kept
         for store in kept:
             parts = [part.clone() for part in store._parts]
             for part in store._parts:
                 part.zero_()
-            changed = seamed.sparse(index)
-            moved = max((a - b).abs().max() for a, b in zip(changed, seamed.plain_output))
+            changed = patched.sparse(index)
+            moved = max((a - b).abs().max() for a, b in zip(changed, patched.plain_output))
             assert moved > 1e-5
             for part, before in zip(store._parts, parts):
                 part.copy_(before)
-        seamed.restore()
+        patched.restore()
 
 
 def test_half_of_the_evaluations_are_spent_and_reported(kind):

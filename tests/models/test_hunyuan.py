@@ -10,10 +10,10 @@ import heterostep
 from heterostep.engine.calls import check_adapter
 from heterostep.engine.forecast import call_memory
 from heterostep.errors import HeterostepError
-from heterostep.models import FAMILIES, Seams
+from heterostep.models import FAMILIES, ModelPatches
 from heterostep.models.hunyuan import HunyuanVideoAdapter, JointAttention
 from heterostep.planning.dry_run import dry_run_pipeline
-from seams import Seamed
+from patched import Patched
 from small_hunyuan1 import KINDS, LATENT_CHANNELS, TEXT_DIM, run_hunyuan1, small_hunyuan1
 
 NAME = "HunyuanVideoTransformer3DModel"
@@ -67,8 +67,8 @@ def test_the_check_tells_what_is_wrong(family):
     inputs = inputs_of(model, batch=1)
 
     class Adapter(HunyuanVideoAdapter):
-        def arrange(self, model, grid, velocities):
-            return super().arrange(model, grid, velocities).flip(2)
+        def unpatchify(self, model, grid, velocities):
+            return super().unpatchify(model, grid, velocities).flip(2)
 
     class Attention(JointAttention):
         def attend(self, query, key, value, mask=None):
@@ -80,12 +80,14 @@ def test_the_check_tells_what_is_wrong(family):
 
     class Other(HunyuanVideoAdapter):
         def install(self, model, call, on_velocity):
-            seams = super().install(model, call, on_velocity)
-            seams.replace_processor(model.transformer_blocks[0].attn, Attention(seams.attentions[0][1].original, call))
-            return Seams(seams.attentions[1:], seams.hooked, seams.undo)
+            patches = super().install(model, call, on_velocity)
+            patches.replace_processor(
+                model.transformer_blocks[0].attn, Attention(patches.attentions[0][1].original, call)
+            )
+            return ModelPatches(patches.attentions[1:], patches.hooked, patches.undo)
 
     check_adapter(model, inputs)
-    for adapter, said in ((Adapter(), "arrange does not make"), (Other(), "attention misses the inactive ones")):
+    for adapter, said in ((Adapter(), "unpatchify does not make"), (Other(), "attention misses the inactive ones")):
         heterostep.register_family(NAME, adapter, ("HunyuanVideoPipeline",))
         with pytest.raises(HeterostepError, match=said):
             check_adapter(model, inputs)
@@ -97,45 +99,45 @@ def test_the_check_tells_what_is_wrong(family):
 def test_subsets_of_a_batch_give_their_rows(kind):
     """Each sample has tokens of its own active, of a given first frame too, and text of its own length."""
     model = small_hunyuan1(kind, blocks=2).transformer
-    seamed = Seamed(model, inputs_of(model))
-    (plain,) = seamed.plain_output
-    assert torch.equal(seamed.dense()[0], plain)
+    patched = Patched(model, inputs_of(model))
+    (plain,) = patched.plain_output
+    assert torch.equal(patched.dense()[0], plain)
     of_the_frame = torch.arange(GIVEN).expand(2, -1)
     uneven = torch.stack([torch.arange(9), torch.arange(TOKENS - 9, TOKENS)])
-    for index in (seamed.random_index(7), of_the_frame, of_the_frame + GIVEN, uneven):
-        torch.testing.assert_close(seamed.sparse(index)[0], plain, atol=1e-5 * plain.std().item(), rtol=0)
+    for index in (patched.random_index(7), of_the_frame, of_the_frame + GIVEN, uneven):
+        torch.testing.assert_close(patched.sparse(index)[0], plain, atol=1e-5 * plain.std().item(), rtol=0)
 
 
 @torch.no_grad()
 def test_a_shorter_prompts_padding_is_not_seen():
     model = small_hunyuan1().transformer
     inputs = inputs_of(model)
-    seamed = Seamed(model, inputs)
-    seamed.dense()
-    index = seamed.random_index(7)
-    (expected,) = seamed.sparse(index)
+    patched = Patched(model, inputs)
+    patched.dense()
+    index = patched.random_index(7)
+    (expected,) = patched.sparse(index)
     text = inputs["encoder_hidden_states"].clone()
     text[1, 3:] += 5
-    seamed.inputs["encoder_hidden_states"] = text
-    torch.testing.assert_close(seamed.sparse(index)[0], expected)
+    patched.inputs["encoder_hidden_states"] = text
+    torch.testing.assert_close(patched.sparse(index)[0], expected)
     text[1, :3] += 5
-    assert not torch.allclose(seamed.sparse(index)[0], expected)
+    assert not torch.allclose(patched.sparse(index)[0], expected)
 
 
 @torch.no_grad()
 def test_a_given_frame_is_of_this_step_also_where_others_drift():
     """After one dense call no change is known yet, so drifting is holding: but for what this call made itself."""
     model = small_hunyuan1("image").transformer
-    seamed = Seamed(model, inputs_of(model))
+    patched = Patched(model, inputs_of(model))
     index = torch.arange(20, 27).expand(2, -1)
     rows = {}
     for drift in (False, True):
-        seamed.use("device", drift)
-        seamed.inputs.update(inputs_of(model))
-        seamed.dense()
-        seamed.inputs.update(inputs_of(model, seed=1, time=400.0))
-        seamed.sparse(index)
-        rows[drift] = seamed.rows
+        patched.use("device", drift)
+        patched.inputs.update(inputs_of(model))
+        patched.dense()
+        patched.inputs.update(inputs_of(model, seed=1, time=400.0))
+        patched.sparse(index)
+        rows[drift] = patched.rows
     torch.testing.assert_close(rows[True], rows[False])
 
 
@@ -179,4 +181,4 @@ def test_plans_know_how_long_a_prompt_is(kind, states):
 def test_checkpoints_that_are_given_a_frame_are_known_as_such():
     for kind in KINDS:
         model = small_hunyuan1(kind).transformer
-        assert HunyuanVideoAdapter().from_frames(model, {}) is (kind != "text")
+        assert HunyuanVideoAdapter().is_image_conditioned(model, {}) is (kind != "text")

@@ -9,8 +9,8 @@ import heterostep
 from heterostep.engine.clock import StepClock
 from heterostep.kv.cache import KVCache
 from heterostep.pipeline import inspect
+from patched import Patched
 from rows import ROWS
-from seams import Seamed
 from small_ltx2 import run_ltx2, small_ltx2
 
 TOKENS = 3 * 4 * 4
@@ -68,15 +68,15 @@ CASES = [(extra, version) for extra in EXTRAS for version in ("2.0", "2.3") if v
 def test_rows_of_a_subset_equal_the_dense_rows(extra, version):
     model = small_ltx2("text", version).transformer
     plain_inputs = inputs(model)
-    seamed = Seamed(model, {**plain_inputs, **EXTRAS[extra]})
+    patched = Patched(model, {**plain_inputs, **EXTRAS[extra]})
     if extra != "no coordinates given":
-        assert not torch.equal(seamed.plain_output[0], model(**plain_inputs, return_dict=False)[0]), (
+        assert not torch.equal(patched.plain_output[0], model(**plain_inputs, return_dict=False)[0]), (
             "the option does nothing"
         )
-    for a, b in zip(seamed.dense(), seamed.plain_output, strict=True):
+    for a, b in zip(patched.dense(), patched.plain_output, strict=True):
         assert torch.equal(a, b)
     for count in (1, 7, TOKENS):
-        for a, b in zip(seamed.sparse(seamed.random_index(count)), seamed.plain_output, strict=True):
+        for a, b in zip(patched.sparse(patched.random_index(count)), patched.plain_output, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5 * b.std().item(), rtol=0)
 
 
@@ -84,7 +84,7 @@ def test_rows_of_a_subset_equal_the_dense_rows(extra, version):
 @torch.no_grad()
 def test_one_kernel_rotates_wherever_keys_are_kept_or_read(version, monkeypatch):
     model = small_ltx2("text", version).transformer
-    seamed = Seamed(model, inputs(model))
+    patched = Patched(model, inputs(model))
 
     def refuse(*args):
         raise AssertionError("the model's own rotation runs")
@@ -92,17 +92,17 @@ def test_one_kernel_rotates_wherever_keys_are_kept_or_read(version, monkeypatch)
     for name in ("apply_interleaved_rotary_emb", "apply_split_rotary_emb"):
         monkeypatch.setattr(transformer_ltx2, name, refuse)
     with pytest.raises(AssertionError, match="own rotation"):
-        seamed.plain()
-    seamed.dense()
-    seamed.sparse(seamed.random_index(7))
+        patched.plain()
+    patched.dense()
+    patched.sparse(patched.random_index(7))
 
 
 @torch.no_grad()
 def test_perturbed_blocks_keep_no_keys():
     model = small_ltx2("text", "2.3").transformer
-    seamed = Seamed(model, {**inputs(model), "spatio_temporal_guidance_blocks": [1]})
-    seamed.dense()
-    kept = [store.nbytes > 0 for store in seamed.stores if isinstance(store, KVCache)]
+    patched = Patched(model, {**inputs(model), "spatio_temporal_guidance_blocks": [1]})
+    patched.dense()
+    kept = [store.nbytes > 0 for store in patched.stores if isinstance(store, KVCache)]
     # Two attentions a block, its own and the audio's: STG switches off the second block's own.
     assert kept == [True, True, False, True, True, True]
 

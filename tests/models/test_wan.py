@@ -5,7 +5,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from heterostep.models import FAMILIES
-from seams import Seamed
+from patched import Patched
 from small import small_pipeline
 from small_wan import small_wan
 
@@ -54,16 +54,16 @@ def test_rows_of_a_subset_equal_the_dense_rows(kind, count):
         for block in model.blocks:
             block.attn1.fuse_projections()
             block.attn2.fuse_projections()
-    seamed = Seamed(model, inputs(model, kind == "per-token time"))
-    assert torch.equal(seamed.dense()[0], seamed.plain_output[0]), "a dense call that keeps K/V is the plain call"
-    index = seamed.random_index(count)
-    sparse = seamed.sparse(index)[0]
-    expected = seamed.held.gather(1, index[..., None].expand(-1, -1, seamed.held.shape[2]))
-    assert seamed.rows.shape == (2, count, seamed.held.shape[2])
-    torch.testing.assert_close(seamed.rows, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(sparse, seamed.plain_output[0], atol=1e-5, rtol=0)
-    seamed.restore()
-    assert torch.equal(model(**seamed.inputs)[0], seamed.plain_output[0])
+    patched = Patched(model, inputs(model, kind == "per-token time"))
+    assert torch.equal(patched.dense()[0], patched.plain_output[0]), "a dense call that keeps K/V is the plain call"
+    index = patched.random_index(count)
+    sparse = patched.sparse(index)[0]
+    expected = patched.held.gather(1, index[..., None].expand(-1, -1, patched.held.shape[2]))
+    assert patched.rows.shape == (2, count, patched.held.shape[2])
+    torch.testing.assert_close(patched.rows, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sparse, patched.plain_output[0], atol=1e-5, rtol=0)
+    patched.restore()
+    assert torch.equal(model(**patched.inputs)[0], patched.plain_output[0])
 
 
 def test_clean_tokens_are_those_at_time_zero():
@@ -80,6 +80,6 @@ def test_a_control_video_shorter_than_the_video():
     arguments = inputs(model, False)
     channels = model.config.vace_in_channels
     arguments["control_hidden_states"] = torch.randn(2, channels, 2, 8, 8, generator=g)
-    seamed = Seamed(model, arguments)
-    assert torch.equal(seamed.dense()[0], seamed.plain_output[0])
-    torch.testing.assert_close(seamed.sparse(seamed.random_index(20))[0], seamed.plain_output[0], atol=1e-5, rtol=0)
+    patched = Patched(model, arguments)
+    assert torch.equal(patched.dense()[0], patched.plain_output[0])
+    torch.testing.assert_close(patched.sparse(patched.random_index(20))[0], patched.plain_output[0], atol=1e-5, rtol=0)

@@ -125,7 +125,7 @@ def test_calls_are_those_of_a_real_first_step(name, monkeypatch):
     assert type(rehearsal.pipe) is type(pipe)
     # What a run's plan is made of.
     adapter = FAMILIES[type(rehearsal.model).__name__].adapter
-    assert rehearsal.from_frames is adapter.from_frames(transformers(pipe)[0], calls[0])
+    assert rehearsal.from_frames is adapter.is_image_conditioned(transformers(pipe)[0], calls[0])
     assert rehearsal.first == Runner._scheduler_step(pipe) == (1 if name == "wan2.1-v2v" else 0)
     assert torch.equal(rehearsal.pipe.scheduler.sigmas, pipe.scheduler.sigmas)
     assert all(parameter.is_meta for parameter in rehearsal.model.parameters())

@@ -8,7 +8,7 @@ import heterostep
 from heterostep.compare.measure import Prompt, generate
 from heterostep.compare.methods.own import heterostep_method
 from heterostep.errors import HeterostepError
-from heterostep.models import FAMILIES, Kind, kinds
+from heterostep.models import FAMILIES, Checkpoint, known_checkpoints
 from heterostep.models.wan import WanAdapter
 from heterostep.policy import POLICIES, Policy
 from small import run, small_pipeline
@@ -72,10 +72,10 @@ def test_a_family_of_ones_own():
     pipe.__class__ = MyPipeline
     with pytest.raises(HeterostepError, match="MyPipeline with MyTransformer is not supported"):
         heterostep.enable(pipe, share=0.5)
-    saved_as = {"MyPipeline": Kind("MyPipeline", None, 12)}
+    saved_as = {"MyPipeline": Checkpoint("MyPipeline", None, 12)}
     heterostep.register_family("MyTransformer", WanAdapter(), ("MyPipeline",), saved_as)
     try:
-        assert kinds()["MyPipeline"].fps == 12
+        assert known_checkpoints()["MyPipeline"].fps == 12
         plain = run(pipe)
         with heterostep.enabled(pipe, share=1.0):
             assert torch.equal(run(pipe), plain)
@@ -84,7 +84,7 @@ def test_a_family_of_ones_own():
         assert heterostep.report(pipe).share.achieved == pytest.approx(0.6, abs=0.01)
     finally:
         del FAMILIES["MyTransformer"]
-    assert "MyPipeline" not in kinds()
+    assert "MyPipeline" not in known_checkpoints()
     for wrong in (("X", WanAdapter(), ()), ("X", WanAdapter, ("P",)), ("X", WanAdapter(), "P")):
         with pytest.raises(HeterostepError, match="register_family wants"):
             heterostep.register_family(*wrong)

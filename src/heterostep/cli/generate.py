@@ -145,9 +145,9 @@ def generate(
         ):
             pipe.to(place)
             if gpus > 1:
-                from heterostep.pipeline import spread
+                from heterostep.pipeline import enable_context_parallel
 
-                spread(pipe, gpus)
+                enable_context_parallel(pipe, gpus)
             reference = _make(pipe, HSAConfig(share=1.0), options, seed, "dense", quiet) if both else None
             result = _make(pipe, config, options, seed, "dense" if dense else "heterostep", quiet)
     if is_seen(gpus):

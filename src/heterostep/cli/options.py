@@ -142,9 +142,7 @@ def on_device(gpus: int, device: str) -> Iterator[Any]:
     if gpus == 1:
         yield place
         return
-    from heterostep import parallel
-
-    with parallel.joined(place.type) as place:
+    with launch.joined(place.type) as place:
         yield place
 
 

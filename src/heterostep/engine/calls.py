@@ -39,7 +39,7 @@ class DirectCalls:
         self.call = Call(num_tokens=self.num_tokens, grid=grid)
         self.rows: torch.Tensor | None = None
         self.held: torch.Tensor | None = None
-        self._seams = self.adapter.install(model, self.call, self._velocity)
+        self._patches = self.adapter.install(model, self.call, self._velocity)
         self._replays: dict[int, ReplayedCalls] = {}
         self.use(store)
 
@@ -49,7 +49,7 @@ class DirectCalls:
         self.workspace = Workspace()
         self.drift = drift
         self.stores: list[KVCache | StaticKV] = [
-            processor.make_store(store, self.workspace) for _, processor in self._seams.attentions
+            processor.make_store(store, self.workspace) for _, processor in self._patches.attentions
         ]
 
     def plain(self) -> tuple[torch.Tensor, ...]:
@@ -69,7 +69,7 @@ class DirectCalls:
         count = index.shape[1]
         if count not in self._replays:
             self._replays[count] = ReplayedCalls(
-                self.model, self._seams.hooked, index.device, torch.cuda.graph_pool_handle
+                self.model, self._patches.hooked, index.device, torch.cuda.graph_pool_handle
             )
         reads = [t for kept in (*self.stores, self.workspace) for t in kept.tensors or ()]
         return self._replays[count](self._run, index, reads if self.held is None else [*reads, self.held])
@@ -87,7 +87,7 @@ class DirectCalls:
 
     def restore(self) -> None:
         """Give the model back as it was, and the memory."""
-        for undo in reversed(self._seams.undo):
+        for undo in reversed(self._patches.undo):
             undo()
         self.stores, self.rows, self.held = [], None, None
         self._replays.clear()
@@ -108,17 +108,17 @@ class DirectCalls:
             states = self.inputs["hidden_states"]
             ahead = torch.ones(states.shape[0], self.num_tokens, device=states.device)
             self.workspace.ahead = ahead if index is None else ahead.scatter(1, index, 0.0)
-        for (_, processor), store in zip(self._seams.attentions, self.stores, strict=True):
+        for (_, processor), store in zip(self._patches.attentions, self.stores, strict=True):
             processor.kv = store if keep else None
         inputs = self.inputs
         if index is not None:
             ranks = ranks_of(getattr(self.model, "_parallel_config", None))
-            inputs = self.adapter.select(self.model, inputs, ranks.padded(index))
+            inputs = self.adapter.select_tokens(self.model, inputs, ranks.pad_to_ranks(index))
         try:
             return self.model(**inputs)
         finally:
             self.call.index = None
-            for _, processor in self._seams.attentions:
+            for _, processor in self._patches.attentions:
                 processor.kv = None
 
 
@@ -143,8 +143,8 @@ def check_adapter(model: Any, inputs: dict[str, Any]) -> None:
         if calls.held is None or calls.held.shape[1] != calls.num_tokens:
             raise HeterostepError("on_velocity was not given one row for each token of token_grid")
         grid = calls.adapter.token_grid(model, inputs)
-        if not torch.equal(calls.adapter.arrange(model, grid, calls.held), plain):
-            raise HeterostepError("arrange does not make the model's output of its tokens' velocities")
+        if not torch.equal(calls.adapter.unpatchify(model, grid, calls.held), plain):
+            raise HeterostepError("unpatchify does not make the model's output of its tokens' velocities")
         for count in sorted({1, calls.num_tokens // 7, calls.num_tokens // 2} - {0}):
             error = (calls.sparse(calls.random_index(count))[0] - plain).abs().max()
             if not error <= 1e-4 * plain.std():

@@ -38,7 +38,7 @@ class StepClock:
     def agree(self) -> None:
         """Take the first rank's seconds of what has been timed; every rank has to be here."""
         if self._ranks.size > 1:
-            self._agreed += self._ranks.agreed(self.durations()[len(self._agreed) :])
+            self._agreed += self._ranks.broadcast_floats(self.durations()[len(self._agreed) :])
 
     def durations(self) -> list[float]:
         """Seconds between one mark and the next; on CUDA this waits for the last mark."""

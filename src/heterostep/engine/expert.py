@@ -14,7 +14,7 @@ import torch
 from heterostep import compat
 from heterostep.engine.wrapping import WrappedForward
 from heterostep.errors import HeterostepError
-from heterostep.models.base import Seams
+from heterostep.models.base import ModelPatches
 from heterostep.parallel import Ranks, ranks_of
 
 # What runs this process has made to their end with a model, and which of their calls it has recorded.
@@ -30,9 +30,11 @@ class Expert:
         install: sets hooks and processors on it.
     """
 
-    def __init__(self, model: torch.nn.Module, answer: Callable[..., Any], install: Callable[[Any], Seams]) -> None:
+    def __init__(
+        self, model: torch.nn.Module, answer: Callable[..., Any], install: Callable[[Any], ModelPatches]
+    ) -> None:
         self.model, self._install = model, install
-        self.seams = install(model)
+        self.patches = install(model)
         self.wrapped = WrappedForward(model, answer)
         self.signature = inspect.signature(type(model).forward)
         self._note_places()
@@ -46,11 +48,11 @@ class Expert:
         """A forward's arguments by name, whole where each rank was given a part."""
         inputs = dict(self.signature.bind(self.model, *args, **kwargs).arguments)
         inputs.pop("self")
-        return self._of_ranks(inputs, self.ranks.whole)
+        return self._of_ranks(inputs, self.ranks.all_gather)
 
     def call(self, inputs: dict[str, Any]) -> Any:
         """The model's own forward."""
-        return self.wrapped.inner(**self._of_ranks(inputs, self.ranks.part))
+        return self.wrapped.inner(**self._of_ranks(inputs, self.ranks.shard))
 
     def _of_ranks(self, inputs: dict[str, Any], change: Callable[[torch.Tensor, int], torch.Tensor]) -> dict[str, Any]:
         """Those inputs changed that ranks have parts of: diffusers' hooks, which split them, are around our forward."""
@@ -62,7 +64,7 @@ class Expert:
         return {**inputs, **split}
 
     def _note_places(self) -> None:
-        self._names = {name: module for name, module in self.model.named_modules() if module in self.seams.touched}
+        self._names = {name: module for name, module in self.model.named_modules() if module in self.patches.touched}
         self.adapters = compat.adapter_layers(self.model)
 
     def follow(self) -> None:
@@ -75,8 +77,8 @@ class Expert:
         modules = dict(self.model.named_modules())
         if any(modules.get(name) is not module for name, module in self._names.items()):
             self.undo()
-            self.seams = self._install(self.model)
-        elif any(attn.processor is not processor for attn, processor in self.seams.attentions):
+            self.patches = self._install(self.model)
+        elif any(attn.processor is not processor for attn, processor in self.patches.attentions):
             raise HeterostepError("the attention processors were replaced: call heterostep.enable again")
         self._note_places()
 
@@ -97,12 +99,14 @@ class Expert:
     @property
     def foreign(self) -> str | None:
         """The name of an attention processor that is not diffusers' own; None where there is none."""
-        names = (type(p.original).__name__ for _, p in self.seams.attentions if not compat.is_own_processor(p.original))
+        names = (
+            type(p.original).__name__ for _, p in self.patches.attentions if not compat.is_own_processor(p.original)
+        )
         return next(names, None)
 
     def undo(self) -> None:
         """Take hooks and processors back."""
-        for undo in reversed(self.seams.undo):
+        for undo in reversed(self.patches.undo):
             undo()
 
 

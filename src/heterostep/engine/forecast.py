@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from heterostep.engine.calls import DirectCalls
 from heterostep.errors import HeterostepError, first_line
-from heterostep.kv.cache import KVCache, KVShape
+from heterostep.kv.cache import KVCache, KVShape, KVStore
 
 # CUDA's allocator hands out multiples of this.
 GRAIN = 512
@@ -269,21 +269,21 @@ class Stores:
     @property
     def kept_bytes(self) -> int:
         """K and V on the device."""
-        return sum(layer.nbytes(name) for name, layer in zip(self.names, self.layers) if "offload" not in name)
+        return sum(layer.nbytes(name) for name, layer in zip(self.names, self.layers) if not KVStore(name).on_host)
 
     @property
     def host_bytes(self) -> int:
         """K and V in host memory."""
-        return sum(layer.nbytes(name) for name, layer in zip(self.names, self.layers) if "offload" in name)
+        return sum(layer.nbytes(name) for name, layer in zip(self.names, self.layers) if KVStore(name).on_host)
 
     @property
     def workspace_bytes(self) -> int:
         """Decoded K and V of one layer (of each shape), and two layers that are under way from the host."""
         pairs = list(zip(self.names, self.layers))
         # Without their changes, which are not decoded by themselves.
-        layers = {replace(layer, drifts=False) for name, layer in pairs if "fp8" in name or layer.drifts}
+        layers = {replace(layer, drifts=False) for name, layer in pairs if KVStore(name).coded or layer.drifts}
         decoded = sum(layer.nbytes("device") for layer in layers)
-        staged = 2 * max((layer.nbytes(name) for name, layer in pairs if "offload" in name), default=0)
+        staged = 2 * max((layer.nbytes(name) for name, layer in pairs if KVStore(name).on_host), default=0)
         return decoded + staged
 
     def __str__(self) -> str:

@@ -41,7 +41,7 @@ def set_ranking(generation: Generation, scores: torch.Tensor) -> None:
         # What is given needs no velocity, so it comes last; it runs at dense steps and where its turn has come, for
         # its K/V change with the other tokens'.
         scores = torch.where(generation.clean & scores.isfinite(), -1.0, scores)
-    generation.ranking = generation.ranks.from_first(allocation.rank(scores))
+    generation.ranking = generation.ranks.broadcast(allocation.rank(scores))
 
 
 def activate(generation: Generation) -> None:

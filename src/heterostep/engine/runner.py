@@ -165,7 +165,7 @@ class Runner:
             raise
         finally:
             self._call.index = self._branch = self._active = self._taken = None
-            for _, processor in expert.seams.attentions:
+            for _, processor in expert.patches.attentions:
                 processor.kv = None
 
     def _run(self, expert: Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]):
@@ -215,7 +215,7 @@ class Runner:
             # Layers are alike.
             kinds = {
                 (type(processor), getattr(attn, "inner_dim", 0)): (attn, processor)
-                for attn, processor in expert.seams.attentions
+                for attn, processor in expert.patches.attentions
             }
             self._compiling = in_background(lambda: compile_kernels(kinds.values(), inputs["hidden_states"]))
         elif generation.stores is None:
@@ -247,13 +247,13 @@ class Runner:
             if self.config.sync == "drift":
                 ahead = generation.elapsed_log_alpha / generation.stride.clamp_min(1e-6)
                 generation.workspace.ahead = self._rows(ahead, generation, inputs)
-            for (_, processor), store in zip(expert.seams.attentions, branch.stores, strict=True):
+            for (_, processor), store in zip(expert.patches.attentions, branch.stores, strict=True):
                 processor.kv = store
         else:
             branch.free_kv()
         if index is None:
             return expert.call(inputs)
-        inputs = self.adapter.select(expert.model, inputs, expert.ranks.padded(index))
+        inputs = self.adapter.select_tokens(expert.model, inputs, expert.ranks.pad_to_ranks(index))
         few = index.numel() <= MOST_ROWS
         if few and self.config.cuda_graphs and generation.stores is not None and generation.stores.all_on_device:
             return self._replayed(expert, generation, branch, inputs, index)
@@ -284,7 +284,7 @@ class Runner:
         if few not in branch.replays:
             branch.replays[few] = ReplayedCalls(
                 expert.model,
-                expert.seams.hooked,
+                expert.patches.hooked,
                 index.device,
                 lambda: generation.graph_pool,
                 at_once=expert.has_made(recording),
@@ -308,7 +308,7 @@ class Runner:
 
     def _with_velocities(self, expert: Expert, generation: Generation, output: Any, velocities: torch.Tensor) -> Any:
         """The transformer's output with the velocities of all tokens [b, N, C] in place of its own."""
-        sample = self.adapter.arrange(expert.model, generation.grid, velocities)
+        sample = self.adapter.unpatchify(expert.model, generation.grid, velocities)
         return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(**{**output, "sample": sample})
 
     @staticmethod
@@ -346,7 +346,7 @@ class Runner:
         for each in self.experts:
             each.follow()
             self._allow_recompiles(each.model)
-        samples = batch // self.adapter.guidance_copies(pipe)
+        samples = batch // self.adapter.cfg_batch_factor(pipe)
         first = self._scheduler_step(pipe)
         num_steps = len(scheduler.timesteps) - first
         switch = self.adapter.expert_switch(pipe)
@@ -355,8 +355,8 @@ class Runner:
         if clean is not None:
             clean = clean[:samples]
         sigmas = scheduler.sigmas[first : first + num_steps + 1].float().cpu()
-        tokens = Tokens(grid.num_tokens, self.adapter.least_active)
-        from_frames = self.adapter.from_frames(expert.model, inputs)
+        tokens = Tokens(grid.num_tokens, self.adapter.min_active)
+        from_frames = self.adapter.is_image_conditioned(expert.model, inputs)
         schedule = Schedule(self.config, Run(tuple(sigmas.tolist()), tokens, restarts, from_frames))
         schedule.check()
         foreign = next((each.foreign for each in self.experts if each.foreign), None)
@@ -391,7 +391,7 @@ class Runner:
             assert rows is not None
             everyone = generation.clean[..., None].expand(-1, -1, rows.shape[2])
             model = self.experts[generation.expert].model
-            generation.ignored = self.adapter.arrange(model, generation.grid, everyone)
+            generation.ignored = self.adapter.unpatchify(model, generation.grid, everyone)
         # Some pipelines leave given frames out of what they step.
         return generation.ignored if generation.ignored.shape == velocity.shape else None
 

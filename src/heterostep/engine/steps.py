@@ -126,7 +126,7 @@ def end_step(
     if not generation.schedule.online and generation.all_dense:
         # Where nothing is skipped there is nothing to agree on.
         return generation.trajectory.evaluated(step, velocity, ignored())[1]
-    change, given = generation.trajectory.evaluated(step, velocity, ignored(), generation.ranks.from_first)
+    change, given = generation.trajectory.evaluated(step, velocity, ignored(), generation.ranks.broadcast)
     if change is not None:
         policy = generation.schedule.policy
         if len(change) == generation.samples:

@@ -71,15 +71,15 @@ def place(
     present = forecast.room_on(device, config.vram, call.dense)
     assert present is not None
     present -= (call.static + call.held) * sum(batches) // batch
-    room, host_room = ranks.least([present, forecast.host_room() // ranks.size])
+    room, host_room = ranks.all_reduce_min([present, forecast.host_room() // ranks.size])
     stores = forecast.choose(layers, room - call.dense, room - call.sparse, host_room)
     if stores is not None:
         return stores
     least = forecast.uniform("fp8-offload", layers)
     free, needed = max(room - call.dense, 0) / 1e9, least.device_bytes / 1e9
     raise DoesNotFit(
-        f"K and V do not fit: at the least they take {needed:.1f} GB of the device, where {free:.1f} are free, "
-        f"and {least.host_bytes / 1e9:.1f} GB of host memory, where {host_room / 1e9:.1f} are"
+        f"K and V do not fit: even the smallest store needs {needed:.1f} GB on the device ({free:.1f} GB free) and "
+        f"{least.host_bytes / 1e9:.1f} GB of host memory ({host_room / 1e9:.1f} GB free)"
     )
 
 
@@ -87,16 +87,15 @@ def make_stores(
     expert: Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]
 ) -> list[KVCache | StaticKV]:
     """Empty stores for one branch, of the kinds that fit."""
-    processors = [processor for _, processor in expert.seams.attentions]
-    kinds = [processor.store is KVCache for processor in processors]
+    processors = [processor for _, processor in expert.patches.attentions]
     if generation.stores is None:
         place_for(expert, generation, inputs)
     assert generation.stores is not None
     generation.kv_store, generation.store_names = str(generation.stores), generation.stores.names
-    names, size = generation.stores.names, sum(kinds)
+    names, size = generation.stores.names, sum(processor.keeps_tokens for processor in processors)
     first = min(generation.branches.index(branch) * size, len(names) - size)
     mine = iter(names[first : first + size])
-    stores = [p.make_store(next(mine) if tokens else "", generation.workspace) for p, tokens in zip(processors, kinds)]
+    stores = [p.make_store(next(mine) if p.keeps_tokens else "", generation.workspace) for p in processors]
     for store, shape in zip((s for s in stores if isinstance(s, KVCache)), generation.stores.layers[first:]):
         store.expected = shape
     return stores
@@ -112,7 +111,7 @@ def place_for(expert: Expert, generation: Generation, inputs: dict[str, Any]) ->
     # Where the plan is made anew, counts may yet come near to all.
     largest = max((count for count in generation.counts if count < total), default=total)
     share = 1 if generation.schedule.online else largest / total
-    attentions = sum(processor.store is KVCache for _, processor in expert.seams.attentions)
+    attentions = sum(processor.keeps_tokens for _, processor in expert.patches.attentions)
     batches = [branch.batch for branch in generation.branches]
     try:
         generation.stores = place(generation.config, expert.model, inputs, batches, share, attentions, generation.ranks)

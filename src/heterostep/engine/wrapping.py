@@ -62,6 +62,11 @@ class WrappedForward:
                     setattr(holder, name, self.inner)
 
     def __deepcopy__(self, memo: dict) -> Any:
+        """A copy would answer for the model that it was taken from.
+
+        Raises:
+            HeterostepError: always.
+        """
         raise HeterostepError("a transformer cannot be copied while heterostep is enabled: call disable first")
 
 

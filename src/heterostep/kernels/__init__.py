@@ -35,14 +35,20 @@ def norm_rotate(
     split: bool = False,
     by_head: bool = True,
 ) -> torch.Tensor:
-    """RMS norm over all heads, then the rotary embedding: see `heterostep.kernels.reference.norm_rotate`."""
+    """RMS norm over all heads, then the rotary embedding: [B, n, H * D] -> [B, n, H, D].
+
+    For the arguments see `heterostep.kernels.reference.norm_rotate`.
+    """
     return _chosen("norm_rotate", x, weight).norm_rotate(x, weight, eps, cos, sin, heads, split, by_head)
 
 
 def write_kv(
     key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """Write rows of K and V into their stores: see `heterostep.kernels.reference.write_kv`."""
+    """Write rows of K and V [B, n, H, D] into their stores [B, H, N, D] at int64 [B, n], in place.
+
+    See `heterostep.kernels.reference.write_kv`.
+    """
     _chosen("write_kv", key, value).write_kv(key, value, index, keys, values)
 
 
@@ -52,7 +58,10 @@ def quantise(
     codes: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 codes with a scale for each token and head: see `heterostep.kernels.reference.quantise`.
+    """e4m3 codes with a scale for each token and head: [B, n, H, D] -> [B, H, N, D] and [B, H, N].
+
+    With int64 `index` [B, n], rows of `codes` and `scales` are written over; without, N = n. See
+    `heterostep.kernels.reference.quantise`.
 
     Raises:
         ValueError: only some of `index`, `codes` and `scales` are given.
@@ -63,14 +72,20 @@ def quantise(
 
 
 def dequantise(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """What `quantise` encoded, into `out`: see `heterostep.kernels.reference.dequantise`."""
+    """What `quantise` encoded, [B, H, N, D] and [B, H, N], into `out` [B, H, N, D], which it returns.
+
+    See `heterostep.kernels.reference.dequantise`.
+    """
     return _chosen("dequantise", out).dequantise(codes, scales, out)
 
 
 def advance(
     values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, ahead: torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
-    """K or V moved along their change, into `out`: see `heterostep.kernels.reference.advance`."""
+    """K or V [B, H, N, D] moved along their change as far as `ahead` [B, N] says, into `out`, which it returns.
+
+    See `heterostep.kernels.reference.advance`.
+    """
     return _chosen("advance", out).advance(values, codes, scales, ahead, out)
 
 

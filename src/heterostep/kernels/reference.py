@@ -70,7 +70,7 @@ def norm_rotate(
     Args:
         x: [B, n, H * D].
         weight: [H * D], or None for 1.
-        eps: added to the mean square.
+        eps: added to the mean square; None for PyTorch's own.
         cos, sin, split: as `rotate` takes them; float32.
         heads: H.
         by_head: how the result lies in memory, see there.
@@ -130,7 +130,7 @@ def advance(
     Args:
         values, out: [B, H, N, D].
         codes, scales: the change as `quantise` made it, [B, H, N, D] and [B, H, N].
-        ahead: float32 [B, N].
+        ahead: float32 [B, N], how many of these changes to go; 0 leaves a token where it is.
     """
     weights = scales.float() * ahead[:, None]
     return out.copy_(values.float() + codes.float() * weights[..., None])

@@ -1,8 +1,8 @@
 """Keys and values of all tokens, kept over steps; active tokens overwrite their rows.
 
-skipped tokens' rows may *drift*: as they are read, they go on along the change between the token's last two
-evaluations, which is kept beside K and V in e4m3 codes. Rotated keys drift as plain ones do, for a token's rotation is
-the same at every step. Coded K and V are held: what codes lose is as much as changes between two steps.
+Rows of skipped tokens may *drift*: when read, they are extrapolated along the change between the token's last two
+evaluations, stored as e4m3 codes. This works on rotated keys too, because a token's rotation never changes. fp8 stores
+do not drift: quantisation error is as large as the change between two steps.
 
 How they are kept is a *store*:
 
@@ -16,14 +16,39 @@ Shapes: B batch, N tokens, n active tokens, H heads, D head dim.
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch.nn.functional import pad
 
 from heterostep.kernels import advance, dequantise, gather_rows, quantise, write_kv
 
-STORES = ("device", "fp8", "offload", "fp8-offload")
+_log = logging.getLogger("heterostep")
+
+
+class KVStore(str, Enum):
+    """A store, by the name that options give it."""
+
+    DEVICE = "device"
+    FP8 = "fp8"
+    OFFLOAD = "offload"
+    FP8_OFFLOAD = "fp8-offload"
+
+    @property
+    def coded(self) -> bool:
+        """Whether it keeps e4m3 codes and scales."""
+        return self in (KVStore.FP8, KVStore.FP8_OFFLOAD)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it is in host memory."""
+        return self in (KVStore.OFFLOAD, KVStore.FP8_OFFLOAD)
+
+
+STORES = tuple(store.value for store in KVStore)
 
 
 @dataclass(frozen=True)
@@ -42,7 +67,7 @@ class KVShape:
     def nbytes(self, store: str) -> int:
         """Bytes of K and V in a store, wherever that is."""
         coded, plain = self.dim + torch.bfloat16.itemsize, self.dim * self.dtype.itemsize
-        return 2 * self.vectors * (coded if "fp8" in store else plain + coded if self.drifts else plain)
+        return 2 * self.vectors * (coded if KVStore(store).coded else plain + coded if self.drifts else plain)
 
 
 class Workspace:
@@ -109,7 +134,7 @@ class Workspace:
         return host
 
     def fetch(self, cache: KVCache) -> list[torch.Tensor]:
-        """A layer's tensors on the device, valid until the next but one's; the next one's are on their way then."""
+        """Tensors of a layer on the device; valid until the next fetch. Starts the next layer's transfer."""
         if cache not in self._fetched:
             self._start(cache)
         staged, ready = self._fetched.pop(cache)
@@ -162,8 +187,13 @@ def _pinned(like: torch.Tensor) -> torch.Tensor:
             return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
         except RuntimeError:
             # The system may limit what is pinned. Without, copies are slower and right.
-            pass
+            _warn_of_unpinned()
     return torch.empty(like.shape, dtype=like.dtype)
+
+
+@functools.cache
+def _warn_of_unpinned() -> None:
+    _log.warning("host memory cannot be pinned; offloaded K/V will be copied more slowly")
 
 
 class KVCache:
@@ -182,7 +212,7 @@ class KVCache:
 
     def __init__(self, store: str = "device", workspace: Workspace | None = None) -> None:
         self.store, self._workspace = store, workspace or Workspace()
-        self._fp8, self._offload = "fp8" in store, "offload" in store
+        self._coded, self._on_host = KVStore(store).coded, KVStore(store).on_host
         # K, V, and where they drift K's change in codes and scales, V's; in fp8 K's codes and scales, V's.
         self._parts: list[torch.Tensor] = []
         self._filled = False
@@ -194,7 +224,7 @@ class KVCache:
     @property
     def reserves(self) -> bool:
         """Whether `reserve` would allocate."""
-        return self.expected is not None and not self._offload and not self._parts
+        return self.expected is not None and not self._on_host and not self._parts
 
     def reserve(self, device: torch.device) -> None:
         """Allocate what is expected, before the call that fills it: so none of it is cut out of what calls need."""
@@ -203,7 +233,7 @@ class KVCache:
         vectors, dim, dtype = self.expected.vectors, self.expected.dim, self.expected.dtype
         coded = [((vectors, dim), torch.float8_e4m3fn), ((vectors,), torch.bfloat16)] * 2
         plain = [((vectors, dim), dtype)] * 2
-        kinds = coded if self._fp8 else plain + coded if self.expected.drifts else plain
+        kinds = coded if self._coded else plain + coded if self.expected.drifts else plain
         self._parts = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in kinds]
 
     def update(
@@ -217,10 +247,13 @@ class KVCache:
 
         Returns:
             K and V of all tokens, [B, N, H, D], valid until the next layer's update.
+
+        Raises:
+            RuntimeError: `index` is given, and no call has filled the cache with all tokens before.
         """
         if index is not None and not self._filled:
             raise RuntimeError("a sparse step needs a dense one before it: the K/V cache is empty")
-        if self._offload:
+        if self._on_host:
             return self._update_offloaded(key, value, index)
         if index is None:
             parts, old = self._renewed(self._parts, key, value), self._parts
@@ -230,7 +263,7 @@ class KVCache:
                 self._parts = [part.contiguous() for part in parts]
             self._filled = True
             # As kept, attention backends need no copy of their own.
-            return (key, value) if self._fp8 else (self._parts[0].transpose(1, 2), self._parts[1].transpose(1, 2))
+            return (key, value) if self._coded else (self._parts[0].transpose(1, 2), self._parts[1].transpose(1, 2))
         self._write(self._parts, key, value, index)
         return self._read(self._parts, key.dtype)
 
@@ -244,7 +277,7 @@ class KVCache:
             old = self._workspace.fetch(self) if self._drifts and self._filled else []
             parts = [part.contiguous() for part in self._renewed(old, key, value)]
             self.host, self._filled = self._workspace.save(self, parts), True
-            return (key, value) if self._fp8 else (parts[0].transpose(1, 2), parts[1].transpose(1, 2))
+            return (key, value) if self._coded else (parts[0].transpose(1, 2), parts[1].transpose(1, 2))
         parts = self._workspace.fetch(self)
         self._write(parts, key, value, index)
         if self._workspace.write_back:
@@ -253,11 +286,11 @@ class KVCache:
 
     @property
     def _drifts(self) -> bool:
-        return self._workspace.ahead is not None and not self._fp8
+        return self._workspace.ahead is not None and not self._coded
 
     def _renewed(self, old: list[torch.Tensor], key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
         """What is to be kept of all tokens' new K and V; not always contiguous."""
-        if self._fp8:
+        if self._coded:
             return [*quantise(key), *quantise(value)]
         parts = [key.transpose(1, 2), value.transpose(1, 2)]
         if not self._drifts:
@@ -272,33 +305,32 @@ class KVCache:
         return parts
 
     def _write(self, parts: list[torch.Tensor], key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
-        if self._fp8:
-            quantise(key, index, *parts[:2])
-            quantise(value, index, *parts[2:])
+        if self._coded:
+            for new, coded in zip((key, value), _coded_pairs(parts)):
+                quantise(new, index, *coded)
             return
         if self._drifts:
-            for which, new in enumerate((key, value)):
-                change = new - gather_rows(parts[which].transpose(1, 2), index)
-                quantise(change, index, parts[2 + 2 * which], parts[3 + 2 * which])
+            for new, held, change in zip((key, value), parts, _coded_pairs(parts)):
+                quantise(new - gather_rows(held.transpose(1, 2), index), index, *change)
         write_kv(key, value, index, *parts[:2])
 
     def _read(self, parts: list[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Everyone's K and V at this call, [B, N, H, D]."""
         out, ahead = parts[:2], self._workspace.ahead
-        if self._fp8:
+        if self._coded:
             room = [self._workspace.room(which, parts[0], dtype) for which in (0, 1)]
-            out = [dequantise(parts[2 * which], parts[2 * which + 1], room[which]) for which in (0, 1)]
+            out = [dequantise(*coded, to) for coded, to in zip(_coded_pairs(parts), room)]
         elif ahead is not None:
             # What some models put behind the tokens (the text) is active in each call.
             ahead = pad(ahead, (0, parts[0].shape[2] - ahead.shape[1]))
             room = [self._workspace.room(which, parts[0], dtype) for which in (0, 1)]
-            out = [advance(parts[w], parts[2 + 2 * w], parts[3 + 2 * w], ahead, room[w]) for w in (0, 1)]
+            out = [advance(held, *change, ahead, to) for held, change, to in zip(parts, _coded_pairs(parts), room)]
         return out[0].transpose(1, 2), out[1].transpose(1, 2)
 
     @property
     def shape(self) -> KVShape | None:
         """What is kept; None where nothing is. Of a store in the model's precision alone."""
-        if not self._filled or not self._parts or self._fp8:
+        if not self._filled or not self._parts or self._coded:
             return None
         kept = self._parts[0]
         return KVShape(kept.shape[:-1].numel(), kept.shape[-1], kept.dtype, len(self._parts) > 2)
@@ -321,6 +353,12 @@ class KVCache:
     def reset(self) -> None:
         """Free the memory."""
         self._parts, self.host, self.next, self._filled = [], [], None, False
+
+
+def _coded_pairs(parts: list[torch.Tensor]) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """Of K and of V, the codes and scales among a layer's tensors: the last four, of themselves or of their changes."""
+    *_, key_codes, key_scales, value_codes, value_scales = parts
+    return (key_codes, key_scales), (value_codes, value_scales)
 
 
 class StaticKV:

@@ -8,16 +8,16 @@ from typing import Any
 from heterostep.errors import HeterostepError
 from heterostep.models import hunyuan, hunyuan15, ltx, ltx2, wan
 from heterostep.models.attention import CachedAttention
-from heterostep.models.base import Adapter, Call, Family, Kind, Seams, TokenGrid
+from heterostep.models.base import Adapter, Call, Checkpoint, Family, ModelPatches, TokenGrid
 
 __all__ = [
     "FAMILIES",
     "Adapter",
     "CachedAttention",
     "Call",
+    "Checkpoint",
     "Family",
-    "Kind",
-    "Seams",
+    "ModelPatches",
     "TokenGrid",
     "cp_plan",
     "register_family",
@@ -34,7 +34,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def register_family(
-    transformer: str, adapter: Adapter, pipelines: tuple[str, ...], kinds: Mapping[str, Kind] | None = None
+    transformer: str, adapter: Adapter, pipelines: tuple[str, ...], checkpoints: Mapping[str, Checkpoint] | None = None
 ) -> None:
     """Let heterostep run on another model family, or replace a known one.
 
@@ -42,14 +42,14 @@ def register_family(
         transformer: the class name of its transformer.
         adapter: what is special about it.
         pipelines: the class names of the diffusers pipelines that it works in.
-        kinds: what the command and forecasts make of its checkpoints; see `Family`.
+        checkpoints: what the command and forecasts make of its checkpoints; see `Family`.
 
     Raises:
         HeterostepError: the adapter is no `Adapter`, or no pipeline is named.
     """
     if not isinstance(adapter, Adapter) or not pipelines or isinstance(pipelines, str):
         raise HeterostepError("register_family wants a class name, an Adapter and the class names of its pipelines")
-    FAMILIES[transformer] = Family(adapter, tuple(pipelines), dict(kinds or {}))
+    FAMILIES[transformer] = Family(adapter, tuple(pipelines), dict(checkpoints or {}))
 
 
 def cp_plan(model: Any) -> dict[str, Any] | None:
@@ -73,6 +73,6 @@ def check_family(transformer: str) -> Family:
     return family
 
 
-def kinds() -> dict[str, Kind]:
+def known_checkpoints() -> dict[str, Checkpoint]:
     """What the command makes of a checkpoint, by the pipeline that it was saved as."""
-    return {name: kind for family in FAMILIES.values() for name, kind in family.kinds.items()}
+    return {name: checkpoint for family in FAMILIES.values() for name, checkpoint in family.checkpoints.items()}

@@ -56,6 +56,11 @@ class CachedAttention:
         self.kv: Any = None
         self.ranks = ranks_of(getattr(original, "_parallel_config", None))
 
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether it keeps K and V of the video's tokens, in one of the stores that `kv_store` names."""
+        return self.store is KVCache
+
     @classmethod
     def make_store(cls, name: str, workspace: Workspace) -> KVCache | StaticKV:
         """An empty store for one guidance branch; `name` is one of `heterostep.kv.cache.STORES`."""

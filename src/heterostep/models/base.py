@@ -38,7 +38,7 @@ class Call:
 
 
 @dataclass
-class Seams:
+class ModelPatches:
     """What `Adapter.install` changed on a model.
 
     Attributes:
@@ -77,7 +77,7 @@ def _per_token(timestep: torch.Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Kind:
+class Checkpoint:
     """What the command makes of a checkpoint: the pipelines that make a video from text alone and from a first frame.
 
     Attributes:
@@ -97,24 +97,24 @@ class Family:
     Attributes:
         adapter: what is special about the transformer.
         pipelines: class names of the pipelines that it works in.
-        kinds: by the pipeline that a checkpoint was saved as; the command and forecasts know these.
+        checkpoints: by the pipeline that a checkpoint was saved as; the command and forecasts know these.
     """
 
     adapter: Adapter
     pipelines: tuple[str, ...]
-    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    checkpoints: Mapping[str, Checkpoint] = field(default_factory=dict)
 
 
 class Adapter(abc.ABC):
     """One model family. Tokens are the rows of the output projection.
 
     Attributes:
-        least_active: tokens that a step evaluates at the least; above 0 where a step does more than these tokens'
+        min_active: tokens that a step evaluates at the least; above 0 where a step does more than these tokens'
             velocities, such as an audio stream.
         parallel: whether it works over several GPUs (`heterostep.parallel`).
     """
 
-    least_active: int = 0
+    min_active: int = 0
     parallel: bool = False
 
     @abc.abstractmethod
@@ -122,21 +122,21 @@ class Adapter(abc.ABC):
         """The tokens that the forward makes of these inputs."""
 
     @abc.abstractmethod
-    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> Seams:
+    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> ModelPatches:
         """Set hooks and attention processors that do what `call` says.
 
         `on_velocity(rows)` takes the output projection's rows [B, n, C] and returns those of all tokens [B, N, C], or
         None to leave them.
         """
 
-    def select(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
+    def select_tokens(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
         """The forward's inputs with everything that has one entry per token reduced to the active ones."""
         timestep = inputs["timestep"]
         if _per_token(timestep):
             inputs = {**inputs, "timestep": gather_rows(timestep, index)}
         return inputs
 
-    def arrange(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
+    def unpatchify(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
         """All tokens' velocities [B, N, C] in the shape in which the model returns them."""
         return velocities
 
@@ -145,12 +145,12 @@ class Adapter(abc.ABC):
         timestep = inputs["timestep"]
         return timestep == 0 if _per_token(timestep) else None
 
-    def from_frames(self, model: Any, inputs: dict[str, Any]) -> bool:
+    def is_image_conditioned(self, model: Any, inputs: dict[str, Any]) -> bool:
         """Whether the video continues given frames: its velocities then change less while it takes its shape."""
         clean = self.clean_tokens(model, inputs)
         return clean is not None and bool(clean.any())
 
-    def guidance_copies(self, pipe: Any) -> int:
+    def cfg_batch_factor(self, pipe: Any) -> int:
         """How many guidance branches the pipeline's first call of a step has in its batch."""
         return 1
 

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from heterostep.kernels import gather_rows, rotate
 from heterostep.models.attention import CachedAttention
-from heterostep.models.base import Adapter, Call, Family, Kind, Seams, TokenGrid
+from heterostep.models.base import Adapter, Call, Checkpoint, Family, ModelPatches, TokenGrid
 
 
 class JointAttention(CachedAttention):
@@ -93,21 +93,30 @@ def _patch_sizes(model: Any) -> tuple[int, int, int]:
     return model.config.patch_size_t, model.config.patch_size, model.config.patch_size
 
 
-class HunyuanVideoAdapter(Adapter):
-    """See `heterostep.models.base.Adapter`."""
+class PatchesAdapter(Adapter):
+    """What the versions share: latents [B, C, F, H, W] are cut into patches, a token each."""
 
     def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
         return TokenGrid(
             *(size // patch for size, patch in zip(inputs["hidden_states"].shape[2:], _patch_sizes(model)))
         )
 
-    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> Seams:
+    def unpatchify(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
+        # Of a token's values the channels come first.
+        patches = velocities.unflatten(2, (-1, *_patch_sizes(model))).unflatten(1, grid.shape)
+        return patches.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+class HunyuanVideoAdapter(PatchesAdapter):
+    """See `heterostep.models.base.Adapter`."""
+
+    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> ModelPatches:
         replaced = model.config.image_condition_type == "token_replace"
 
         def given() -> int:
             return call.grid.height * call.grid.width if replaced and call.grid is not None else 0
 
-        def select_patches(output):
+        def select_rows(output):
             return None if call.index is None else gather_rows(output, with_given(call.index, given()))
 
         def select_rotary(output):
@@ -118,18 +127,13 @@ class HunyuanVideoAdapter(Adapter):
                 output = gather_rows(output, where_active(call.index, given()))
             return on_velocity(output)
 
-        seams = Seams()
-        seams.hook_output(model.rope, select_rotary)
-        seams.hook_output(model.x_embedder, select_patches)
-        seams.hook_output(model.proj_out, velocities)
+        patches = ModelPatches()
+        patches.hook_output(model.rope, select_rotary)
+        patches.hook_output(model.x_embedder, select_rows)
+        patches.hook_output(model.proj_out, velocities)
         for block in (*model.transformer_blocks, *model.single_transformer_blocks):
-            seams.replace_processor(block.attn, JointAttention(block.attn.processor, call))
-        return seams
-
-    def arrange(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
-        # Of a token's values the channels come first.
-        patches = velocities.unflatten(2, (-1, *_patch_sizes(model))).unflatten(1, grid.shape)
-        return patches.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+            patches.replace_processor(block.attn, JointAttention(block.attn.processor, call))
+        return patches
 
     def clean_tokens(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
         if model.config.image_condition_type != "token_replace":
@@ -138,7 +142,7 @@ class HunyuanVideoAdapter(Adapter):
         first = torch.arange(grid.num_tokens, device=latents.device) < grid.height * grid.width
         return first.expand(len(latents), -1)
 
-    def from_frames(self, model: Any, inputs: dict[str, Any]) -> bool:
+    def is_image_conditioned(self, model: Any, inputs: dict[str, Any]) -> bool:
         return model.config.image_condition_type is not None
 
     def prompt_shapes(self, pipe: Any, model: Any, arguments: Mapping[str, Any]) -> dict[str, tuple]:
@@ -168,8 +172,8 @@ FAMILIES = {
         HunyuanVideoAdapter(),
         ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
         {
-            "HunyuanVideoPipeline": Kind("HunyuanVideoPipeline", None, 24),
-            "HunyuanVideoImageToVideoPipeline": Kind(None, "HunyuanVideoImageToVideoPipeline", 24),
+            "HunyuanVideoPipeline": Checkpoint("HunyuanVideoPipeline", None, 24),
+            "HunyuanVideoImageToVideoPipeline": Checkpoint(None, "HunyuanVideoImageToVideoPipeline", 24),
         },
     ),
 }

@@ -16,7 +16,8 @@ from torch.nn.functional import pad
 
 from heterostep.kernels import gather_rows, rotate
 from heterostep.models.attention import CachedAttention
-from heterostep.models.base import Adapter, Call, Family, Seams, TokenGrid
+from heterostep.models.base import Call, Family, ModelPatches
+from heterostep.models.hunyuan import PatchesAdapter
 from heterostep.parallel import ranks_of
 
 
@@ -43,8 +44,8 @@ class JointAttention(CachedAttention):
             text_key = attn.norm_added_k(text_key)
         # Of the video each rank has a part, the text it has whole.
         split = self.split(hidden_states)
-        video = self.ranks.to_heads(split, query, key, value)
-        texts = self.ranks.own_heads(text_query, text_key, text_value)
+        video = self.ranks.tokens_to_heads(split, query, key, value)
+        texts = self.ranks.shard_heads(text_query, text_key, text_value)
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(video, texts))
         text, index = text_query.shape[1], self.call.index
         if index is not None:
@@ -56,55 +57,40 @@ class JointAttention(CachedAttention):
             pad(attention_mask, (x.shape[1] - attention_mask.shape[1], 0), value=True).bool() for x in (query, key)
         )
         out = self.attend(query, key, value, queries[:, None, :, None] & keys[:, None, None, :])
-        video_out = attn.to_out[1](attn.to_out[0](self.ranks.to_tokens(split, out[:, :-text])))
-        return video_out, attn.to_add_out(self.ranks.all_heads(out[:, -text:]))
+        video_out = attn.to_out[1](attn.to_out[0](self.ranks.heads_to_tokens(split, out[:, :-text])))
+        return video_out, attn.to_add_out(self.ranks.gather_heads(out[:, -text:]))
 
 
-def _patch_sizes(model: Any) -> tuple[int, int, int]:
-    """Of frames, rows and columns."""
-    return model.config.patch_size_t, model.config.patch_size, model.config.patch_size
-
-
-class HunyuanVideo15Adapter(Adapter):
+class HunyuanVideo15Adapter(PatchesAdapter):
     """See `heterostep.models.base.Adapter`."""
 
     parallel = True
 
-    def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
-        return TokenGrid(
-            *(size // patch for size, patch in zip(inputs["hidden_states"].shape[2:], _patch_sizes(model)))
-        )
-
-    def from_frames(self, model: Any, inputs: dict[str, Any]) -> bool:
+    def is_image_conditioned(self, model: Any, inputs: dict[str, Any]) -> bool:
         # The last channel is the mask of given frames.
         return bool(inputs["hidden_states"][:, -1].any())
 
-    def arrange(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
-        # Of a token's values the channels come first.
-        patches = velocities.unflatten(2, (-1, *_patch_sizes(model))).unflatten(1, grid.shape)
-        return patches.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
-
-    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> Seams:
-        def select_patches(output):
-            return None if call.index is None else gather_rows(output, ranks().padded(call.index))
+    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> ModelPatches:
+        def select_rows(output):
+            return None if call.index is None else gather_rows(output, ranks().pad_to_ranks(call.index))
 
         def select_rotary(output):
             if call.index is None:
                 return None
-            index = ranks().padded(call.index)
+            index = ranks().pad_to_ranks(call.index)
             # Context parallelism has split them, all tokens', before.
-            return tuple(ranks().part(ranks().whole(table, 0)[index], 1) for table in output)
+            return tuple(ranks().shard(ranks().all_gather(table, 0)[index], 1) for table in output)
 
         def ranks():
             return ranks_of(model._parallel_config)
 
-        seams = Seams()
-        seams.hook_output(model.x_embedder, select_patches)
-        seams.hook_output(model.rope, select_rotary)
-        seams.hook_output(model.proj_out, on_velocity)
+        patches = ModelPatches()
+        patches.hook_output(model.x_embedder, select_rows)
+        patches.hook_output(model.rope, select_rotary)
+        patches.hook_output(model.proj_out, on_velocity)
         for block in model.transformer_blocks:
-            seams.replace_processor(block.attn, JointAttention(block.attn.processor, call))
-        return seams
+            patches.replace_processor(block.attn, JointAttention(block.attn.processor, call))
+        return patches
 
     def cp_plan(self, model: Any) -> dict[str, Any]:
         # diffusers has none. Text stays whole on each rank; `JointAttention` is what makes this right.

@@ -16,7 +16,7 @@ import torch
 from heterostep.kernels import gather_rows
 from heterostep.kv.cache import StaticKV
 from heterostep.models.attention import CachedAttention
-from heterostep.models.base import Adapter, Call, Family, Seams, TokenGrid
+from heterostep.models.base import Adapter, Call, Family, ModelPatches, TokenGrid
 
 
 def _rotate(x: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -57,32 +57,35 @@ class TextAttention(CachedAttention):
         return attn.to_out[1](attn.to_out[0](self.attend(query, *self.kv.tensors, attention_mask)))
 
 
-class LTXAdapter(Adapter):
+class GuidanceInBatch(Adapter):
+    """Of pipelines whose calls have [without prompt, with prompt] in their batch, as LTX-Video's and LTX-2's."""
+
+    def cfg_batch_factor(self, pipe: Any) -> int:
+        # Modular pipelines make a call of each.
+        return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
+
+
+class LTXAdapter(GuidanceInBatch):
     """See `heterostep.models.base.Adapter`."""
 
     def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
         return TokenGrid(inputs["num_frames"], inputs["height"], inputs["width"])
 
-    def guidance_copies(self, pipe: Any) -> int:
-        # A call has [without prompt, with prompt] in its batch.
-        # Modular pipelines make a call of each.
-        return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
-
-    def select(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
+    def select_tokens(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
         rows = gather_rows(inputs["hidden_states"], index)
-        return super().select(model, {**inputs, "hidden_states": rows}, index)
+        return super().select_tokens(model, {**inputs, "hidden_states": rows}, index)
 
-    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> Seams:
+    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> ModelPatches:
         def select_rotary(output):
             return None if call.index is None else tuple(gather_rows(table, call.index) for table in output)
 
-        seams = Seams()
-        seams.hook_output(model.rope, select_rotary)
-        seams.hook_output(model.proj_out, on_velocity)
+        patches = ModelPatches()
+        patches.hook_output(model.rope, select_rotary)
+        patches.hook_output(model.proj_out, on_velocity)
         for block in model.transformer_blocks:
             for attn, processor in ((block.attn1, SelfAttention), (block.attn2, TextAttention)):
-                seams.replace_processor(attn, processor(attn.processor, call))
-        return seams
+                patches.replace_processor(attn, processor(attn.processor, call))
+        return patches
 
     def prompt_shapes(self, pipe: Any, model: Any, arguments: Mapping[str, Any]) -> dict[str, tuple]:
         length = arguments["max_sequence_length"]

@@ -17,7 +17,8 @@ import torch
 from heterostep.kernels import gather_rows
 from heterostep.kv.cache import StaticKV
 from heterostep.models.attention import CachedAttention, is_plain, normed_and_rotated
-from heterostep.models.base import Adapter, Call, Family, Kind, Seams, TokenGrid
+from heterostep.models.base import Call, Checkpoint, Family, ModelPatches, TokenGrid
+from heterostep.models.ltx import GuidanceInBatch
 
 
 def _normed_and_rotated(attn: Any, norm: Any, x: torch.Tensor, rotary_emb: Any, by_head: bool = False) -> torch.Tensor:
@@ -100,12 +101,12 @@ class VideoAttention(CachedAttention):
         """
         split = self.split(key)
         if own:
-            query, key, value = self.ranks.to_heads(split, query, key, value)
+            query, key, value = self.ranks.tokens_to_heads(split, query, key, value)
         else:
-            (query,), (key, value) = self.ranks.own_heads(query), self.ranks.to_heads(split, key, value)
+            (query,), (key, value) = self.ranks.shard_heads(query), self.ranks.tokens_to_heads(split, key, value)
         key, value = self.kv.update(key, value, self.call.index)
         out = self.attend(query, key, value, mask)
-        return self.ranks.to_tokens(split, out) if own else self.ranks.all_heads(out)
+        return self.ranks.heads_to_tokens(split, out) if own else self.ranks.gather_heads(out)
 
 
 class AudioAttention(VideoAttention):
@@ -114,7 +115,7 @@ class AudioAttention(VideoAttention):
     Every rank has them whole.
     """
 
-    # Stays empty.
+    # Stays empty. Its presence alone says that the call is not the plain model's.
     store = StaticKV
 
     def key_value(self, attn: Any, states: torch.Tensor, rotary_emb: Any) -> tuple[torch.Tensor, ...]:
@@ -147,11 +148,11 @@ class TextAttention(AudioAttention):
         return value.flatten(2, 3), key, value
 
 
-class LTX2Adapter(Adapter):
-    """See `heterostep.models.base.Adapter`."""
+class LTX2Adapter(GuidanceInBatch):
+    """See `heterostep.models.base.Adapter`. The calls for STG and modality guidance have one branch in their batch."""
 
     # The audio's velocity is wanted at every step; a video token more or less costs nothing beside it.
-    least_active = 1
+    min_active = 1
     parallel = True
 
     def token_grid(self, model: Any, inputs: dict[str, Any]) -> TokenGrid:
@@ -163,12 +164,7 @@ class LTX2Adapter(Adapter):
         frames, height, width = (size // patch for size, patch in zip(sizes, patches, strict=True))
         return TokenGrid(frames, height, width, extra=num_tokens - frames * height * width)
 
-    def guidance_copies(self, pipe: Any) -> int:
-        # The first call has [without prompt, with prompt] in its batch; those for STG and modality guidance have one.
-        # Modular pipelines make a call of each.
-        return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
-
-    def select(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
+    def select_tokens(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
         hidden_states, coords = inputs["hidden_states"], inputs.get("video_coords")
         if coords is None:
             sizes = (inputs["num_frames"], inputs["height"], inputs["width"])
@@ -182,20 +178,20 @@ class LTX2Adapter(Adapter):
         for name in ("video_self_attention_mask", "video_keyframes_mask"):
             if inputs.get(name) is not None:
                 selected[name] = gather_rows(inputs[name], index)
-        return super().select(model, {**inputs, **selected}, index)
+        return super().select_tokens(model, {**inputs, **selected}, index)
 
-    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> Seams:
-        seams = Seams()
-        seams.hook_output(model.proj_out, on_velocity)
+    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> ModelPatches:
+        patches = ModelPatches()
+        patches.hook_output(model.proj_out, on_velocity)
         text_is_static = not (model.prompt_modulation and model.config.use_prompt_adaln_single)
         for block in model.transformer_blocks:
             for attn in (block.attn1, block.video_to_audio_attn):
-                seams.replace_processor(attn, VideoAttention(attn.processor, call))
+                patches.replace_processor(attn, VideoAttention(attn.processor, call))
             for attn in (block.audio_attn1, block.audio_to_video_attn):
-                seams.replace_processor(attn, AudioAttention(attn.processor, call))
+                patches.replace_processor(attn, AudioAttention(attn.processor, call))
             if text_is_static:
-                seams.replace_processor(block.attn2, TextAttention(block.attn2.processor, call))
-        return seams
+                patches.replace_processor(block.attn2, TextAttention(block.attn2.processor, call))
+        return patches
 
     def cp_plan(self, model: Any) -> dict[str, Any]:
         # diffusers' own splits the text, whose mask it then has no use for, and not all of the rotary tables.
@@ -231,8 +227,8 @@ FAMILIES = {
         LTX2Adapter(),
         ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline", "LTX2ModularPipeline"),
         {
-            "LTX2Pipeline": Kind("LTX2Pipeline", "LTX2ImageToVideoPipeline", 24),
-            "LTX2ImageToVideoPipeline": Kind("LTX2Pipeline", "LTX2ImageToVideoPipeline", 24),
+            "LTX2Pipeline": Checkpoint("LTX2Pipeline", "LTX2ImageToVideoPipeline", 24),
+            "LTX2ImageToVideoPipeline": Checkpoint("LTX2Pipeline", "LTX2ImageToVideoPipeline", 24),
         },
     ),
 }

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from heterostep.kernels import gather_rows
 from heterostep.kv.cache import StaticKV
 from heterostep.models.attention import CachedAttention, is_plain, normed_and_rotated
-from heterostep.models.base import Adapter, Call, Family, Kind, Seams, TokenGrid
+from heterostep.models.base import Adapter, Call, Checkpoint, Family, ModelPatches, TokenGrid
 from heterostep.parallel import ranks_of
 
 # WanAttention gives the text this many states; what comes before them is the image's.
@@ -38,9 +38,9 @@ class SelfAttention(CachedAttention):
         query = normed_and_rotated(attn.norm_q, query, rotary_emb, attn.heads)
         key = normed_and_rotated(attn.norm_k, key, rotary_emb, attn.heads, by_head=True)
         split = self.split(hidden_states)
-        query, key, value = self.ranks.to_heads(split, query, key, value.unflatten(2, (attn.heads, -1)))
+        query, key, value = self.ranks.tokens_to_heads(split, query, key, value.unflatten(2, (attn.heads, -1)))
         key, value = self.kv.update(key, value, self.call.index)
-        out = self.ranks.to_tokens(split, self.attend(query, key, value))
+        out = self.ranks.heads_to_tokens(split, self.attend(query, key, value))
         return attn.to_out[1](attn.to_out[0](out))
 
     def prepare(self, attn: Any, hidden_states: torch.Tensor) -> None:
@@ -101,12 +101,12 @@ class WanAdapter(Adapter):
         sizes, patch = inputs["hidden_states"].shape[2:], model.config.patch_size
         return TokenGrid(*(size // p for size, p in zip(sizes, patch, strict=True)))
 
-    def from_frames(self, model: Any, inputs: dict[str, Any]) -> bool:
+    def is_image_conditioned(self, model: Any, inputs: dict[str, Any]) -> bool:
         # Image-to-video checkpoints are given the frames' latents in channels beside the noisy ones.
         channels = inputs["hidden_states"].shape[1]
-        return channels > (model.config.out_channels or channels) or super().from_frames(model, inputs)
+        return channels > (model.config.out_channels or channels) or super().is_image_conditioned(model, inputs)
 
-    def arrange(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
+    def unpatchify(self, model: Any, grid: TokenGrid, velocities: torch.Tensor) -> torch.Tensor:
         # Of a token's values the channels come last.
         patches = velocities.unflatten(2, (*model.config.patch_size, -1)).unflatten(1, grid.shape)
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
@@ -120,35 +120,35 @@ class WanAdapter(Adapter):
         low_noise = (pipe.scheduler.timesteps < boundary).nonzero()
         return int(low_noise[0]) if len(low_noise) else None
 
-    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> Seams:
-        def select_patches(output):
+    def install(self, model: Any, call: Call, on_velocity: Callable[[torch.Tensor], Any]) -> ModelPatches:
+        def select_rows(output):
             if call.index is None:
                 return None
             rows = output.flatten(2).transpose(1, 2)
             # Control videos may be shorter than the video: the model fills them up, but after this hook.
             rows = pad(rows, (0, 0, 0, call.num_tokens - rows.shape[1]))
-            index = ranks_of(model._parallel_config).padded(call.index)
+            index = ranks_of(model._parallel_config).pad_to_ranks(call.index)
             return gather_rows(rows, index).transpose(1, 2)[..., None, None]
 
         def select_rotary(output):
             if call.index is None:
                 return None
             ranks = ranks_of(model._parallel_config)
-            index = ranks.padded(call.index)
+            index = ranks.pad_to_ranks(call.index)
             # Context parallelism has split them, all tokens', before.
-            return tuple(ranks.part(gather_rows(ranks.whole(table, 1), index), 1) for table in output)
+            return tuple(ranks.shard(gather_rows(ranks.all_gather(table, 1), index), 1) for table in output)
 
-        seams = Seams()
-        seams.hook_output(model.patch_embedding, select_patches)
-        seams.hook_output(model.rope, select_rotary)
-        seams.hook_output(model.proj_out, on_velocity)
+        patches = ModelPatches()
+        patches.hook_output(model.patch_embedding, select_rows)
+        patches.hook_output(model.rope, select_rotary)
+        patches.hook_output(model.proj_out, on_velocity)
         blocks = [*model.blocks, *getattr(model, "vace_blocks", [])]
         if hasattr(model, "vace_patch_embedding"):
-            seams.hook_output(model.vace_patch_embedding, select_patches)
+            patches.hook_output(model.vace_patch_embedding, select_rows)
         for block in blocks:
             for attn, processor in ((block.attn1, SelfAttention), (block.attn2, CrossAttention)):
-                seams.replace_processor(attn, processor(attn.processor, call))
-        return seams
+                patches.replace_processor(attn, processor(attn.processor, call))
+        return patches
 
     def prompt_shapes(self, pipe: Any, model: Any, arguments: Mapping[str, Any]) -> dict[str, tuple]:
         return {"prompt_embeds": (arguments["max_sequence_length"], model.config.text_dim, model.dtype)}
@@ -175,8 +175,8 @@ FAMILIES = {
             "Wan22Image2VideoModularPipeline",
         ),
         {
-            "WanPipeline": Kind("WanPipeline", "WanImageToVideoPipeline", 16),
-            "WanImageToVideoPipeline": Kind(None, "WanImageToVideoPipeline", 16),
+            "WanPipeline": Checkpoint("WanPipeline", "WanImageToVideoPipeline", 16),
+            "WanImageToVideoPipeline": Checkpoint(None, "WanImageToVideoPipeline", 16),
         },
     ),
     "WanVACETransformer3DModel": Family(VACEAdapter(), ("WanVACEPipeline", "Wan22VaceModularPipeline")),

@@ -25,7 +25,7 @@ from PIL import Image
 from heterostep import configs
 from heterostep.configs import Configuration
 from heterostep.errors import HeterostepError, first_line
-from heterostep.models import FAMILIES, kinds
+from heterostep.models import FAMILIES, known_checkpoints
 from heterostep.pipeline import plain_class, supported, transformers
 
 # The parts that a dry run asks for anything; a pipeline takes None for the others.
@@ -155,7 +155,7 @@ def dry_run_pipeline(
 
 def _pipeline_name(configuration: Configuration, image_to_video: bool) -> str:
     name = configuration.pipeline
-    kind = kinds().get(name)
+    kind = known_checkpoints().get(name)
     if not image_to_video:
         return name if kind is None else kind.text or name
     if kind is not None and kind.image is not None:

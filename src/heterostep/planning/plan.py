@@ -247,7 +247,7 @@ def _plan(
     total, sigmas = grid.num_tokens, _sigmas(seen, sizes["num_inference_steps"])
     num_steps, switch = len(sigmas) - 1, adapter.expert_switch(seen.pipe)
     restarts = () if switch is None or not 0 < switch - seen.first < num_steps else (switch - seen.first,)
-    run = Run(sigmas, Tokens(total, adapter.least_active), restarts, seen.from_frames)
+    run = Run(sigmas, Tokens(total, adapter.min_active), restarts, seen.from_frames)
     schedule = Schedule(config, run)
     schedule.check()
     counts = schedule.plan()

@@ -12,7 +12,7 @@ from typing import Any
 from heterostep import checkpoints, launch, making, parallel, tiny
 from heterostep.errors import HeterostepError, first_line
 from heterostep.order import Order
-from heterostep.pipeline import check_pipeline, spread, transformers
+from heterostep.pipeline import check_pipeline, enable_context_parallel, transformers
 from heterostep.workers.maker import About, Maker, Outcome, Progress
 
 _log = logging.getLogger("heterostep")
@@ -41,12 +41,12 @@ class Rank(Maker):
     def _prepare(self, pipe: Any) -> None:
         for model in transformers(pipe):
             parallel.check_heads(model, self.gpus)
-        spread(pipe, self.gpus)
+        enable_context_parallel(pipe, self.gpus)
         check_pipeline(pipe)
 
     def _check(self, job: str) -> None:
         # Rank 0 alone is told. All go on or none does, or those that go on would wait for ever.
-        if self._ranks.agreed([float(job in self._cancelled)])[0]:
+        if self._ranks.broadcast_floats([float(job in self._cancelled)])[0]:
             raise making.Cancelled
 
     def _tell(self, progress: Progress) -> None:
@@ -64,7 +64,7 @@ def main() -> None:
     connection = Connection(launch.pipe())
     model, kind, dtype, with_image = connection.recv()
     try:
-        with parallel.joined(kind) as place:
+        with launch.joined(kind) as place:
             maker = Rank(model, str(place), dtype, connection)
             connection.send(maker.start(with_image))
             _serve(maker, connection)

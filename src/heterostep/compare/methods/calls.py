@@ -114,7 +114,7 @@ def blocks_of(model: Any) -> tuple[str, torch.nn.ModuleList]:
 
 def samples_of(pipe: Any, model: Any, inputs: dict[str, Any]) -> int:
     """How many videos are being made, seen from the first call of a step."""
-    return inputs["hidden_states"].shape[0] // FAMILIES[type(model).__name__].adapter.guidance_copies(pipe)
+    return inputs["hidden_states"].shape[0] // FAMILIES[type(model).__name__].adapter.cfg_batch_factor(pipe)
 
 
 def ratios(above: torch.Tensor, below: torch.Tensor, samples: int) -> np.ndarray:

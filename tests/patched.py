@@ -7,7 +7,7 @@ from typing import Any
 from heterostep.engine.calls import DirectCalls
 
 
-class Seamed(DirectCalls):
+class Patched(DirectCalls):
     """Args: model, and the inputs of one of its forwards by name. `plain_output` is the untouched model's."""
 
     def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
