@@ -163,9 +163,13 @@ def check_target(config: HSAConfig, num_steps: int) -> float:
         HeterostepError: it cannot; says what the lowest target is.
     """
     from heterostep.engine.schedule import Schedule
-    from heterostep.policy import Run
+    from heterostep.policy import Run, find
     from heterostep.sigmas import nominal_sigmas
 
+    try:
+        find(config.policy)
+    except HeterostepError as error:
+        raise HeterostepError(str(error), "policy") from error
     schedule = Schedule(config, Run(nominal_sigmas(num_steps)))
     schedule.check()
     return sum(schedule.plan()) / num_steps / schedule.run.tokens.total

@@ -10,7 +10,7 @@ from PIL import Image
 from heterostep import cli
 from heterostep.batch import lines, manifest
 from heterostep.errors import HeterostepError
-from heterostep.order import BadField, Order
+from heterostep.order import Order
 from heterostep.workers.maker import Made
 
 
@@ -67,7 +67,7 @@ def test_a_first_frame_is_found_beside_the_file_and_belongs_to_the_key(file, tmp
     Image.new("RGB", (64, 64), "red").save(tmp_path / "first.png")
     assert read(file(row)).good[0].key != line.key
     (tmp_path / "first.png").unlink()
-    with pytest.raises(BadField, match="cannot read the image"):
+    with pytest.raises(HeterostepError, match="cannot read the image"):
         line.order()
 
 

@@ -230,7 +230,7 @@ def test_scene_without_a_shape_fails_in_one_line(no_model, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--runtime", "0"], "runtime must be above 0"),
+        (["--runtime", "0"], "heterostep: --runtime must be above 0"),
         (["--runtime", "1.5"], "at most 1"),
         (["--share", "-0.1"], "share must be above 0"),
         (["--share", "nan"], "share must be above 0"),
@@ -238,15 +238,15 @@ def test_scene_without_a_shape_fails_in_one_line(no_model, capsys):
         (["--runtime", "0.5", "--share", "0.5"], "not both"),
         (["--dense", "--runtime", "0.5"], "--dense"),
         (["--dense", "--both"], "--dense"),
-        (["--share", "0.01"], "lowest possible"),
+        (["--share", "0.01"], "heterostep: --share=0.01 is below the lowest possible"),
         (["--runtime", "0.2", "--steps", "4"], "lowest possible"),
-        (["--policy", "best"], "policy must be one of auto, hsa"),
-        (["--policy", "hsa", "--sparse-share", "0.2"], "sparse_share belongs to policy='auto'"),
+        (["--policy", "best"], "heterostep: --policy must be one of auto, hsa"),
+        (["--policy", "hsa", "--sparse-share", "0.2"], "heterostep: --sparse-share belongs to policy='auto'"),
         (["--steps", "0"], "--steps"),
         (["--steps", "10001"], "--steps"),
         (["--out", ""], ". is a folder: give a file that ends in .mp4"),
         (["--out", "v" * 300 + ".mp4"], "vvv... is too long"),
-        (["--model", ""], "the name of the model is empty"),
+        (["--model", ""], "heterostep: --model: the name of the model is empty"),
         (["--image", "missing.png"], "no image missing.png"),
         (["--out", "nowhere/video.mp4"], "no folder nowhere"),
         (["--out", "video.gif"], ".mp4"),
@@ -303,8 +303,8 @@ def test_sizes_the_model_cannot_do(pipes, capsys, arguments, message):
 
 
 def test_a_folder_that_is_no_model(no_model, capsys):
-    Path("model").mkdir()
-    assert "no diffusers model" in only_line(fails(capsys, "--model", "model"))
+    Path("weights").mkdir()
+    assert "--model: weights is not a diffusers folder or hub id" in only_line(fails(capsys, "--model", "weights"))
 
 
 def test_a_name_of_plan_and_bench_is_told_as_a_hub_id(no_model, capsys):
@@ -369,13 +369,14 @@ def test_an_image_for_a_model_of_text_alone(tmp_path, monkeypatch, capsys):
     small_pipeline(expand_timesteps=False).save_pretrained("model")
     Image.new("RGB", (64, 64)).save("first.png")
     line = only_line(fails(capsys, "--model", "model", "--image", "first.png", *SMALL))
-    assert "leave out --image" in line
+    assert line == "heterostep: --image: model makes videos from text alone: leave the first frame out\n"
 
 
 def test_a_model_of_images_without_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small_pipeline(image_to_video=True).save_pretrained("model")
-    assert "--image" in only_line(fails(capsys, "--model", "model", *SMALL))
+    line = only_line(fails(capsys, "--model", "model", *SMALL))
+    assert line == "heterostep: --image: model makes videos from a first frame: give one\n"
 
 
 def _interrupt_at(monkeypatch, step, error):
@@ -451,7 +452,7 @@ def test_the_k_v_store_is_chosen_and_told(pipes, capsys):
     assert "(fp8-offload)" in out and "in host memory" in out
     memory = json.loads(Path("report.json").read_text())["memory"]
     assert memory["kv_store"] == "fp8-offload" and memory["kv_host_bytes"] > 0 and not memory["fell_back"]
-    assert "kv_store must be one of" in only_line(fails(capsys, *SMALL, "--kv-store", "disk"))
+    assert "--kv-store must be one of" in only_line(fails(capsys, *SMALL, "--kv-store", "disk"))
     for vram in ("0", "1e308"):
         assert "vram must be" in only_line(fails(capsys, *SMALL, "--vram", vram))
 
@@ -615,7 +616,7 @@ def test_compare_wants_no_more_prompts_than_a_model_brings(no_model, capsys):
     Path("model/heterostep.json").write_text(json.dumps({"held_out": [{"prompt": "a cat"}]}))
     assert cli.main(["compare", *SMALL, "--model", "model", "--count", "2"]) == 2
     err = only_line(capsys.readouterr().err)
-    assert err == "heterostep: --count 2 is more than model's own prompts (1): lower it, or give --prompts\n"
+    assert err == "heterostep: --count 2 is more than model's own prompts (1): lower it, or give a file of prompts\n"
     assert files() == ["model"]
 
 

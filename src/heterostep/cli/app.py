@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             launch.follow()
             given = _renamed(sys.argv[1:] if arguments is None else arguments)
             code = app(given, prog_name="heterostep", standalone_mode=False, obj=given)
-    except (HeterostepError, OSError) as error:
+    except HeterostepError as error:
+        return _fail(_by_option(error), 2)
+    except OSError as error:
         return _fail(first_line(error), 2)
     except typer.TyperException as error:
         return _fail(_told(error), 2)
@@ -79,6 +81,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == 130:
         return _fail("interrupted", 130)
     return code or 0
+
+
+def _by_option(error: HeterostepError) -> str:
+    """A fault, beginning with the option that it is about as the command writes it."""
+    message, field = first_line(error), error.field or ""
+    option = f"--{field.replace('_', '-')}"
+    commands: Any = typer.main.get_command(app)
+    if not any(option in each.opts for command in commands.commands.values() for each in command.params):
+        return message
+    names_it = message.startswith((f"{field} ", f"{field}="))
+    return option + message.removeprefix(field) if names_it else f"{option}: {message}"
 
 
 def _told(error: typer.TyperException) -> str:

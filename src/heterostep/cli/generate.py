@@ -21,7 +21,6 @@ from heterostep.cli.options import (
     SYNC_HELP,
     check_guidance,
     check_outputs,
-    in_options,
     is_seen,
     on_device,
     silence,
@@ -193,6 +192,4 @@ def _summary(
     lines = making.summary(result, reference) | {"files": ", ".join(map(str, files))}
     if stores and result.report.memory.kv_store == "none":
         lines["memory"] += f"; {' and '.join(stores)} had no effect"
-    if "advice" in lines:
-        lines["advice"] = in_options(lines["advice"])
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())

@@ -67,15 +67,6 @@ def check_outputs(*outputs: tuple[Path | None, tuple[str, ...]]) -> None:
         raise HeterostepError("two outputs have the same path")
 
 
-def in_options(advice: str) -> str:
-    """Advice of a report or a plan by the command's options."""
-    return (
-        advice.replace("num_inference_steps=", "--steps ")
-        .replace("num_inference_steps", "--steps")
-        .replace("raise runtime", "raise --runtime")
-    )
-
-
 def why_foreign(prompt: str) -> str | None:
     """What the bundled model cannot follow in a prompt; None where it can."""
     from heterostep.tiny import world

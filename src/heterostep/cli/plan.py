@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import filesize
 
-from heterostep.cli.options import DTYPE_HELP, MOST_STEPS, POLICY_HELP, in_options, silence
+from heterostep.cli.options import DTYPE_HELP, MOST_STEPS, POLICY_HELP, silence
 from heterostep.config import HSAConfig
 from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError
@@ -98,7 +98,7 @@ def _show_plan(made: Plan, config: HSAConfig, asked: int | None) -> None:
         f"({grid}), {made.calls} transformer calls a step",
         "steps": f"{len(made.active_share)}; {dial}: {made.share:.3f} of the dense token evaluations",
         "at first": made.evaluated,
-        **({"advice": in_options(made.advice)} if made.advice else {}),
+        **({"advice": made.advice} if made.advice else {}),
         **({"on each of": f"{made.gpus} GPUs, what follows"} if made.gpus > 1 else {}),
         "weights": ", ".join(f"{name} {filesize.decimal(size)}" for name, size in made.weights.items()),
         "activations": filesize.decimal(made.activation_bytes),

@@ -78,9 +78,9 @@ def refuses_batch(pipe: Any, with_images: bool) -> str | None:
         return None
     name = type(pipe).__name__
     if name != "WanImageToVideoPipeline":
-        return f"{name} is not known to take several first frames in one call: leave out --batch"
+        return f"{name} is not known to take several first frames in one call: take a batch of 1"
     if any(model.config.image_dim is not None for model in transformers(pipe)):
-        return f"{name} repeats the image encoder's states over a batch of different first frames: leave out --batch"
+        return f"{name} repeats the image encoder's states over a batch of different first frames: take a batch of 1"
     return None
 
 

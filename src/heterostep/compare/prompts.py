@@ -41,16 +41,19 @@ def held_out_of(model: str, count: int, first: int = 0, with_image: bool = False
 
     known = about(model).get("held_out", [])
     if not known:
-        raise HeterostepError(f"give --prompts: {model} comes without prompts of its own")
+        raise HeterostepError(f"{model} comes without prompts of its own: give a file of them", "prompts")
     if first + count > len(known):
-        asked = f"--count {count}" + (f" from --seed {first} on" if first else "")
-        raise HeterostepError(f"{asked} is more than {model}'s own prompts ({len(known)}): lower it, or give --prompts")
+        asked = f"count {count}" + (f" from seed {first} on" if first else "")
+        raise HeterostepError(
+            f"{asked} is more than {model}'s own prompts ({len(known)}): lower it, or give a file of prompts", "count"
+        )
     prompts = []
     for number, entry in enumerate(known[first : first + count], first):
         image = None
         if with_image:
             if "image" not in entry:
-                raise HeterostepError(f"give --prompts: {model}'s own prompts come without first frames")
+                message = f"{model}'s own prompts come without first frames: give a file of prompts"
+                raise HeterostepError(message, "prompts")
             path = Path(model) / entry["image"]
             try:
                 with Image.open(path) as opened:

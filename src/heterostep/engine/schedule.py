@@ -51,7 +51,8 @@ class Schedule:
         if target == 1 or steps > FEW_STEPS or not self.run.from_frames:
             return None
         little = f"with {steps} steps from a first frame there is little to leave out"
-        return f"{little}: num_inference_steps={max(1, round(target * steps))} may give as good a video"
+        fewer = max(1, round(target * steps))
+        return f"{little}: {fewer} step{'' if fewer == 1 else 's'} may give as good a video"
 
     @property
     def lowest_share(self) -> float:
@@ -76,7 +77,8 @@ class Schedule:
             switch = ", with one where the second transformer takes over" if self.run.restarts else ""
             raise HeterostepError(
                 f"{name}={config.target:g} is below the lowest possible {math.ceil(self.lowest_share * 1000) / 1000:g} "
-                f"for {steps} ({self.policy.smallest()}{switch}): raise {name} or take more steps"
+                f"for {steps} ({self.policy.smallest()}{switch}): raise {name} or take more steps",
+                name,
             )
 
     def _check_replay(self, shares: tuple[float, ...]) -> None:
