@@ -35,18 +35,25 @@ def compare(
     prompts: Annotated[
         Path | None, typer.Option(help="File, a prompt a line.  [default: the model's held-out ones]")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, max=MOST_CAPTIONS, help="Held-out captions, without --prompts.")] = 2,
+    count: Annotated[
+        int, typer.Option(min=1, max=MOST_CAPTIONS, help="Number of held-out captions, where there is no --prompts.")
+    ] = 2,
     image_to_video: Annotated[
-        bool, typer.Option("--image-to-video", help="From first frames; in --prompts after a tab.")
+        bool, typer.Option("--image-to-video", help="Start from first frames; in --prompts their paths follow a tab.")
     ] = False,
-    runtimes: Annotated[str, typer.Option(help="Over the dense loop's, comma-separated.")] = "1,0.75,0.5,0.25",
+    runtimes: Annotated[str, typer.Option(help="Targets as fractions of dense, comma-separated.")] = "1,0.75,0.5,0.25",
     methods: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
-    points: Annotated[int, typer.Option(min=1, help="Dial values of methods that are not set by a budget.")] = 4,
+    points: Annotated[
+        int, typer.Option(min=1, help="Number of threshold values swept for methods that have no budget.")
+    ] = 4,
     repeats: Annotated[int, typer.Option(min=1, help="How often everything is timed.")] = 1,
     batch: Annotated[
-        int, typer.Option(min=1, help="Prompts made in one call; above 1 by token evaluations, nothing is timed.")
+        int,
+        typer.Option(
+            min=1, help="Prompts per pipeline call. Above 1, cost is counted in token evaluations instead of seconds."
+        ),
     ] = 1,
-    seeds: Annotated[int, typer.Option(min=1, max=10**6, help="Noises that each prompt is made from.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=10**6, help="Seeds per prompt.")] = 1,
     videos: Annotated[int, typer.Option(min=0, help="Prompts whose videos are shown.")] = 2,
     regime: Annotated[
         str | None,
@@ -63,13 +70,15 @@ def compare(
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first prompt's noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62, help="Seed of the first prompt; the next one has the next.")
+    ] = 0,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
     vbench: Annotated[
-        bool, typer.Option("--vbench", help="Scores by the vbench command; keeps the videos of all prompts.")
+        bool, typer.Option("--vbench", help="Add scores by the vbench command; keeps the videos of all prompts.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Neither progress nor table.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print neither progress nor table.")] = False,
 ) -> None:
     """Draw the quality-runtime frontier of heterostep and its peers on one model."""
     wanted = _runtimes(runtimes)

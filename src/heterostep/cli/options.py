@@ -20,12 +20,15 @@ from heterostep.files import name_is_too_long
 from heterostep.making import is_out_of_memory
 
 DEVICE_HELP = "cpu, cuda or cuda:N; auto takes CUDA where there is one."
-DTYPE_HELP = "auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32 whose products have TF32's ten bits."
+DTYPE_HELP = (
+    "auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32 weights, TF32 matrix products, attention in float16 "
+    "(overflows above 65504)."
+)
 
 
 # Planning takes a moment for each, and no scheduler is made for more.
 MOST_STEPS = 10_000
-POLICY_HELP = "Where evaluations go: auto; hsa, the paper's step divisors; or round-robin, a control."
+POLICY_HELP = "Where evaluations go: auto, or hsa (the paper's step divisors)."
 SYNC_HELP = "K/V of skipped tokens: hold; drift along their last change; or fresh, a bound that saves nothing."
 
 
@@ -96,7 +99,7 @@ def silence() -> Iterator[None]:
         yield
 
 
-GPUS_HELP = "One video on so many GPUs of this machine."
+GPUS_HELP = "GPUs of this machine that make one video together."
 
 
 def start_ranks(gpus: int, device: str, arguments: Sequence[str]) -> None:

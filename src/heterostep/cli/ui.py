@@ -16,12 +16,13 @@ from heterostep.errors import HeterostepError
 
 def ui(
     host: Annotated[str, typer.Option(help="Address to listen on. Whoever reaches it can use it.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
     model: Annotated[str | None, typer.Option(help="Diffusers folder or hub id.  [default: the bundled model]")] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
     open_page: Annotated[
-        bool | None, typer.Option("--open/--no-open", help="In the browser.  [default: where there is a desktop]")
+        bool | None,
+        typer.Option("--open/--no-open", help="Open it in the browser.  [default: where there is a desktop]"),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Do not print the address.")] = False,
 ) -> None:
