@@ -153,6 +153,21 @@ class Models:
             torch.cuda.empty_cache()
 
 
+def usual_steps(model: str | None) -> int | None:
+    """The denoising steps that a model is usually made with; None where they are not known before it is loaded.
+
+    They are those that `heterostep.plan` takes, so that a plan and its run agree.
+    """
+    if model is None:
+        return None
+    from heterostep import configs
+
+    try:
+        return configs.load(model).defaults["num_inference_steps"]
+    except HeterostepError:
+        return None
+
+
 def check_target(config: HSAConfig, num_steps: int) -> float:
     """Whether a run of so many steps can meet its target.
 

@@ -228,7 +228,8 @@ class Order:
         parts += [f"--{self.dial}", f"{self.target:g}"]
         for name in ("model", "policy", "sparse_share", "steps", "guidance", "height", "width", "frames", "negative"):
             value = getattr(self, name)
-            if value != getattr(plain, name):
+            # By default the command takes a model's own number of steps.
+            if value != getattr(plain, name) or (name == "steps" and self.model is not None):
                 parts += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
         parts += ["--seed", str(self.seed)] * bool(self.seed) + ["--both"] * self.dense
         return shlex.join(parts)

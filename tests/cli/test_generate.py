@@ -137,6 +137,18 @@ def test_sizes_are_the_models_unless_given(pipes, monkeypatch):
     assert read_video("video.mp4")[0].shape == (5, 32, 48, 3)
 
 
+def test_a_plan_and_its_run_take_the_models_own_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small_wan("wan2.1-t2v").save_pretrained("model")
+    size = ["--model", "model", "--height", "32", "--width", "32", "--frames", "5", "--share", "0.1"]
+    assert cli.main(["plan", *size, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_inference_steps"] == 50
+    assert cli.main(["generate", PROMPT, *size, "--dtype", "float32", "--report", "report.json", "--quiet"]) == 0
+    assert json.loads(Path("report.json").read_text())["num_inference_steps"] == 50
+    assert making.usual_steps("Lightricks/LTX-2") == 40
+    assert making.usual_steps("a/b") is None and making.usual_steps(None) is None
+
+
 def test_image_to_video_starts_from_the_image(pipes):
     Image.new("RGB", (100, 50), "teal").save("first.png")
     assert cli.main(["generate", PROMPT, *SMALL, "--image", "first.png", "--quiet"]) == 0

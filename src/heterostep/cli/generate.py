@@ -31,7 +31,9 @@ from heterostep.config import HSAConfig
 from heterostep.devices import Dtype, precision_of
 from heterostep.errors import HeterostepError
 from heterostep.files import replacing
-from heterostep.order import check_model, check_prompt
+from heterostep.order import DEFAULT_STEPS, check_model, check_prompt
+
+STEPS_HELP = "Denoising steps.  [default: the model's, as in plan, or 40 where they are not known]"
 
 
 class Solver(str, Enum):
@@ -81,7 +83,7 @@ def generate(
     vram: Annotated[
         float | None, typer.Option(help="Gigabytes that --kv-store auto may plan with.  [default: what is free]")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.")] = 40,
+    steps: Annotated[int | None, typer.Option(min=1, max=MOST_STEPS, help=STEPS_HELP)] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
@@ -128,9 +130,10 @@ def generate(
         vram=vram,
         solver=solver.value,
     )
+    check_model(model)
+    steps = steps or making.usual_steps(model) or DEFAULT_STEPS
     making.check_target(config, steps)
     check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
-    check_model(model)
     picture = making.open_image(image) if image is not None else None
     start_ranks(gpus, device, context.obj)
     quiet = quiet or not is_seen(gpus)
