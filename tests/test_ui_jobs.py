@@ -233,7 +233,7 @@ def test_an_unexpected_fault_ends_one_job_alone(studio, monkeypatch, caplog):
         ({"target": "1.5"}, "target", "from 0.001 to 1"),
         ({"target": "nan"}, "target", "from 0.001 to 1"),
         ({"target": "0.05"}, "target", "lowest possible 0.084 for 12 steps"),
-        ({"model": "/no/such/folder"}, "model", "there is no folder /no/such/folder"),
+        ({"model": "/no/such/folder"}, "model", "the folder /no/such/folder does not exist"),
         ({"dial": "speed"}, "target", "runtime or a share"),
         ({"policy": "fastest"}, "policy", "policy"),
         ({"policy": "hsa", "sparse_share": "0.5"}, "sparse_share", "belongs to"),
@@ -294,6 +294,6 @@ def test_seconds_are_found_by_the_next_session(cache):
 
 
 def test_a_page_for_others_runs_one_model(pipes):
-    with Studio(only=True) as studio, pytest.raises(HeterostepError, match="one model alone") as told:
+    with Studio(only=True) as studio, pytest.raises(HeterostepError, match="only runs its own model") as told:
         studio.submit(order(model="some/model"))
     assert told.value.field == "model"

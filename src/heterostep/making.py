@@ -71,7 +71,7 @@ def open_image(source: str | os.PathLike[str] | BinaryIO, name: str | None = Non
         if Path(name).is_dir():
             raise HeterostepError(f"{name} is a folder, not an image")
         if not Path(name).is_file():
-            raise HeterostepError(f"there is no image {name}")
+            raise HeterostepError(f"the image {name} does not exist")
     try:
         with Image.open(source) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")

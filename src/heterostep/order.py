@@ -298,7 +298,7 @@ def check_model(model: str | None) -> None:
             hub_id = configs.load(model).repository
             message = f"{model} is a name for plan and bench: give {hub_id} or the checkpoint's folder"
             raise HeterostepError(message, "model")
-        raise HeterostepError(f"there is no folder {model}", "model")
+        raise HeterostepError(f"the folder {model} does not exist", "model")
 
 
 def _shown(value: Any) -> str:

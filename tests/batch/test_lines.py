@@ -74,9 +74,9 @@ def test_a_first_frame_is_found_beside_the_file_and_belongs_to_the_key(file, tmp
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"prompt": "a', "no JSON"),
-        ('["a cat"]', "no object of JSON"),
-        ("[" * 100_000, "no JSON"),
+        ('{"prompt": "a', "^not valid JSON; expected a line such as"),
+        ('["a cat"]', "^not a JSON object"),
+        ("[" * 100_000, "^not valid JSON; expected a line such as"),
         ({}, "the prompt is empty: say what the video should show"),
         ({"prompt": " "}, "the prompt is empty"),
         ({"prompt": 3}, "prompt should be a text, not 3"),
@@ -113,7 +113,7 @@ def test_bytes_that_are_no_text_spoil_their_line_alone(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a cat"}\r\n{"prompt": "caf\xe9"}\r\n')
     found = read(path)
-    assert len(found.good) == 1 and found.bad[0].message == "it is no text in UTF-8"
+    assert len(found.good) == 1 and found.bad[0].message == "not UTF-8 text"
 
 
 def test_two_requests_of_one_name(file):
@@ -122,7 +122,7 @@ def test_two_requests_of_one_name(file):
 
 
 def test_files_without_lines(file, tmp_path):
-    with pytest.raises(HeterostepError, match="there is no file"):
+    with pytest.raises(HeterostepError, match="does not exist"):
         read(tmp_path / "none.jsonl")
     with pytest.raises(HeterostepError, match="has no lines"):
         read(file("", "  "))
@@ -210,7 +210,7 @@ def test_without_ray_the_command_says_what_to_install(monkeypatch, tmp_path, cap
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n')
     assert cli.main(["batch", str(path), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == "heterostep: a batch wants Ray: pip install '.[ray]' in heterostep's checkout\n"
+    assert capsys.readouterr().err == "heterostep: a batch needs Ray: pip install '.[ray]' in heterostep's checkout\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -259,7 +259,7 @@ def test_scene_without_a_shape_fails_in_one_line(no_model, capsys):
         (["--out", ""], ". is a folder: give a file that ends in .mp4"),
         (["--out", "v" * 300 + ".mp4"], "vvv... is too long"),
         (["--model", ""], "heterostep: --model: the name of the model is empty"),
-        (["--image", "missing.png"], "no image missing.png"),
+        (["--image", "missing.png"], "the image missing.png does not exist"),
         (["--out", "nowhere/video.mp4"], "no folder nowhere"),
         (["--out", "video.gif"], ".mp4"),
         (["--report", "report.txt"], ".json"),
@@ -325,7 +325,7 @@ def test_a_name_of_plan_and_bench_is_told_as_a_hub_id(no_model, capsys):
 
 
 def test_a_path_that_is_no_folder(no_model, capsys):
-    assert "there is no folder ./models/wan" in only_line(fails(capsys, "--model", "./models/wan"))
+    assert "the folder ./models/wan does not exist" in only_line(fails(capsys, "--model", "./models/wan"))
 
 
 @pytest.mark.parametrize("option", [["--policy", "hsa"], ["--sync", "drift"], ["--both"]])
@@ -474,7 +474,7 @@ def test_the_papers_policy_with_k_v_in_drift(pipes, capsys):
     assert cli.main([*arguments, "--report", "report.json"]) == 0
     report = json.loads(Path("report.json").read_text())
     assert any(0 < share < 1 for share in report["active_share"]) and report["memory"]["kv_cache_bytes"] > 0
-    assert "sync must be one of" in only_line(fails(capsys, *SMALL, "--sync", "slide"))
+    assert "--sync must be one of" in only_line(fails(capsys, *SMALL, "--sync", "slide"))
 
 
 def test_ctrl_c_is_one_line_and_restores_the_pipeline(pipes, capsys, monkeypatch):
@@ -590,10 +590,10 @@ def test_compare_in_batches(pipes, capsys, mode):
         (["--guidance", "nan"], "--guidance must be a number of at least 0, not nan"),
         (["--guidance", "-1"], "not -1"),
         (["--prompts", "empty.txt"], "empty.txt has no prompts"),
-        (["--prompts", "prompts.txt", "--image-to-video"], "line 1: image-to-video wants a tab"),
+        (["--prompts", "prompts.txt", "--image-to-video"], "line 1: image-to-video needs a tab"),
         (["--prompts", "latin.txt"], "latin.txt is no text"),
-        (["--out", "empty.txt"], "empty.txt is no folder"),
-        (["--out", "empty.txt/deep/report"], "empty.txt is no folder"),
+        (["--out", "empty.txt"], "empty.txt is not a folder"),
+        (["--out", "empty.txt/deep/report"], "empty.txt is not a folder"),
     ],
 )
 def test_compare_used_wrongly(no_model, capsys, arguments, message):

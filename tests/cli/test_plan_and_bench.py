@@ -230,8 +230,8 @@ def test_out_of_memory_in_a_bench_is_one_line(capsys, monkeypatch):
     [
         (["bench"], "--config"),
         (["bench", "--config", "magic"], "magic is neither"),
-        ([*BENCH, "--shares", "half"], "--shares wants numbers, as in 0.5,0.25, not 'half'"),
-        ([*BENCH, "--shares", ""], "--shares wants numbers"),
+        ([*BENCH, "--shares", "half"], "--shares expects numbers, as in 0.5,0.25, not 'half'"),
+        ([*BENCH, "--shares", ""], "--shares expects numbers"),
         ([*BENCH, "--shares", "0.5,1"], "shares must be above 0 and below 1"),
         ([*BENCH, "--shares", "0,0.5"], "shares must be above 0 and below 1"),
         ([*BENCH, "--shares", "nan"], "shares must be above 0 and below 1"),

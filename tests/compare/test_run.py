@@ -383,7 +383,7 @@ def test_prompts_come_from_a_file_or_are_held_out(tmp_path):
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n")
     assert read_prompts(tmp_path / "marked.txt", 0, None)[0].text == "a cat"
     (tmp_path / "other.txt").write_bytes("a caf\u00e9\n".encode("latin-1"))
-    with pytest.raises(HeterostepError, match="no text in UTF-8: .* at byte 5"):
+    with pytest.raises(HeterostepError, match="not UTF-8 text: .* at byte 5"):
         read_prompts(tmp_path / "other.txt", 0, None)
     first, second = held_out(2, with_image=True)
     assert first.text != second.text and first.image.shape == (192, 192, 3)

@@ -429,7 +429,7 @@ def test_a_number_of_frames_that_the_model_does_not_make_is_diffusers_own(model,
     ("model", "options", "message"),
     [
         ("magic", dict(runtime=0.5), "magic is neither a diffusers folder nor a bundled configuration"),
-        (None, dict(runtime=0.5), "plan wants a name, a folder or a pipeline, not None"),
+        (None, dict(runtime=0.5), "plan expects a name, a folder or a pipeline, not None"),
         ("wan2.1-t2v-1.3b", dict(runtime=0.5, speed=2), "no such option: speed"),
         ("wan2.1-t2v-1.3b", dict(), "exactly one of runtime and share"),
         ("wan2.1-t2v-1.3b", dict(runtime=0.5, share=0.5), "exactly one of runtime and share"),

@@ -71,7 +71,7 @@ def read(path: Path, defaults: Mapping[str, Any], model: str | None) -> Lines:
         HeterostepError: there is no such file, or it has no lines.
     """
     if not path.is_file():
-        raise HeterostepError(f"there is no file {path}")
+        raise HeterostepError(f"{path} does not exist")
     good: dict[str, Line] = {}
     bad: list[BadLine] = []
     stems: dict[str, int] = {}
@@ -99,11 +99,13 @@ def _line(number: int, raw: bytes, folder: Path, defaults: Mapping[str, Any], mo
     try:
         data = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise HeterostepError("it is no text in UTF-8") from error
+        raise HeterostepError("not UTF-8 text") from error
     except (ValueError, RecursionError) as error:
-        raise HeterostepError('it is no JSON; a line is such as {"prompt": "a red circle", "seed": 1}') from error
+        raise HeterostepError(
+            'not valid JSON; expected a line such as {"prompt": "a red circle", "seed": 1}'
+        ) from error
     if not isinstance(data, dict):
-        raise HeterostepError('it is no object of JSON, such as {"prompt": "a red circle", "seed": 1}')
+        raise HeterostepError('not a JSON object, such as {"prompt": "a red circle", "seed": 1}')
     image, name = (data.pop(each, None) for each in OWN)
     if data.get("model") not in (None, model):
         raise HeterostepError("a batch has one model: name it for the whole batch, not in a line", "model")

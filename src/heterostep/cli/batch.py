@@ -107,7 +107,7 @@ def check_ray(module: str, what: str) -> None:
     except ModuleNotFoundError:
         there = False
     if not there:
-        raise HeterostepError(f"{what} wants Ray: pip install '.[ray]' in heterostep's checkout")
+        raise HeterostepError(f"{what} needs Ray: pip install '.[ray]' in heterostep's checkout")
 
 
 class _Watcher:

@@ -61,7 +61,7 @@ def bench(
     try:
         wanted = tuple(float(part) for part in shares.split(","))
     except ValueError as error:
-        raise HeterostepError(f"--shares wants numbers, as in 0.5,0.25, not {shares!r}") from error
+        raise HeterostepError(f"--shares expects numbers, as in 0.5,0.25, not {shares!r}") from error
     start_ranks(gpus, device, context.obj)
     quiet = quiet or not is_seen(gpus)
     from heterostep.bench import Size

@@ -91,11 +91,11 @@ def compare(
     if prompts is not None and prompts.is_dir():
         raise HeterostepError(f"{prompts} is a folder, not a file of prompts")
     if prompts is not None and not prompts.is_file():
-        raise HeterostepError(f"there is no file {prompts}")
+        raise HeterostepError(f"{prompts} does not exist")
     check_model(model)
     if missing := [name for name in ("torchmetrics", "jinja2") if importlib.util.find_spec(name) is None]:
         raise HeterostepError(
-            f"the comparison wants {' and '.join(missing)}: pip install '.[compare]' in heterostep's checkout"
+            f"the comparison needs {' and '.join(missing)}: pip install '.[compare]' in heterostep's checkout"
         )
     if vbench:
         from heterostep.compare import vbench as scores
@@ -202,7 +202,7 @@ def _runtimes(text: str) -> tuple[float, ...]:
     except ValueError:
         values = ()
     if not values or not all(0 < value <= 1 for value in values):
-        raise HeterostepError(f"--runtimes wants numbers above 0 and at most 1, as in 1,0.5,0.25, not {text!r}")
+        raise HeterostepError(f"--runtimes expects numbers above 0 and at most 1, as in 1,0.5,0.25, not {text!r}")
     return values
 
 

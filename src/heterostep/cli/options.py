@@ -41,7 +41,7 @@ def check_folder(path: Path) -> None:
     """Whether the folder is there or can be made, before any work."""
     there = next(each for each in (path, *path.parents) if each.exists())
     if not there.is_dir():
-        raise HeterostepError(f"{there} is no folder")
+        raise HeterostepError(f"{there} is not a folder")
     _try_to_write(there)
 
 

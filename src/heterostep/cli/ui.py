@@ -29,7 +29,7 @@ def ui(
     """Make videos on a page in the browser, dense and faster side by side."""
     wanted = {"starlette": "starlette", "uvicorn": "uvicorn", "python_multipart": "python-multipart"}
     if missing := [name for module, name in wanted.items() if importlib.util.find_spec(module) is None]:
-        raise HeterostepError(f"the page wants {' and '.join(missing)}: pip install '.[ui]' in heterostep's checkout")
+        raise HeterostepError(f"the page needs {' and '.join(missing)}: pip install '.[ui]' in heterostep's checkout")
     with silence():
         from heterostep.addresses import is_loopback, listen
         from heterostep.order import check_model

@@ -90,7 +90,9 @@ class Runner:
             HeterostepError: one is under way already.
         """
         if self._thread is not None:
-            raise HeterostepError("the pipeline is running already: give each thread, or nested call, one of its own")
+            raise HeterostepError(
+                "the pipeline is already running: use a separate pipeline for each thread or nested call"
+            )
 
     def begin(self, correction: Correction) -> None:
         """The pipeline is being called: what the transformers are asked for in this thread is its generation.

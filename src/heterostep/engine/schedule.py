@@ -85,10 +85,12 @@ class Schedule:
         if len(shares) != self.run.num_steps:
             raise HeterostepError(f"share has {len(shares)} active shares, but the run has {self.run.num_steps} steps")
         if shares[0] < 1:
-            raise HeterostepError("the first active share must be 1: there is no velocity yet that could be held")
+            raise HeterostepError("share[0] must be 1: the first step has no previous velocity to reuse")
         first = next((step for step, share in enumerate(shares) if 0 < share < 1), len(shares))
         if shares[:first].count(1.0) < 2 and first < len(shares):
-            raise HeterostepError(f"two active shares of 1 must come before that of step {first}, which ranks tokens")
+            raise HeterostepError(
+                f"the first sparse step (step {first}) needs two dense steps before it, to rank tokens"
+            )
         for step in self.run.restarts:
             if shares[step] < 1:
                 raise HeterostepError(

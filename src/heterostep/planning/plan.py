@@ -174,11 +174,11 @@ def plan(
     config = HSAConfig.of(config, options)
     loaded = hasattr(model, "components")
     if not loaded and not isinstance(model, str | os.PathLike):
-        raise HeterostepError(f"plan wants a name, a folder or a pipeline, not {model!r:.60}")
+        raise HeterostepError(f"plan expects a name, a folder or a pipeline, not {model!r:.60}")
     found = None if loaded else configs.load(model)
     if not found and "Modular" in type(model).__name__:
         raise HeterostepError(
-            f"a forecast wants the usual pipeline in place of {type(model).__name__}, or its checkpoint's name: the "
+            f"a plan needs the usual pipeline in place of {type(model).__name__}, or its checkpoint's name: the "
             "transformer's calls are the same"
         )
     defaults = found.defaults if found else configs.call_defaults(type(model).__name__)

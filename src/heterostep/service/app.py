@@ -134,9 +134,9 @@ async def _read(request: Request) -> tuple[dict[str, Any], Picture | None]:
         try:
             data = json.loads(await request.body())
         except (ValueError, RecursionError) as error:
-            raise Refused(400, "the body is no JSON") from error
+            raise Refused(400, "the body is not valid JSON") from error
         if not isinstance(data, dict):
-            raise Refused(400, "the body is no object of JSON")
+            raise Refused(400, "the body is not a JSON object")
         if data.pop("input_reference", None) is not None:
             message = "a first frame comes as a file: send the request as multipart/form-data"
             raise Refused(400, message, "invalid_value", "input_reference")
@@ -153,7 +153,7 @@ async def _read(request: Request) -> tuple[dict[str, Any], Picture | None]:
                     raise HeterostepError("input_reference should be a file", name)
                 picture = await run_in_threadpool(read_picture, await value.read(), value.filename or "image")
             elif isinstance(value, UploadFile):
-                raise HeterostepError(f"{name} should be no file; the first frame is input_reference", name)
+                raise HeterostepError(f"{name} should not be a file; the first frame is input_reference", name)
             else:
                 data[name] = value
         return data, picture

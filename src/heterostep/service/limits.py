@@ -72,7 +72,7 @@ class Limits:
         fields = dict(data)
         named = fields.pop("model", None)
         if named is not None and named != model_name(model):
-            raise Refused(400, f"this service has the model {model_name(model)} alone", "model_not_found", "model")
+            raise Refused(400, f"this service only runs {model_name(model)}", "model_not_found", "model")
         fps = about.defaults["fps"]
         try:
             if (seconds := fields.pop("seconds", None)) not in (None, ""):

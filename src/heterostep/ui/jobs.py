@@ -155,7 +155,7 @@ class Studio:
         if order.model is None or order.model == self.model:
             return Order(**(vars(order) | {"model": self.model}))
         if self.only:
-            raise HeterostepError("this page runs one model alone: start your own to run another", "model")
+            raise HeterostepError("this page only runs its own model: start your own page to run another", "model")
         return order
 
     def find(self, job_id: str) -> Job | None:
