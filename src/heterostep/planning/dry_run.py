@@ -22,7 +22,7 @@ import diffusers
 import torch
 from PIL import Image
 
-from heterostep import configs
+from heterostep import compat, configs
 from heterostep.configs import Configuration
 from heterostep.errors import HeterostepError, first_line
 from heterostep.models import FAMILIES, kinds
@@ -217,12 +217,7 @@ def _dry_run(
     if not calls:
         raise HeterostepError(f"{type(pipe).__name__} has no step to make: give it more steps or strength")
     from_frames = any(arguments.get(name) is not None for name in GIVEN)
-    return DryRun(pipe, calls[0][0], [inputs for _, inputs in calls], from_frames, _first_step(pipe))
-
-
-def _first_step(pipe: Any) -> int:
-    timesteps, now = pipe.scheduler.timesteps, getattr(pipe, "_current_timestep", None)
-    return 0 if now is None or timesteps.is_meta else int((timesteps - now).abs().argmin())
+    return DryRun(pipe, calls[0][0], [inputs for _, inputs in calls], from_frames, compat.scheduler_step(pipe))
 
 
 def _arguments(
