@@ -6,6 +6,7 @@ import errno
 import io
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from heterostep.compare import summary, table
+from heterostep.compare import measure, summary, table
 from heterostep.compare.judging import Judges, activity, judge, world_scores
 from heterostep.compare.measure import Prompt, counted, generate, likeness, refuses_batch
 from heterostep.compare.methods import METHODS
@@ -251,6 +252,16 @@ def test_rows_tell_skipped_tokens_from_skipped_steps(pipe):
         generate(pipe, PROMPTS[:1], None, 1.0, OPTIONS)
     # Queries and feed-forward of two layers, two guidance branches, 48 tokens, 12 steps.
     assert sum(rows) == 2 * 2 * 2 * 48 * 12
+
+
+def test_why_lpips_is_missing_is_said(monkeypatch):
+    clip = np.zeros((1, 16, 16, 3), np.uint8)
+    measure._perceptual.cache_clear()
+    # So an import fails.
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    found = likeness(clip, clip)
+    measure._perceptual.cache_clear()
+    assert found["lpips"] is None and found["lpips_missing"].startswith("ModuleNotFoundError: ")
 
 
 def test_likeness_of_equal_and_of_other_clips(tmp_path):
