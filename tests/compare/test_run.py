@@ -378,6 +378,15 @@ def test_the_table_marks_winners_and_what_was_not_reached():
     assert "token evaluations" in console.file.getvalue()
 
 
+def test_the_table_says_where_videos_are_identical_to_dense():
+    lines = [{"method": "cache", "points": [point(1.0, summary.IDENTICAL_DB), point(0.4, 30.0)]}]
+    results = {"frontier": summary.frontier(lines, [1.0, 0.7, 0.4]), "methods": [], "settings": {"cost": "runtime"}}
+    console = Console(width=100, file=io.StringIO())
+    table.show(results | {"chance": []}, console)
+    shown = console.file.getvalue()
+    assert shown.count("identical") == 2 and "~identical" in shown and "30.0" in shown and "100.0" not in shown
+
+
 def test_prompts_come_from_a_file_or_are_held_out(tmp_path):
     from PIL import Image
 
@@ -609,7 +618,7 @@ def test_a_models_folder_brings_prompts_and_sizes_along(tmp_path):
     (prompt,) = held_out_of(str(tmp_path), 1, with_image=True)
     assert prompt.image.shape == (48, 64, 3)
     for count, first, fault in (
-        (4, 0, "--count 4 is more than .*'s own prompts .3.: lower it, or give --prompts"),
+        (4, 0, "^count 4 is more than .*'s own prompts .3.: lower it, or give a file of prompts"),
         (2, 2, "--count 2 from --seed 2 on is more than .*'s own prompts"),
         (1, 1, "cannot read the image"),
         (1, 2, "without first frames"),
