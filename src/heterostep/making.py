@@ -168,6 +168,36 @@ def usual_steps(model: str | None) -> int | None:
         return None
 
 
+def check_known_sizes(model: str | None, height: int | None, width: int | None, num_frames: int | None) -> None:
+    """Whether a model makes videos of this size, as far as its configuration tells: no weights are loaded.
+
+    Args:
+        model: as `load` takes it; of hub ids those are known that `heterostep.configs` has.
+        height, width, num_frames: pixels and frames; None is the model's.
+
+    Raises:
+        HeterostepError: it does not; says which sizes it makes.
+    """
+    if (height, width, num_frames) == (None, None, None):
+        return
+    from heterostep import checkpoints, configs, tiny
+    from heterostep.planning.dry_run import meta_pipeline
+
+    try:
+        rules = checkpoints.size_rules(meta_pipeline(configs.load(tiny.WEIGHTS if model is None else model)))
+    except Exception:
+        # Loading it will tell what is wrong.
+        return
+    rules.check(height or rules.multiple, width or rules.multiple, num_frames or 1)
+
+
+def ignores_negative(pipe: Any, options: dict[str, Any]) -> bool:
+    """Whether a negative prompt was given that the call does not look at: it has no guidance between two prompts."""
+    # HunyuanVideo 1.0 is told its guidance scale as a number; the one between two prompts has another name, and is off.
+    embedded = "true_cfg_scale" in inspect.signature(type(pipe).__call__).parameters
+    return bool(options.get("negative_prompt")) and (embedded or options["guidance_scale"] <= 1)
+
+
 def check_target(config: HSAConfig, num_steps: int) -> float:
     """Whether a run of so many steps can meet its target.
 

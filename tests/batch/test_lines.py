@@ -214,6 +214,23 @@ def test_without_ray_the_command_says_what_to_install(monkeypatch, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "97x96"], "--size: width must be a multiple of 16 for this model, not 97"),
+        (["--frames", "10"], "--frames must be a multiple of 4 plus 1 for this model, such as 9, not 10"),
+        (["--size", "97"], "--size should be a width and a height, such as 832x480, not '97'"),
+        (["--runtime", "3"], "--runtime should be from 0.001 to 1, not 3.0"),
+    ],
+)
+def test_faults_of_the_options_are_told_before_a_worker_starts(monkeypatch, tmp_path, capsys, arguments, message):
+    monkeypatch.setattr("heterostep.cli.batch.check_ray", lambda module, what: None)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    assert cli.main(["batch", str(path), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert capsys.readouterr().err == f"heterostep: {message}\n"
+
+
 def test_the_command_is_there_without_importing_ray():
     code = "import sys, heterostep, heterostep.cli; sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

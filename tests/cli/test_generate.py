@@ -314,6 +314,19 @@ def test_sizes_the_model_cannot_do(pipes, capsys, arguments, message):
     assert message in only_line(fails(capsys, *SMALL, *arguments))
 
 
+def test_a_size_that_the_configuration_rules_out_is_told_before_the_model_is_loaded(no_model, capsys):
+    assert "--height must be a multiple of 16" in only_line(fails(capsys, "--height", "97"))
+    line = only_line(fails(capsys, "--frames", "10", "--model", "Lightricks/LTX-2"))
+    assert line == "heterostep: --frames must be a multiple of 8 plus 1 for this model, such as 9, not 10\n"
+
+
+def test_a_negative_prompt_without_guidance_is_told(pipes, capsys):
+    common = ["generate", PROMPT, "--steps", "3", "--dense", "--frames", "1", "--height", "32", "--width", "32"]
+    for guidance, told in (("1", True), ("3", False)):
+        assert cli.main([*common, "--device", "cpu", "--negative", "blur", "--guidance", guidance]) == 0
+        assert ("note: --negative has no effect" in capsys.readouterr().err) == told
+
+
 def test_a_folder_that_is_no_model(no_model, capsys):
     Path("weights").mkdir()
     assert "--model: weights is not a diffusers folder or hub id" in only_line(fails(capsys, "--model", "weights"))

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; every fault is one line on stderr.
 
     Returns:
-        0, 2 for a fault, or 130 after Ctrl-C.
+        0; 1 where a plan does not fit; 2 for a fault; 130 after Ctrl-C.
     """
     try:
         with interrupts.watched():

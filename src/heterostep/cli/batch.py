@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heterostep import interrupts
+from heterostep import interrupts, making
 from heterostep.cli.options import DEVICE_HELP, DTYPE_HELP, check_folder, silence
 from heterostep.devices import Dtype
 from heterostep.errors import HeterostepError, first_line
@@ -62,7 +62,11 @@ def batch(
         given = {"runtime": runtime, "share": share, "steps": steps, "size": size, "frames": frames}
         defaults: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         # A fault of the options is told once, not for each line.
-        Order.of_data({"prompt": "a line", "model": model, **defaults})
+        order = Order.of_data({"prompt": "a line", "model": model, **defaults})
+        try:
+            making.check_known_sizes(model, order.height, order.width, order.frames)
+        except HeterostepError as error:
+            raise HeterostepError(str(error), "frames" if error.field == "frames" else "size") from error
         found = lines.read(prompts, defaults, model)
         from heterostep.workers import cluster
 

@@ -135,6 +135,7 @@ def generate(
     making.check_target(config, steps)
     check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
     picture = making.open_image(image) if image is not None else None
+    making.check_known_sizes(model, height, width, frames)
     start_ranks(gpus, device, context.obj)
     quiet = quiet or not is_seen(gpus)
     if model is None and not quiet and (reason := why_foreign(prompt)):
@@ -148,6 +149,8 @@ def generate(
         asked: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance}
         asked |= {"fps": fps, "prompt": prompt, "negative_prompt": negative, "num_inference_steps": steps}
         options, fps = making.call_options(pipe, defaults, asked, picture)
+        if not quiet and making.ignores_negative(pipe, options):
+            typer.echo("note: --negative has no effect, for this run has no guidance by a negative prompt", err=True)
         with making.memory_advice(
             pipe,
             config,

@@ -54,7 +54,10 @@ def plan(
     dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.bfloat16,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
 ) -> None:
-    """Tokens, memory by K/V store and evaluations of a run, from the configuration alone."""
+    """Tokens, memory by K/V store and evaluations of a run, from the configuration alone.
+
+    Ends with exit code 1 if the run does not fit.
+    """
     from heterostep import configs
 
     if list_models:
@@ -89,8 +92,10 @@ def plan(
         )
     if as_json:
         typer.echo(made.to_json())
-        return
-    _show_plan(made, config, frames)
+    else:
+        _show_plan(made, config, frames)
+    if made.chosen is None or made.chosen.fits is False:
+        raise typer.Exit(1)
 
 
 def _show_plan(made: Plan, config: HSAConfig, asked: int | None) -> None:

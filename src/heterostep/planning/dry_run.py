@@ -80,6 +80,27 @@ def dry_run(
     Raises:
         HeterostepError: the pipeline is not supported, has no such sibling, or refuses the arguments.
     """
+    pipe = meta_pipeline(configuration, image_to_video, dtype)
+    # A file holds only what differs from its class's defaults; built, the encoder has all of its configuration.
+    image_encoder = None if configuration.image_encoder is None else configs.build(configuration.image_encoder).config
+    return _dry_run(
+        pipe,
+        image_encoder,
+        dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps),
+        guidance_scale,
+        batch,
+        options,
+    )
+
+
+def meta_pipeline(
+    configuration: Configuration, image_to_video: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """A configuration's pipeline on the meta device, or its image-to-video sibling; encoders are None.
+
+    Raises:
+        HeterostepError: the pipeline is not supported, or has no such sibling.
+    """
     name = _pipeline_name(configuration, image_to_video)
     _check_support(name, configuration.transformer["class"])
     cls = getattr(diffusers, name)
@@ -91,17 +112,7 @@ def dry_run(
     parts["scheduler"] = getattr(diffusers, configuration.scheduler["class"]).from_config(scheduler)
     if "guider" in parts:
         parts["guider"] = diffusers.ClassifierFreeGuidance()
-    pipe = cls(**parts, **{key: value for key, value in configuration.pipeline_config.items() if key in accepted})
-    # A file holds only what differs from its class's defaults; built, the encoder has all of its configuration.
-    image_encoder = None if configuration.image_encoder is None else configs.build(configuration.image_encoder).config
-    return _dry_run(
-        pipe,
-        image_encoder,
-        dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps),
-        guidance_scale,
-        batch,
-        options,
-    )
+    return cls(**parts, **{key: value for key, value in configuration.pipeline_config.items() if key in accepted})
 
 
 def dry_run_pipeline(
