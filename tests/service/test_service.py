@@ -148,7 +148,7 @@ def test_bodies_that_are_no_request(bench):
     broken = {"input_reference": ("first.png", b"no picture", "image/png")}
     assert fault(post("/v1/videos", data={"prompt": "a"}, files=broken), 400)["param"] == "input_reference"
     odd = {"prompt": ("a.txt", b"a cat", "text/plain")}
-    assert "should be no file" in fault(post("/v1/videos", files=odd), 400)["message"]
+    assert "should not be a file" in fault(post("/v1/videos", files=odd), 400)["message"]
     wide = {"input_reference": ("wide.png", picture(400, 20), "image/png")}
     assert "would be left" in fault(post("/v1/videos", data={"prompt": "a"}, files=wide), 400)["message"]
 
