@@ -59,7 +59,7 @@ def test_wrong_options_are_refused_in_one_line(options):
     [
         ({"policy": "auto", "round_robin": 4, "divisors": (1, 2)}, "leave out divisors"),
         ({"policy": "hsa", "sparse_share": 0.2}, "sparse_share belongs to policy='auto'"),
-        ({"policy": "round-robin"}, "wants round_robin="),
+        ({"policy": "round-robin"}, "needs round_robin="),
         ({"policy": "round-robin", "round_robin": 3, "divisors": (1, 2)}, "leave out divisors"),
         ({"policy": "hsa", "round_robin": 3}, "round_robin belongs to policy='round-robin'"),
     ],

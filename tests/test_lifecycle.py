@@ -222,7 +222,7 @@ def test_a_pipeline_is_called_once_at_a_time():
         run(pipe)
         return {}
 
-    with pytest.raises(HeterostepError, match="running already"):
+    with pytest.raises(HeterostepError, match="already running"):
         run(pipe, callback_on_step_end=again)
     run(pipe)
 
@@ -546,7 +546,7 @@ def test_guidance_that_ends_early_is_in_the_target_of_seconds(last, monkeypatch)
 
 @pytest.mark.parametrize("wrong", [None, 3, "pipe"])
 def test_what_is_no_pipeline_is_one_line(wrong):
-    with pytest.raises(HeterostepError, match="wants a diffusers pipeline"):
+    with pytest.raises(HeterostepError, match="needs a diffusers pipeline"):
         heterostep.disable(wrong)
     with pytest.raises(HeterostepError):
         heterostep.enable(wrong, share=0.5)

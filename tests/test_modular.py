@@ -103,6 +103,6 @@ def test_what_is_no_supported_modular_pipeline_is_one_line():
         heterostep.enable(FluxModularPipeline(), share=0.5)
     assert "\n" not in str(error.value)
     pipe = small_modular("WanModularPipeline")
-    with pytest.raises(HeterostepError, match="wants the usual pipeline in place of WanModularPipeline") as error:
+    with pytest.raises(HeterostepError, match="needs the usual pipeline in place of WanModularPipeline") as error:
         heterostep.plan(pipe, height=64, width=64, num_frames=9, num_inference_steps=8, share=0.5)
     assert "\n" not in str(error.value)

@@ -19,7 +19,7 @@ from PIL import Image
 import heterostep
 from heterostep import making, tiny
 from heterostep.errors import HeterostepError
-from heterostep.order import BadField, Order, check_shape, read_picture
+from heterostep.order import Order, check_shape, read_picture
 from heterostep.ui import jobs
 from heterostep.ui.estimate import Estimates, Size
 from heterostep.ui.jobs import FINAL, Studio
@@ -181,7 +181,7 @@ def test_only_so_many_wait_and_are_kept(studio, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "field", "message"),
     [
-        ({"model": Path(__file__).parent}, "model", "is no diffusers model folder or hub id"),
+        ({"model": Path(__file__).parent}, "model", "is not a diffusers folder or hub id"),
         ({"width": 70}, "width", "^width must be a multiple of 16"),
         ({"frames": 8}, "frames", "^frames must be a multiple of 4 plus 1"),
     ],
@@ -233,7 +233,7 @@ def test_an_unexpected_fault_ends_one_job_alone(studio, monkeypatch, caplog):
         ({"target": "1.5"}, "target", "from 0.001 to 1"),
         ({"target": "nan"}, "target", "from 0.001 to 1"),
         ({"target": "0.05"}, "target", "lowest possible 0.084 for 12 steps"),
-        ({"model": "/no/such/folder"}, "model", "there is no folder /no/such/folder"),
+        ({"model": "/no/such/folder"}, "model", "the folder /no/such/folder does not exist"),
         ({"dial": "speed"}, "target", "runtime or a share"),
         ({"policy": "fastest"}, "policy", "policy"),
         ({"policy": "hsa", "sparse_share": "0.5"}, "sparse_share", "belongs to"),
@@ -245,21 +245,21 @@ def test_an_unexpected_fault_ends_one_job_alone(studio, monkeypatch, caplog):
     ],
 )
 def test_bad_fields_are_told_in_one_line(fields, field, message):
-    with pytest.raises(BadField, match=message) as told:
+    with pytest.raises(HeterostepError, match=message) as told:
         order(**fields)
     assert told.value.field == field and "\n" not in str(told.value)
 
 
 def test_pictures_that_cannot_be_used_are_told():
     for data, message in ((b"no picture", "cannot be read"), (b"", "cannot be read"), (picture(8, 64), "8 x 64")):
-        with pytest.raises(BadField, match=message) as told:
+        with pytest.raises(HeterostepError, match=message) as told:
             read_picture(data, "photo.png")
         assert told.value.field == "image" and "BytesIO" not in str(told.value)
     image = read_picture(picture(64, 300), "x.png").image
-    with pytest.raises(BadField, match="21%"):
+    with pytest.raises(HeterostepError, match="21%"):
         check_shape(image, 64, 64)
     assert check_shape(image, 40, 160) and check_shape(image, 64, 300) is None
-    with pytest.raises(BadField, match="64 x 300"):
+    with pytest.raises(HeterostepError, match="64 x 300"):
         Order.of(FORM, read_picture(picture(64, 300), "x.png"))
 
 
@@ -273,6 +273,9 @@ def test_the_lines_to_copy_say_what_was_ordered():
         *("--share", "0.75", "--policy", "hsa", "--steps", "12", "--guidance", "2.5", "--negative", "blur"),
         *("--seed", "3"),
     ]
+    # Without them it would take the model's own.
+    published = Order.of({"prompt": "a cat", "model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}).command()
+    assert "--steps 40" in published
 
 
 def test_seconds_are_found_by_the_next_session(cache):
@@ -291,6 +294,6 @@ def test_seconds_are_found_by_the_next_session(cache):
 
 
 def test_a_page_for_others_runs_one_model(pipes):
-    with Studio(only=True) as studio, pytest.raises(BadField, match="one model alone") as told:
+    with Studio(only=True) as studio, pytest.raises(HeterostepError, match="only runs its own model") as told:
         studio.submit(order(model="some/model"))
     assert told.value.field == "model"

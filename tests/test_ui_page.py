@@ -215,7 +215,7 @@ def test_faults_are_told_where_they_are(visit):
     page.locator("#target").fill("0.5")
     page.locator("#model").fill("/no/such/folder")
     page.locator("#generate").click()
-    assert error("model") == "There is no folder /no/such/folder." and sideways(page) == 0
+    assert error("model") == "The folder /no/such/folder does not exist." and sideways(page) == 0
     page.locator("#model").fill("")
     page.locator("#frames").fill("8")
     page.locator("#generate").click()
@@ -302,7 +302,7 @@ def test_what_the_command_cannot_do_is_one_line(site, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and f"cannot listen on 127.0.0.1, port {port}" in err and "--port" in err
     assert cli.main(["ui", "--port", "0", "--model", "/no/such/folder", "--no-open"]) == 2
-    assert capsys.readouterr().err == "heterostep: there is no folder /no/such/folder\n"
+    assert capsys.readouterr().err == "heterostep: --model: the folder /no/such/folder does not exist\n"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.2", "::1", "localhost", "0.0.0.0"])

@@ -32,7 +32,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
-        raise HeterostepError(f"--host: no address is called {host}") from error
+        raise HeterostepError(f"cannot resolve host {host}", "host") from error
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -40,7 +40,7 @@ def listen(host: str, port: int) -> socket.socket:
         sock.listen(128)
     except OSError as error:
         sock.close()
-        why = error.strerror or "it is not to be had"
-        other = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
-        raise HeterostepError(f"cannot listen on {host}, port {port} ({why}): give another {other}") from error
+        why = error.strerror or "address unavailable"
+        other = "host" if error.errno == errno.EADDRNOTAVAIL else "port"
+        raise HeterostepError(f"cannot listen on {host}, port {port} ({why}): give another {other}", other) from error
     return sock

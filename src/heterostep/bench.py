@@ -96,16 +96,7 @@ def bench(
     Raises:
         HeterostepError: a name, a share or a store is not known, or the size is refused.
     """
-    if unknown := [store for store in stores if store not in STORES]:
-        raise HeterostepError(f"no such store: {', '.join(unknown)}; the stores are {', '.join(STORES)}")
-    if not stores:
-        raise HeterostepError(f"name a store; the stores are {', '.join(STORES)}")
-    if sync not in ("hold", "drift"):
-        raise HeterostepError(f"sync must be hold or drift, not {sync!r}")
-    if repeats < 1:
-        raise HeterostepError(f"repeats must be at least 1, not {repeats}")
-    if not all(0 < share < 1 for share in shares):
-        raise HeterostepError("shares must be above 0 and below 1")
+    _check(shares, stores, sync, repeats)
     device = torch.device(device)
     found = configs.load(name)
     component = dict(found.transformer)
@@ -124,15 +115,8 @@ def bench(
     )
     torch.manual_seed(0)
     tell(f"building {name} with {component['num_layers']} layers on {timings.device_name(device)}")
-    model: Any = configs.build(component, dtype, device)
-    if attention_backend is not None:
-        use_backend(model, attention_backend)
+    model = _build(component, dtype, device, attention_backend, gpus, compiled)
     inputs = {key: _random(key, value, device) for key, value in seen.calls[0].items()}
-    if gpus > 1:
-        parallel.enable_context_parallel(model, gpus, cp_plan(model))
-        parallel.check_heads(model, gpus)
-    if compiled:
-        model.compile_repeated_blocks(dynamic=False)
     local = FAMILIES[type(model).__name__].adapter.local_attentions(model)
     with torch.no_grad(), parallel.readable_errors(), parallel.without_context_parallel(local):
         calls = DirectCalls(model, inputs)
@@ -144,18 +128,6 @@ def bench(
         memory = _memory(calls, stores, drift)
         calls.restore()
     plain = statistics.median(seconds["plain"])
-    rows: list[dict[str, Any]] = [
-        {
-            "store": store,
-            "share": share,
-            "seconds": statistics.median(seconds[store, share]),
-            "ratio": statistics.median(seconds[store, share]) / plain,
-            "replayed": (store, share) in replayed,
-            **memory[store],
-        }
-        for store in stores
-        for share in (1.0, *shares)
-    ]
     result = {
         "name": name,
         "device": timings.device_name(device),
@@ -172,20 +144,70 @@ def bench(
         "calls": len(seen.calls),
         "repeats": repeats,
         "plain_seconds": plain,
-        "rows": rows,
+        "rows": [
+            {
+                "store": store,
+                "share": share,
+                "seconds": statistics.median(seconds[store, share]),
+                "ratio": statistics.median(seconds[store, share]) / plain,
+                "replayed": (store, share) in replayed,
+                **memory[store],
+            }
+            for store in stores
+            for share in (1.0, *shares)
+        ],
         "breakdown": kinds,
     }
-    identity = timings.identity(type(model).__name__, dict(model.config))
-    how = {name: result[name] for name in ("dtype", "batch", "attention_backend", "compiled", "sync", "gpus")}
-    for store in stores if gpus == 1 or launch.rank() in (None, 0) else ():
-        points = sorted((row["share"], row["seconds"]) for row in rows if row["store"] == store and row["share"] < 1)
-        points.append((1.0, plain))
-        with contextlib.suppress(OSError):
-            # A plan can do without.
-            timings.keep(
-                timings.Timed(result["device"], identity, calls.num_tokens, tuple(points), {**how, "store": store})
-            )
+    if gpus == 1 or launch.rank() in (None, 0):
+        _keep(result, timings.identity(type(model).__name__, dict(model.config)), stores)
     return result
+
+
+def _check(shares: Sequence[float], stores: Sequence[str], sync: str, repeats: int) -> None:
+    if unknown := [store for store in stores if store not in STORES]:
+        raise HeterostepError(f"no such store: {', '.join(unknown)}; the stores are {', '.join(STORES)}")
+    if not stores:
+        raise HeterostepError(f"name a store; the stores are {', '.join(STORES)}")
+    if sync not in ("hold", "drift"):
+        raise HeterostepError(f"sync must be hold or drift, not {sync!r}", "sync")
+    if repeats < 1:
+        raise HeterostepError(f"repeats must be at least 1, not {repeats}", "repeats")
+    if not all(0 < share < 1 for share in shares):
+        raise HeterostepError("shares must be above 0 and below 1", "shares")
+
+
+def _build(
+    component: configs.Component,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention_backend: str | None,
+    gpus: int,
+    compiled: bool,
+) -> Any:
+    """The transformer with random weights, as it is to be called."""
+    model: Any = configs.build(component, dtype, device)
+    if attention_backend is not None:
+        use_backend(model, attention_backend)
+    if gpus > 1:
+        parallel.enable_context_parallel(model, gpus, cp_plan(model))
+        parallel.check_heads(model, gpus)
+    if compiled:
+        model.compile_repeated_blocks(dynamic=False)
+    return model
+
+
+def _keep(result: dict[str, Any], identity: dict[str, Any], stores: Sequence[str]) -> None:
+    """Note the seconds for plans on this device; a plan can do without, should they not be to be written."""
+    how = {name: result[name] for name in ("dtype", "batch", "attention_backend", "compiled", "sync", "gpus")}
+    for store in stores:
+        points = [
+            (row["share"], row["seconds"]) for row in result["rows"] if row["store"] == store and row["share"] < 1
+        ]
+        points = [*sorted(points), (1.0, result["plain_seconds"])]
+        with contextlib.suppress(OSError):
+            timings.keep(
+                timings.Timed(result["device"], identity, result["tokens"], tuple(points), {**how, "store": store})
+            )
 
 
 def _random(name: str, value: Any, device: torch.device) -> Any:

@@ -37,7 +37,7 @@ def load(model: str, with_image: bool, precision: torch.dtype) -> tuple[Any, dic
     try:
         pipe = pipeline.from_pretrained(model, dtype=dtype)
     except Exception as error:
-        raise HeterostepError(f"cannot load {model}: {first_line(error)}") from error
+        raise HeterostepError(f"cannot load {model}: {first_line(error)}", "model") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe, _defaults(pipeline, kind, model)
 
@@ -75,22 +75,24 @@ def _wanted(model: str, with_image: bool) -> tuple[dict[str, Any], Checkpoint, s
         # A folder, the hub and the network fail in many ways.
         if _is_unreachable(error):
             raise HeterostepError(
-                f"{model} is no folder here, the hub cannot be reached, and it is not in its cache: check the network, "
-                "or give a folder"
+                f"{model} is not a folder here, the hub cannot be reached, and it is not in its cache: check the "
+                "network, or give a folder",
+                "model",
             ) from error
-        raise HeterostepError(f"{model} is no diffusers model folder or hub id: {first_line(error)}") from error
+        raise HeterostepError(f"{model} is not a diffusers folder or hub id: {first_line(error)}", "model") from error
     known = known_checkpoints()
     if name not in known:
         raise HeterostepError(
             f"{model} is a {name}, which this command does not run; it runs {', '.join(known)}. More pipelines are "
-            "supported in Python: see heterostep.enable"
+            "supported in Python: see heterostep.enable",
+            "model",
         )
     kind = known[name]
     wanted = kind.image if with_image else kind.text
     if wanted is None and not with_image:
-        raise HeterostepError(f"{model} makes videos from a first frame: give it with --image")
+        raise HeterostepError(f"{model} makes videos from a first frame: give one", "image")
     if wanted is None or (with_image and name == "WanPipeline" and not config.get("expand_timesteps")):
-        raise HeterostepError(f"{model} makes videos from text alone: leave out --image")
+        raise HeterostepError(f"{model} makes videos from text alone: leave the first frame out", "image")
     return config, kind, wanted
 
 
@@ -179,11 +181,13 @@ class SizeRules:
         """
         for name, value in (("height", height), ("width", width)):
             if value % self.multiple:
-                raise HeterostepError(f"--{name} must be a multiple of {self.multiple} for this model, not {value}")
+                message = f"{name} must be a multiple of {self.multiple} for this model, not {value}"
+                raise HeterostepError(message, name)
         if num_frames != self.frames(num_frames):
             raise HeterostepError(
-                f"--frames must be a multiple of {self.stride} plus 1 for this model, such as "
-                f"{num_frames // self.stride * self.stride + 1}, not {num_frames}"
+                f"frames must be a multiple of {self.stride} plus 1 for this model, such as "
+                f"{num_frames // self.stride * self.stride + 1}, not {num_frames}",
+                "frames",
             )
         grid = self.token_grid(height, width, num_frames)
         if grid is None or self.token is None or self.longest is None:
@@ -192,7 +196,7 @@ class SizeRules:
         most = (self.stride * (self.longest * frames - 1) + 1, self.longest * pixels_high, self.longest * pixels_wide)
         for name, tokens, limit, value in zip(("frames", "height", "width"), grid, most, (num_frames, height, width)):
             if tokens > self.longest:
-                raise HeterostepError(f"--{name} can be {limit} at the most for this model, not {value}")
+                raise HeterostepError(f"{name} can be {limit} at the most for this model, not {value}", name)
 
     def token_grid(self, height: int, width: int, num_frames: int) -> tuple[int, int, int] | None:
         """Frames, height and width in tokens of a video of this size (pixels, frames); None where that is not known."""

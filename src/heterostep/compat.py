@@ -59,6 +59,21 @@ def adapter_state(layers: Iterable[Any]) -> list[Any]:
     return [(dict(x.scaling), list(x.active_adapters), x.disable_adapters, x.merged) for x in layers]
 
 
+def scheduler_step(pipe: Any) -> int:
+    """The scheduler's step of a transformer's call. Schedulers count it themselves, but only from their first step on.
+
+    0 where timesteps are on the meta device, which have no values.
+    """
+    scheduler, now = pipe.scheduler, getattr(pipe, "_current_timestep", None)
+    if scheduler.step_index is not None:
+        return scheduler.step_index
+    if now is None:
+        # A modular pipeline, whose runs begin where they tell the scheduler to.
+        return scheduler.begin_index or 0
+    # Not every pipeline tells where it begins; video-to-video does so later than at the first step.
+    return 0 if scheduler.timesteps.is_meta else int((scheduler.timesteps - now).abs().argmin())
+
+
 def blocks_compiled(model: torch.nn.Module) -> bool:
     """Whether parts of the model are compiled (`compile_repeated_blocks`)."""
     return any(module._compiled_call_impl is not None for module in model.modules())

@@ -38,7 +38,7 @@ def _number(name: str, value: Any) -> float:
     """
     plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
     if isinstance(plain, bool) or not isinstance(plain, int | float):
-        raise HeterostepError(f"{name} must be a number, not {value!r}")
+        raise HeterostepError(f"{name} must be a number, not {value!r}", name)
     return float(plain)
 
 
@@ -50,7 +50,7 @@ def _whole(name: str, value: Any, least: int) -> int:
     """
     number = _number(name, value)
     if not math.isfinite(number) or number != int(number) or number < least:
-        raise HeterostepError(f"{name} must be a whole number, at least {least}, not {number:g}")
+        raise HeterostepError(f"{name} must be a whole number, at least {least}, not {number:g}", name)
     return int(number)
 
 
@@ -182,13 +182,13 @@ class HSAConfig:
             name = "runtime" if self.share is None else "share"
             target = _number(name, getattr(self, name))
             if not 0 < target <= 1:
-                raise HeterostepError(f"{name} must be above 0 and at most 1, not {target:g}")
+                raise HeterostepError(f"{name} must be above 0 and at most 1, not {target:g}", name)
             object.__setattr__(self, name, target)
         for name in ("sparse_share", "extrapolate"):
             if name == "sparse_share" or self.extrapolate is not None:
                 value = _number(name, getattr(self, name))
                 if not 0 <= value <= 1:
-                    raise HeterostepError(f"{name} must be in 0..1, not {value:g}")
+                    raise HeterostepError(f"{name} must be in 0..1, not {value:g}", name)
                 object.__setattr__(self, name, value)
         if self.divisors is not None:
             if not _is_sequence(self.divisors):
@@ -213,13 +213,15 @@ class HSAConfig:
             choices["kv_store"] = KV_STORES
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise HeterostepError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+                raise HeterostepError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}", name)
         if not isinstance(self.policy, str):
-            raise HeterostepError(f"policy must be a name, such as auto or hsa, not {self.policy!r}")
+            raise HeterostepError(f"policy must be a name, such as auto or hsa, not {self.policy!r}", "policy")
         if self.vram is not None:
             vram = _number("vram", self.vram)
             if not 0 < vram < MOST_VRAM:
-                raise HeterostepError(f"vram must be gigabytes above 0 and below {MOST_VRAM:,.0f}, not {vram:g}")
+                raise HeterostepError(
+                    f"vram must be gigabytes above 0 and below {MOST_VRAM:,.0f}, not {vram:g}", "vram"
+                )
             object.__setattr__(self, "vram", vram)
         self._choose_policy()
 
@@ -231,9 +233,9 @@ class HSAConfig:
                     raise HeterostepError(f"{name} belongs to policy={policy!r}, not to {self.policy!r}")
                 object.__setattr__(self, "policy", policy)
         if self.policy == "round-robin" and self.round_robin is None:
-            raise HeterostepError("policy='round-robin' wants round_robin=, a number of steps")
+            raise HeterostepError("policy='round-robin' needs round_robin=, a number of steps", "policy")
         if self.sparse_share and self.policy in ("hsa", "round-robin"):
-            raise HeterostepError(f"sparse_share belongs to policy='auto', not to {self.policy!r}")
+            raise HeterostepError(f"sparse_share belongs to policy='auto', not to {self.policy!r}", "sparse_share")
         if self.policy == "hsa" and self.extrapolate is None:
             object.__setattr__(self, "extrapolate", 0.0)
 

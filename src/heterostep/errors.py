@@ -2,7 +2,16 @@
 
 
 class HeterostepError(ValueError):
-    """A request that cannot be met; the message says why and what to do instead."""
+    """A request that cannot be met; the message says why and what to do instead.
+
+    Attributes:
+        field: the plain name of the option that it is about, such as "height"; None where it is about no one of them.
+            A message that names the option begins with it.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 def first_line(error: BaseException) -> str:

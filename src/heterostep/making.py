@@ -71,7 +71,7 @@ def open_image(source: str | os.PathLike[str] | BinaryIO, name: str | None = Non
         if Path(name).is_dir():
             raise HeterostepError(f"{name} is a folder, not an image")
         if not Path(name).is_file():
-            raise HeterostepError(f"there is no image {name}")
+            raise HeterostepError(f"the image {name} does not exist")
     try:
         with Image.open(source) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")
@@ -153,6 +153,51 @@ class Models:
             torch.cuda.empty_cache()
 
 
+def usual_steps(model: str | None) -> int | None:
+    """The denoising steps that a model is usually made with; None where they are not known before it is loaded.
+
+    They are those that `heterostep.plan` takes, so that a plan and its run agree.
+    """
+    if model is None:
+        return None
+    from heterostep import configs
+
+    try:
+        return configs.load(model).defaults["num_inference_steps"]
+    except HeterostepError:
+        return None
+
+
+def check_known_sizes(model: str | None, height: int | None, width: int | None, num_frames: int | None) -> None:
+    """Whether a model makes videos of this size, as far as its configuration tells: no weights are loaded.
+
+    Args:
+        model: as `load` takes it; of hub ids those are known that `heterostep.configs` has.
+        height, width, num_frames: pixels and frames; None is the model's.
+
+    Raises:
+        HeterostepError: it does not; says which sizes it makes.
+    """
+    if (height, width, num_frames) == (None, None, None):
+        return
+    from heterostep import checkpoints, configs, tiny
+    from heterostep.planning.dry_run import meta_pipeline
+
+    try:
+        rules = checkpoints.size_rules(meta_pipeline(configs.load(tiny.WEIGHTS if model is None else model)))
+    except Exception:
+        # Loading it will tell what is wrong.
+        return
+    rules.check(height or rules.multiple, width or rules.multiple, num_frames or 1)
+
+
+def ignores_negative(pipe: Any, options: dict[str, Any]) -> bool:
+    """Whether a negative prompt was given that the call does not look at: it has no guidance between two prompts."""
+    # HunyuanVideo 1.0 is told its guidance scale as a number; the one between two prompts has another name, and is off.
+    embedded = "true_cfg_scale" in inspect.signature(type(pipe).__call__).parameters
+    return bool(options.get("negative_prompt")) and (embedded or options["guidance_scale"] <= 1)
+
+
 def check_target(config: HSAConfig, num_steps: int) -> float:
     """Whether a run of so many steps can meet its target.
 
@@ -163,9 +208,13 @@ def check_target(config: HSAConfig, num_steps: int) -> float:
         HeterostepError: it cannot; says what the lowest target is.
     """
     from heterostep.engine.schedule import Schedule
-    from heterostep.policy import Run
+    from heterostep.policy import Run, find
     from heterostep.sigmas import nominal_sigmas
 
+    try:
+        find(config.policy)
+    except HeterostepError as error:
+        raise HeterostepError(str(error), "policy") from error
     schedule = Schedule(config, Run(nominal_sigmas(num_steps)))
     schedule.check()
     return sum(schedule.plan()) / num_steps / schedule.run.tokens.total

@@ -1,6 +1,6 @@
 """What a person asks for, in a form of the page, a line of a batch or a request to the service.
 
-Each fault is one line and the field that it is about.
+Each fault is one line, and its `field` is the one of the form or the request that it is about.
 """
 
 from __future__ import annotations
@@ -45,14 +45,6 @@ ALIASES = {
 Number = TypeVar("Number", int, float)
 
 
-class BadField(HeterostepError):
-    """A fault in one field; `field` is its name in the form or the request."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
-
-
 @dataclass(frozen=True)
 class Picture:
     """A first frame: its pixels, its file's name, and a digest that tells pictures apart."""
@@ -93,16 +85,16 @@ class Order:
         """The order in a form's texts; what is missing or empty has its default.
 
         Raises:
-            BadField: a value is not what it should be, or the target cannot be reached.
+            HeterostepError: a value is not what it should be, or the target cannot be reached.
         """
         prompt = form.get("prompt", "").strip()
         if need_prompt:
             check_prompt(prompt)
         if len(prompt) > LONGEST_PROMPT:
-            raise BadField("prompt", f"the prompt has {len(prompt)} characters, of at most {LONGEST_PROMPT}")
+            raise HeterostepError(f"the prompt has {len(prompt)} characters, of at most {LONGEST_PROMPT}", "prompt")
         dial = form.get("dial") or "runtime"
         if dial not in ("runtime", "share"):
-            raise BadField("target", f"a target is a runtime or a share, not {dial[:20]!r}")
+            raise HeterostepError(f"a target is a runtime or a share, not {dial[:20]!r}", "target")
         order = cls(
             prompt=prompt,
             model=form.get("model", "").strip() or None,
@@ -136,42 +128,43 @@ class Order:
             others: fields that the caller has taken out of the data; they are told where one is unknown.
 
         Raises:
-            BadField: a field is unknown or given twice, or a value is not what it should be.
+            HeterostepError: a field is unknown or given twice, or a value is not what it should be.
         """
         form: dict[str, str] = {}
         for given, value in data.items():
             name = ALIASES.get(given, given)
             if name not in (*FIELDS, *DIALS, *MORE_FIELDS):
                 known = ", ".join((*FIELDS, *DIALS, *MORE_FIELDS, *others))
-                raise BadField(given, f"no field is called {given[:40]!r}; the fields are {known}")
+                raise HeterostepError(f"no field is called {given[:40]!r}; the fields are {known}", given)
             if value is None:
                 continue
             if name in form:
-                raise BadField(given, f"give {name} or {given}, not both of them")
+                raise HeterostepError(f"give {name} or {given}, not both of them", given)
             if isinstance(value, bool) or not isinstance(value, str | int | float):
-                raise BadField(given, f"{given} should be a text or a number, not {_shown(value)}")
+                raise HeterostepError(f"{given} should be a text or a number, not {_shown(value)}", given)
             if name in ("prompt", "negative", "model", "policy", "size") and not isinstance(value, str):
-                raise BadField(given, f"{given} should be a text, not {_shown(value)}")
+                raise HeterostepError(f"{given} should be a text, not {_shown(value)}", given)
             form[name] = str(value)
         if size := form.pop("size", None):
             match = re.fullmatch(r"\s*(\d{1,5})\s*[xX]\s*(\d{1,5})\s*", size)
             if match is None:
-                raise BadField("size", f"size should be a width and a height, such as 832x480, not {size[:20]!r}")
+                message = f"size should be a width and a height, such as 832x480, not {size[:20]!r}"
+                raise HeterostepError(message, "size")
             if "width" in form or "height" in form:
-                raise BadField("size", "give size or width and height, not both of them")
+                raise HeterostepError("give size or width and height, not both of them", "size")
             form["width"], form["height"] = match.groups()
         dials = [name for name in DIALS if form.get(name, "").strip()]
         if len(dials) > 1:
-            raise BadField("share", "give runtime or share, not both of them")
+            raise HeterostepError("give runtime or share, not both of them", "share")
         for dial in dials:
             # What is told of it is told by the name that it was given by.
             _number(form, dial, float, 0.5, LEAST_TARGET, 1)
             form |= {"dial": dial, "target": form[dial]}
         try:
             return cls.of(form, picture)
-        except BadField as error:
+        except HeterostepError as error:
             if error.field == "target":
-                raise BadField(dials[0] if dials else "runtime", str(error)) from error
+                raise HeterostepError(str(error), dials[0] if dials else "runtime") from error
             raise
 
     def data(self) -> dict[str, Any]:
@@ -192,16 +185,14 @@ class Order:
         """The share of the evaluations that is planned before anything is measured.
 
         Raises:
-            BadField: the target cannot be reached, or the options do not go together.
+            HeterostepError: the target cannot be reached, or the options do not go together.
         """
         try:
-            config = self.config()
+            return making.check_target(self.config(), self.steps)
         except HeterostepError as error:
-            raise BadField("sparse_share" if "sparse_share" in str(error) else "target", str(error)) from error
-        try:
-            return making.check_target(config, self.steps)
-        except HeterostepError as error:
-            raise BadField("policy" if "policy" in str(error) else "target", str(error)) from error
+            # A form has one field for both dials.
+            field = error.field if error.field in ("policy", "sparse_share") else "target"
+            raise HeterostepError(str(error), field) from error
 
     def sizes(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """height, width, num_frames and guidance_scale; those that were not given are the model's."""
@@ -237,7 +228,8 @@ class Order:
         parts += [f"--{self.dial}", f"{self.target:g}"]
         for name in ("model", "policy", "sparse_share", "steps", "guidance", "height", "width", "frames", "negative"):
             value = getattr(self, name)
-            if value != getattr(plain, name):
+            # By default the command takes a model's own number of steps.
+            if value != getattr(plain, name) or (name == "steps" and self.model is not None):
                 parts += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
         parts += ["--seed", str(self.seed)] * bool(self.seed) + ["--both"] * self.dense
         return shlex.join(parts)
@@ -247,18 +239,17 @@ def read_picture(data: bytes, name: str) -> Picture:
     """An uploaded first frame.
 
     Raises:
-        BadField: it cannot be read, or is too small.
+        HeterostepError: it cannot be read, or is too small.
     """
     name = Path(name.replace("\\", "/")).name[-80:] or "image"
     try:
         image = making.open_image(io.BytesIO(data), name)
     except HeterostepError as error:
         # Pillow names the object that it was given.
-        raise BadField("image", f"{name} cannot be read as an image: give a PNG, JPEG or WebP file") from error
+        raise HeterostepError(f"{name} cannot be read as an image: give a PNG, JPEG or WebP file", "image") from error
     if min(image.size) < LEAST_PIXELS:
-        raise BadField(
-            "image", f"{name} is {image.width} x {image.height}: it should have {LEAST_PIXELS} pixels a side"
-        )
+        message = f"{name} is {image.width} x {image.height}: it should have {LEAST_PIXELS} pixels a side"
+        raise HeterostepError(message, "image")
     return Picture(image, name, hashlib.sha256(data).hexdigest())
 
 
@@ -266,48 +257,38 @@ def check_shape(image: Image.Image, width: int, height: int) -> str | None:
     """What cropping does to a first frame; None where it does nothing.
 
     Raises:
-        BadField: little of it would be left.
+        HeterostepError: little of it would be left.
     """
     ratio = (image.width / image.height) / (width / height)
     left = min(ratio, 1 / ratio)
     if left < LEAST_LEFT:
-        raise BadField(
-            "image",
+        raise HeterostepError(
             f"the image is {image.width} x {image.height}: cropped to the video's shape ({width} x {height}), "
             f"{left:.0%} of it would be left",
+            "image",
         )
     # A row or two of pixels nobody misses.
     return None if left > 0.98 else f"{image.width} x {image.height}: its middle is cropped to {width} x {height}"
-
-
-def in_form(message: str, model: str | None) -> tuple[str, str]:
-    """A fault of the command's as told where there are fields in place of options, and the field that it is about."""
-    options = re.findall(r"--([a-z-]+)", message)
-    fault = options[0].replace("-", "_") if options else ""
-    if model is not None and model in message:
-        fault = "model"
-    message = message.replace("give it with --image", "give one").replace("leave out --image", "take that away")
-    return re.sub(r"--([a-z])", r"\1", message), fault
 
 
 def check_prompt(prompt: str) -> None:
     """Whether a prompt says anything.
 
     Raises:
-        BadField: it does not.
+        HeterostepError: it does not.
     """
     if not prompt.strip():
-        raise BadField("prompt", "the prompt is empty: say what the video should show")
+        raise HeterostepError("the prompt is empty: say what the video should show", "prompt")
 
 
 def check_model(model: str | None) -> None:
     """Whether a model that can only be a folder is there; hub ids are known when they are loaded.
 
     Raises:
-        BadField: it is not.
+        HeterostepError: it is not.
     """
     if model == "":
-        raise BadField("model", "the name of the model is empty: leave it out for the bundled one")
+        raise HeterostepError("the name of the model is empty: leave it out for the bundled one", "model")
     if model is None or Path(model).is_dir():
         return
     if model.startswith(("/", ".", "~")) or model.count("/") != 1 or "\\" in model:
@@ -315,8 +296,9 @@ def check_model(model: str | None) -> None:
 
         if model in configs.names():
             hub_id = configs.load(model).repository
-            raise BadField("model", f"{model} is a name for plan and bench: give {hub_id} or the checkpoint's folder")
-        raise BadField("model", f"there is no folder {model}")
+            message = f"{model} is a name for plan and bench: give {hub_id} or the checkpoint's folder"
+            raise HeterostepError(message, "model")
+        raise HeterostepError(f"the folder {model} does not exist", "model")
 
 
 def _shown(value: Any) -> str:
@@ -340,9 +322,9 @@ def _number(
         value = kind(text)
     except ValueError:
         whole = "whole " if kind is int else ""
-        raise BadField(name, f"{label} should be a {whole}number, not {text[:20]!r}") from None
+        raise HeterostepError(f"{label} should be a {whole}number, not {text[:20]!r}", name) from None
     if not (least <= value <= most and math.isfinite(value)):
-        raise BadField(name, f"{label} should be from {least:g} to {most:g}, not {text[:20]}")
+        raise HeterostepError(f"{label} should be from {least:g} to {most:g}, not {text[:20]}", name)
     return value
 
 

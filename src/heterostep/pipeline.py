@@ -199,9 +199,9 @@ def check_pipeline(pipe: Any) -> None:
     if not kinds or any(kind not in FAMILIES or name not in FAMILIES[kind].pipelines for kind in kinds):
         if not kinds and not hasattr(pipe, "components"):
             if name in FAMILIES:
-                raise HeterostepError(f"heterostep wants the pipeline, not its transformer ({name})")
+                raise HeterostepError(f"heterostep needs the pipeline, not its transformer ({name})")
             raise HeterostepError(
-                f"heterostep wants a diffusers pipeline, not {name}; supported are {', '.join(supported())}"
+                f"heterostep needs a diffusers pipeline, not {name}; supported are {', '.join(supported())}"
             )
         hint = " (compile its blocks with compile_repeated_blocks() instead)" if "OptimizedModule" in kinds else ""
         inner = " and ".join(sorted(kinds)) or "no transformer"
@@ -287,7 +287,7 @@ def disable(pipe: Pipeline) -> None:
         HeterostepError: it is no pipeline.
     """
     if not isinstance(pipe, _PIPELINES):
-        raise HeterostepError(f"disable wants a diffusers pipeline, not {type(pipe).__name__}")
+        raise HeterostepError(f"disable needs a diffusers pipeline, not {type(pipe).__name__}")
     session = _open.pop(pipe, None)
     if session is not None:
         session.close(pipe)

@@ -100,7 +100,7 @@ def test_twenty_lines_a_lost_worker_and_a_broken_line(tmp_path):
     assert watcher.killed not in [worker.about.process for worker in watcher.workers]
     assert sorted(done(out)) == [number for number in range(1, 21) if number != 8]
     assert {entry["worker"] for entry in entries(out) if entry["state"] == "done"} == {"worker 1", "worker 2"}
-    assert [entry["message"][:13] for entry in entries(out) if entry["state"] == "failed"] == ["it is no JSON"]
+    assert [entry["message"][:14] for entry in entries(out) if entry["state"] == "failed"] == ["not valid JSON"]
     before = times(out)
     # The line is mended: it alone is made.
     content[7] = whole
@@ -226,7 +226,7 @@ def test_a_rank_that_is_killed_costs_no_video(tmp_path):
         (["--device", "cuda:1"], "--device is auto, cpu or cuda here"),
         (["--address", "127.0.0.1:1"], "no Ray at 127.0.0.1:1"),
         (["--address", "somewhere"], "--address is host:port"),
-        (["--model", "/no/model"], "there is no folder /no/model"),
+        (["--model", "/no/model"], "the folder /no/model does not exist"),
         (["--share", "7"], "share should be from 0.001 to 1"),
         (["--size", "big"], "such as 832x480"),
     ],

@@ -10,7 +10,7 @@ from PIL import Image
 from heterostep import cli
 from heterostep.batch import lines, manifest
 from heterostep.errors import HeterostepError
-from heterostep.order import BadField, Order
+from heterostep.order import Order
 from heterostep.workers.maker import Made
 
 
@@ -67,16 +67,16 @@ def test_a_first_frame_is_found_beside_the_file_and_belongs_to_the_key(file, tmp
     Image.new("RGB", (64, 64), "red").save(tmp_path / "first.png")
     assert read(file(row)).good[0].key != line.key
     (tmp_path / "first.png").unlink()
-    with pytest.raises(BadField, match="cannot read the image"):
+    with pytest.raises(HeterostepError, match="cannot read the image"):
         line.order()
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"prompt": "a', "no JSON"),
-        ('["a cat"]', "no object of JSON"),
-        ("[" * 100_000, "no JSON"),
+        ('{"prompt": "a', "^not valid JSON; expected a line such as"),
+        ('["a cat"]', "^not a JSON object"),
+        ("[" * 100_000, "^not valid JSON; expected a line such as"),
         ({}, "the prompt is empty: say what the video should show"),
         ({"prompt": " "}, "the prompt is empty"),
         ({"prompt": 3}, "prompt should be a text, not 3"),
@@ -113,7 +113,7 @@ def test_bytes_that_are_no_text_spoil_their_line_alone(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a cat"}\r\n{"prompt": "caf\xe9"}\r\n')
     found = read(path)
-    assert len(found.good) == 1 and found.bad[0].message == "it is no text in UTF-8"
+    assert len(found.good) == 1 and found.bad[0].message == "not UTF-8 text"
 
 
 def test_two_requests_of_one_name(file):
@@ -122,7 +122,7 @@ def test_two_requests_of_one_name(file):
 
 
 def test_files_without_lines(file, tmp_path):
-    with pytest.raises(HeterostepError, match="there is no file"):
+    with pytest.raises(HeterostepError, match="does not exist"):
         read(tmp_path / "none.jsonl")
     with pytest.raises(HeterostepError, match="has no lines"):
         read(file("", "  "))
@@ -210,8 +210,25 @@ def test_without_ray_the_command_says_what_to_install(monkeypatch, tmp_path, cap
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n')
     assert cli.main(["batch", str(path), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == "heterostep: a batch wants Ray: pip install '.[ray]' in heterostep's checkout\n"
+    assert capsys.readouterr().err == "heterostep: a batch needs Ray: pip install '.[ray]' in heterostep's checkout\n"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "97x96"], "--size: width must be a multiple of 16 for this model, not 97"),
+        (["--frames", "10"], "--frames must be a multiple of 4 plus 1 for this model, such as 9, not 10"),
+        (["--size", "97"], "--size should be a width and a height, such as 832x480, not '97'"),
+        (["--runtime", "3"], "--runtime should be from 0.001 to 1, not 3.0"),
+    ],
+)
+def test_faults_of_the_options_are_told_before_a_worker_starts(monkeypatch, tmp_path, capsys, arguments, message):
+    monkeypatch.setattr("heterostep.cli.batch.check_ray", lambda module, what: None)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    assert cli.main(["batch", str(path), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert capsys.readouterr().err == f"heterostep: {message}\n"
 
 
 def test_the_command_is_there_without_importing_ray():

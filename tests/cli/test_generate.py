@@ -137,6 +137,18 @@ def test_sizes_are_the_models_unless_given(pipes, monkeypatch):
     assert read_video("video.mp4")[0].shape == (5, 32, 48, 3)
 
 
+def test_a_plan_and_its_run_take_the_models_own_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small_wan("wan2.1-t2v").save_pretrained("model")
+    size = ["--model", "model", "--height", "32", "--width", "32", "--frames", "5", "--share", "0.1"]
+    assert cli.main(["plan", *size, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_inference_steps"] == 50
+    assert cli.main(["generate", PROMPT, *size, "--dtype", "float32", "--report", "report.json", "--quiet"]) == 0
+    assert json.loads(Path("report.json").read_text())["num_inference_steps"] == 50
+    assert making.usual_steps("Lightricks/LTX-2") == 40
+    assert making.usual_steps("a/b") is None and making.usual_steps(None) is None
+
+
 def test_image_to_video_starts_from_the_image(pipes):
     Image.new("RGB", (100, 50), "teal").save("first.png")
     assert cli.main(["generate", PROMPT, *SMALL, "--image", "first.png", "--quiet"]) == 0
@@ -230,7 +242,7 @@ def test_scene_without_a_shape_fails_in_one_line(no_model, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--runtime", "0"], "runtime must be above 0"),
+        (["--runtime", "0"], "heterostep: --runtime must be above 0"),
         (["--runtime", "1.5"], "at most 1"),
         (["--share", "-0.1"], "share must be above 0"),
         (["--share", "nan"], "share must be above 0"),
@@ -238,16 +250,16 @@ def test_scene_without_a_shape_fails_in_one_line(no_model, capsys):
         (["--runtime", "0.5", "--share", "0.5"], "not both"),
         (["--dense", "--runtime", "0.5"], "--dense"),
         (["--dense", "--both"], "--dense"),
-        (["--share", "0.01"], "lowest possible"),
+        (["--share", "0.01"], "heterostep: --share=0.01 is below the lowest possible"),
         (["--runtime", "0.2", "--steps", "4"], "lowest possible"),
-        (["--policy", "best"], "policy must be one of auto, hsa"),
-        (["--policy", "hsa", "--sparse-share", "0.2"], "sparse_share belongs to policy='auto'"),
+        (["--policy", "best"], "heterostep: --policy must be one of auto, hsa"),
+        (["--policy", "hsa", "--sparse-share", "0.2"], "heterostep: --sparse-share belongs to policy='auto'"),
         (["--steps", "0"], "--steps"),
         (["--steps", "10001"], "--steps"),
         (["--out", ""], ". is a folder: give a file that ends in .mp4"),
         (["--out", "v" * 300 + ".mp4"], "vvv... is too long"),
-        (["--model", ""], "the name of the model is empty"),
-        (["--image", "missing.png"], "no image missing.png"),
+        (["--model", ""], "heterostep: --model: the name of the model is empty"),
+        (["--image", "missing.png"], "the image missing.png does not exist"),
         (["--out", "nowhere/video.mp4"], "no folder nowhere"),
         (["--out", "video.gif"], ".mp4"),
         (["--report", "report.txt"], ".json"),
@@ -302,9 +314,22 @@ def test_sizes_the_model_cannot_do(pipes, capsys, arguments, message):
     assert message in only_line(fails(capsys, *SMALL, *arguments))
 
 
+def test_a_size_that_the_configuration_rules_out_is_told_before_the_model_is_loaded(no_model, capsys):
+    assert "--height must be a multiple of 16" in only_line(fails(capsys, "--height", "97"))
+    line = only_line(fails(capsys, "--frames", "10", "--model", "Lightricks/LTX-2"))
+    assert line == "heterostep: --frames must be a multiple of 8 plus 1 for this model, such as 9, not 10\n"
+
+
+def test_a_negative_prompt_without_guidance_is_told(pipes, capsys):
+    common = ["generate", PROMPT, "--steps", "3", "--dense", "--frames", "1", "--height", "32", "--width", "32"]
+    for guidance, told in (("1", True), ("3", False)):
+        assert cli.main([*common, "--device", "cpu", "--negative", "blur", "--guidance", guidance]) == 0
+        assert ("note: --negative has no effect" in capsys.readouterr().err) == told
+
+
 def test_a_folder_that_is_no_model(no_model, capsys):
-    Path("model").mkdir()
-    assert "no diffusers model" in only_line(fails(capsys, "--model", "model"))
+    Path("weights").mkdir()
+    assert "--model: weights is not a diffusers folder or hub id" in only_line(fails(capsys, "--model", "weights"))
 
 
 def test_a_name_of_plan_and_bench_is_told_as_a_hub_id(no_model, capsys):
@@ -313,7 +338,7 @@ def test_a_name_of_plan_and_bench_is_told_as_a_hub_id(no_model, capsys):
 
 
 def test_a_path_that_is_no_folder(no_model, capsys):
-    assert "there is no folder ./models/wan" in only_line(fails(capsys, "--model", "./models/wan"))
+    assert "the folder ./models/wan does not exist" in only_line(fails(capsys, "--model", "./models/wan"))
 
 
 @pytest.mark.parametrize("option", [["--policy", "hsa"], ["--sync", "drift"], ["--both"]])
@@ -369,13 +394,14 @@ def test_an_image_for_a_model_of_text_alone(tmp_path, monkeypatch, capsys):
     small_pipeline(expand_timesteps=False).save_pretrained("model")
     Image.new("RGB", (64, 64)).save("first.png")
     line = only_line(fails(capsys, "--model", "model", "--image", "first.png", *SMALL))
-    assert "leave out --image" in line
+    assert line == "heterostep: --image: model makes videos from text alone: leave the first frame out\n"
 
 
 def test_a_model_of_images_without_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small_pipeline(image_to_video=True).save_pretrained("model")
-    assert "--image" in only_line(fails(capsys, "--model", "model", *SMALL))
+    line = only_line(fails(capsys, "--model", "model", *SMALL))
+    assert line == "heterostep: --image: model makes videos from a first frame: give one\n"
 
 
 def _interrupt_at(monkeypatch, step, error):
@@ -451,7 +477,7 @@ def test_the_k_v_store_is_chosen_and_told(pipes, capsys):
     assert "(fp8-offload)" in out and "in host memory" in out
     memory = json.loads(Path("report.json").read_text())["memory"]
     assert memory["kv_store"] == "fp8-offload" and memory["kv_host_bytes"] > 0 and not memory["fell_back"]
-    assert "kv_store must be one of" in only_line(fails(capsys, *SMALL, "--kv-store", "disk"))
+    assert "--kv-store must be one of" in only_line(fails(capsys, *SMALL, "--kv-store", "disk"))
     for vram in ("0", "1e308"):
         assert "vram must be" in only_line(fails(capsys, *SMALL, "--vram", vram))
 
@@ -461,7 +487,7 @@ def test_the_papers_policy_with_k_v_in_drift(pipes, capsys):
     assert cli.main([*arguments, "--report", "report.json"]) == 0
     report = json.loads(Path("report.json").read_text())
     assert any(0 < share < 1 for share in report["active_share"]) and report["memory"]["kv_cache_bytes"] > 0
-    assert "sync must be one of" in only_line(fails(capsys, *SMALL, "--sync", "slide"))
+    assert "--sync must be one of" in only_line(fails(capsys, *SMALL, "--sync", "slide"))
 
 
 def test_ctrl_c_is_one_line_and_restores_the_pipeline(pipes, capsys, monkeypatch):
@@ -568,7 +594,7 @@ def test_compare_in_batches(pipes, capsys, mode):
         (["--runtimes", "fast"], "--runtimes"),
         (["--runtimes", "0,1"], "--runtimes"),
         (["--methods", "heterostep,magic"], "no such method: magic; the methods are heterostep"),
-        (["--prompts", "none.txt"], "no file none.txt"),
+        (["--prompts", "none.txt"], "none.txt does not exist"),
         (["--prompts", "."], ". is a folder, not a file of prompts"),
         (["--runtimes", ""], "not ''"),
         (["--repeats", "2", "--batch", "2"], "leave out --repeats or --batch"),
@@ -577,10 +603,10 @@ def test_compare_in_batches(pipes, capsys, mode):
         (["--guidance", "nan"], "--guidance must be a number of at least 0, not nan"),
         (["--guidance", "-1"], "not -1"),
         (["--prompts", "empty.txt"], "empty.txt has no prompts"),
-        (["--prompts", "prompts.txt", "--image-to-video"], "line 1: image-to-video wants a tab"),
-        (["--prompts", "latin.txt"], "latin.txt is no text"),
-        (["--out", "empty.txt"], "empty.txt is no folder"),
-        (["--out", "empty.txt/deep/report"], "empty.txt is no folder"),
+        (["--prompts", "prompts.txt", "--image-to-video"], "line 1: image-to-video needs a tab"),
+        (["--prompts", "latin.txt"], "latin.txt is not UTF-8 text"),
+        (["--out", "empty.txt"], "empty.txt is not a folder"),
+        (["--out", "empty.txt/deep/report"], "empty.txt is not a folder"),
     ],
 )
 def test_compare_used_wrongly(no_model, capsys, arguments, message):
@@ -615,7 +641,7 @@ def test_compare_wants_no_more_prompts_than_a_model_brings(no_model, capsys):
     Path("model/heterostep.json").write_text(json.dumps({"held_out": [{"prompt": "a cat"}]}))
     assert cli.main(["compare", *SMALL, "--model", "model", "--count", "2"]) == 2
     err = only_line(capsys.readouterr().err)
-    assert err == "heterostep: --count 2 is more than model's own prompts (1): lower it, or give --prompts\n"
+    assert err == "heterostep: --count 2 is more than model's own prompts (1): lower it, or give a file of prompts\n"
     assert files() == ["model"]
 
 

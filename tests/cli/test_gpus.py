@@ -56,7 +56,7 @@ def test_too_few_gpus_or_one_by_number(cards, capsys):
 
 def test_faults_are_found_before_processes_are_started(cards, capsys):
     assert "end in .mp4" in fails(capsys, "generate", PROMPT, "--gpus", "2", "--out", "video.txt")
-    assert "--shares wants numbers" in fails(capsys, "bench", "--config", "x", "--gpus", "2", "--shares", "a")
+    assert "--shares expects numbers" in fails(capsys, "bench", "--config", "x", "--gpus", "2", "--shares", "a")
 
 
 @pytest.mark.parametrize(

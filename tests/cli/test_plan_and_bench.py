@@ -59,8 +59,8 @@ def fails(capsys, *arguments):
     return err
 
 
-def works(capsys, *arguments):
-    assert cli.main(list(arguments)) == 0
+def works(capsys, *arguments, code=0):
+    assert cli.main(list(arguments)) == code
     return capsys.readouterr()
 
 
@@ -93,13 +93,15 @@ def test_an_option_goes_on_working_under_its_old_name(capsys):
 
 
 def test_plan_says_what_does_not_fit(capsys):
-    out, _ = works(capsys, *PLAN, "--vram", "6", "--policy", "hsa")
+    out, _ = works(capsys, *PLAN, "--vram", "6", "--policy", "hsa", code=1)
     assert "chosen       nothing fits" in out and "--offload model, or leave out --sparse-share and --policy" in out
     assert {row[-1] for row in rows(out, STORES)} == {"no"}
-    out, _ = works(capsys, *PLAN, "--vram", "6")
+    out, _ = works(capsys, *PLAN, "--vram", "6", code=1)
     assert "run's peak   " in out and "this does not fit: make a smaller" in out and "chosen" not in out
-    out, _ = works(capsys, *PLAN, "--vram", "6", "--kv-store", "fp8", "--share", "0.55", "--sparse-share", "0.2")
+    sparse = ["--kv-store", "fp8", "--share", "0.55", "--sparse-share", "0.2"]
+    out, _ = works(capsys, *PLAN, "--vram", "6", *sparse, code=1)
     assert "chosen       fp8: peak" in out and "this does not fit" in out and "share 0.55" in out
+    assert json.loads(works(capsys, *PLAN, "--vram", "6", "--json", code=1)[0])["chosen"]["fits"] is False
 
 
 def test_plan_without_known_memory(capsys):
@@ -132,7 +134,7 @@ def test_plan_of_an_image_to_video_run(capsys):
     assert "(WanImageToVideoPipeline, from a first frame)" in image
     assert "at first     all tokens at steps 1-2, 4, 7\n" in image and "advice       with 8 steps from a first" in image
     # By the command's option, not by the argument of a call.
-    assert "--steps 4 may give" in image and "num_inference_steps" not in image
+    assert "4 steps may give" in image and "num_inference_steps" not in image
 
 
 def test_the_known_models_are_listed(capsys):
@@ -154,7 +156,10 @@ def test_the_known_models_are_listed(capsys):
         ([*PLAN, "--vram", "-4"], "vram must be gigabytes above 0 and below 1,000,000, not -4"),
         ([*PLAN, "--vram", "inf"], "vram must be gigabytes above 0 and below 1,000,000, not inf"),
         ([*PLAN, "--vram", "much"], "--vram"),
-        ([*PLAN, "--kv-store", "tape"], "kv_store must be one of auto, device, fp8, offload, fp8-offload, not 'tape'"),
+        (
+            [*PLAN, "--kv-store", "tape"],
+            "--kv-store must be one of auto, device, fp8, offload, fp8-offload, not 'tape'",
+        ),
         ([*PLAN, "--offload", "disk"], "offload must be one of none, model"),
         ([*PLAN, "--sparse-share", "2"], "--sparse-share"),
         ([*PLAN, "--steps", "0"], "--steps"),
@@ -230,8 +235,8 @@ def test_out_of_memory_in_a_bench_is_one_line(capsys, monkeypatch):
     [
         (["bench"], "--config"),
         (["bench", "--config", "magic"], "magic is neither"),
-        ([*BENCH, "--shares", "half"], "--shares wants numbers, as in 0.5,0.25, not 'half'"),
-        ([*BENCH, "--shares", ""], "--shares wants numbers"),
+        ([*BENCH, "--shares", "half"], "--shares expects numbers, as in 0.5,0.25, not 'half'"),
+        ([*BENCH, "--shares", ""], "--shares expects numbers"),
         ([*BENCH, "--shares", "0.5,1"], "shares must be above 0 and below 1"),
         ([*BENCH, "--shares", "0,0.5"], "shares must be above 0 and below 1"),
         ([*BENCH, "--shares", "nan"], "shares must be above 0 and below 1"),

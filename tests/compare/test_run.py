@@ -6,6 +6,7 @@ import errno
 import io
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from heterostep.compare import summary, table
+from heterostep.compare import measure, summary, table
 from heterostep.compare.judging import Judges, activity, judge, world_scores
 from heterostep.compare.measure import Prompt, counted, generate, likeness, refuses_batch
 from heterostep.compare.methods import METHODS
@@ -253,6 +254,16 @@ def test_rows_tell_skipped_tokens_from_skipped_steps(pipe):
     assert sum(rows) == 2 * 2 * 2 * 48 * 12
 
 
+def test_why_lpips_is_missing_is_said(monkeypatch):
+    clip = np.zeros((1, 16, 16, 3), np.uint8)
+    measure._perceptual.cache_clear()
+    # So an import fails.
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    found = likeness(clip, clip)
+    measure._perceptual.cache_clear()
+    assert found["lpips"] is None and found["lpips_missing"].startswith("ModuleNotFoundError: ")
+
+
 def test_likeness_of_equal_and_of_other_clips(tmp_path):
     rng = np.random.default_rng(0)
     clip = rng.integers(0, 255, (3, 32, 32, 3), np.uint8)
@@ -367,6 +378,15 @@ def test_the_table_marks_winners_and_what_was_not_reached():
     assert "token evaluations" in console.file.getvalue()
 
 
+def test_the_table_says_where_videos_are_identical_to_dense():
+    lines = [{"method": "cache", "points": [point(1.0, summary.IDENTICAL_DB), point(0.4, 30.0)]}]
+    results = {"frontier": summary.frontier(lines, [1.0, 0.7, 0.4]), "methods": [], "settings": {"cost": "runtime"}}
+    console = Console(width=100, file=io.StringIO())
+    table.show(results | {"chance": []}, console)
+    shown = console.file.getvalue()
+    assert shown.count("identical") == 2 and "~identical" in shown and "30.0" in shown and "100.0" not in shown
+
+
 def test_prompts_come_from_a_file_or_are_held_out(tmp_path):
     from PIL import Image
 
@@ -378,12 +398,12 @@ def test_prompts_come_from_a_file_or_are_held_out(tmp_path):
     (tmp_path / "bad.txt").write_text("a cat\n")
     with pytest.raises(HeterostepError, match="line 1"):
         read_prompts(tmp_path / "bad.txt", 0, (64, 64))
-    with pytest.raises(HeterostepError, match="no file"):
+    with pytest.raises(HeterostepError, match="none.txt does not exist"):
         read_prompts(tmp_path / "none.txt", 0, None)
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n")
     assert read_prompts(tmp_path / "marked.txt", 0, None)[0].text == "a cat"
     (tmp_path / "other.txt").write_bytes("a caf\u00e9\n".encode("latin-1"))
-    with pytest.raises(HeterostepError, match="no text in UTF-8: .* at byte 5"):
+    with pytest.raises(HeterostepError, match="not UTF-8 text: .* at byte 5"):
         read_prompts(tmp_path / "other.txt", 0, None)
     first, second = held_out(2, with_image=True)
     assert first.text != second.text and first.image.shape == (192, 192, 3)
@@ -436,10 +456,10 @@ def test_a_pipeline_that_cannot_take_several_first_frames_says_so(tmp_path):
     prompts = [dataclasses.replace(prompt, image=image) for prompt, image in zip(PROMPTS, pictures())]
     for kind in ("wan2.1-i2v", "ltx2.0-i2v"):
         pipe = ROWS[kind].build()
-        with pytest.raises(HeterostepError, match="leave out --batch") as caught:
+        with pytest.raises(HeterostepError, match="take a batch of 1") as caught:
             Comparison(pipe, prompts, [], settings(batch=2), tmp_path / "report", "")
         assert "\n" not in str(caught.value) and not (tmp_path / "report").exists()
-        with pytest.raises(HeterostepError, match="leave out --batch"):
+        with pytest.raises(HeterostepError, match="take a batch of 1"):
             generate(pipe, prompts, None, 1.0, OPTIONS)
 
 
@@ -598,8 +618,8 @@ def test_a_models_folder_brings_prompts_and_sizes_along(tmp_path):
     (prompt,) = held_out_of(str(tmp_path), 1, with_image=True)
     assert prompt.image.shape == (48, 64, 3)
     for count, first, fault in (
-        (4, 0, "--count 4 is more than .*'s own prompts .3.: lower it, or give --prompts"),
-        (2, 2, "--count 2 from --seed 2 on is more than .*'s own prompts"),
+        (4, 0, "^count 4 is more than .*'s own prompts .3.: lower it, or give a file of prompts"),
+        (2, 2, "^count 2 from seed 2 on is more than .*'s own prompts"),
         (1, 1, "cannot read the image"),
         (1, 2, "without first frames"),
     ):
@@ -614,5 +634,5 @@ def test_a_models_folder_brings_prompts_and_sizes_along(tmp_path):
         with pytest.raises(HeterostepError, match=fault):
             about(str(tmp_path))
     file.unlink()
-    with pytest.raises(HeterostepError, match="give --prompts"):
+    with pytest.raises(HeterostepError, match="give a file of"):
         held_out_of(str(tmp_path), 1)

@@ -110,7 +110,7 @@ def test_without_the_command_it_is_refused_before_anything_else(tmp_path, monkey
     monkeypatch.setattr(tiny, "load", lambda image_to_video=False: pytest.fail("the model was loaded"))
     assert cli.main([*ARGUMENTS, str(tmp_path / "report")]) == 2
     assert capsys.readouterr().err == (
-        "heterostep: --vbench wants the vbench command, which is not on the PATH: pip install vbench, in an "
+        "heterostep: --vbench needs the vbench command, which is not on the PATH: pip install vbench, in an "
         "environment of its own\n"
     )
     assert not (tmp_path / "report").exists()

@@ -341,9 +341,9 @@ def test_refusals_say_what_is_supported(pipe):
 
     with pytest.raises(HeterostepError, match="no such option: speed; the options are runtime, share, .*, on_step$"):
         heterostep.enable(pipe, speed=2)
-    with pytest.raises(HeterostepError, match="wants the pipeline, not its transformer"):
+    with pytest.raises(HeterostepError, match="needs the pipeline, not its transformer"):
         heterostep.enable(pipe.transformer, share=0.5)
-    with pytest.raises(HeterostepError, match="wants a diffusers pipeline, not NoneType"):
+    with pytest.raises(HeterostepError, match="needs a diffusers pipeline, not NoneType"):
         heterostep.enable(None, share=0.5)
     with pytest.raises(HeterostepError, match="not both"):
         heterostep.enable(pipe, config=heterostep.HSAConfig(share=0.5), share=0.5)

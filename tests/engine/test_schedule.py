@@ -33,9 +33,9 @@ def test_a_replay_needs_one_share_a_step_and_dense_ones_to_go_by():
     schedule(4, share=[1, 0, 0, 1]).check()
     with pytest.raises(HeterostepError, match="4 active shares"):
         schedule(5, share=[1, 1, 0.5, 0]).check()
-    with pytest.raises(HeterostepError, match="first active share"):
+    with pytest.raises(HeterostepError, match=r"^share\[0\] must be 1"):
         schedule(3, share=[0, 1, 1]).check()
-    with pytest.raises(HeterostepError, match="before that of step 2"):
+    with pytest.raises(HeterostepError, match=r"first sparse step \(step 2\) needs two dense"):
         schedule(4, share=[1, 0, 0.5, 1]).check()
 
 
@@ -121,6 +121,6 @@ def test_seconds_that_turn_out_to_be_left_are_spent():
 
 
 def test_where_fewer_steps_are_better_a_run_says_so():
-    assert "num_inference_steps=4" in schedule(8, share=0.5, from_frames=True).advice
+    assert "4 steps may give" in schedule(8, share=0.5, from_frames=True).advice
     for steps, share, from_frames in ((9, 0.5, True), (8, 1, True), (8, 0.5, False)):
         assert schedule(steps, share=share, from_frames=from_frames).advice is None

@@ -213,5 +213,5 @@ def test_where_the_sound_alone_takes_longer_than_the_target_the_video_is_not_giv
         return
     # At the least they would be two.
     assert dense == 11 and report.runtime.achieved > 0.85
-    assert "took 0.80 of a whole one" in report.advice and "runtime=0.5 was out of reach" in report.advice
+    assert "runtime=0.5 could not be reached" in report.advice and "took 0.80 of a full step" in report.advice
     assert "GPU" not in report.advice

@@ -9,8 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from heterostep import configs
-from heterostep.engine.runner import Runner
+from heterostep import compat, configs
 from heterostep.errors import HeterostepError
 from heterostep.models import FAMILIES
 from heterostep.planning.dry_run import dry_run, dry_run_pipeline
@@ -126,7 +125,7 @@ def test_calls_are_those_of_a_real_first_step(name, monkeypatch):
     # What a run's plan is made of.
     adapter = FAMILIES[type(rehearsal.model).__name__].adapter
     assert rehearsal.from_frames is adapter.is_image_conditioned(transformers(pipe)[0], calls[0])
-    assert rehearsal.first == Runner._scheduler_step(pipe) == (1 if name == "wan2.1-v2v" else 0)
+    assert rehearsal.first == compat.scheduler_step(pipe) == (1 if name == "wan2.1-v2v" else 0)
     assert torch.equal(rehearsal.pipe.scheduler.sigmas, pipe.scheduler.sigmas)
     assert all(parameter.is_meta for parameter in rehearsal.model.parameters())
     # Nothing stands in for a method any more, and what the two pipelines share was never changed.

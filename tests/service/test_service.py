@@ -124,7 +124,7 @@ def test_a_first_frame_comes_as_a_file(bench):
         ({"runtime": 0.5, "share": 0.5}, "share", "not both"),
         ({"share": 0.01}, "share", "lowest possible"),
         ({"seed": -1}, "seed", "from 0"),
-        ({"model": "sora-2"}, "model", "heterostep-tiny alone"),
+        ({"model": "sora-2"}, "model", "only runs heterostep-tiny"),
         ({"colour": "red"}, "colour", "no field is called 'colour'"),
         ({"input_reference": "data:"}, "input_reference", "comes as a file"),
     ],
@@ -138,8 +138,8 @@ def test_bad_requests_are_told_in_one_line(bench, fields, param, message):
 def test_bodies_that_are_no_request(bench):
     post = bench.client.post
     json_type = {"content-type": "application/json"}
-    assert "no JSON" in fault(post("/v1/videos", content=b"{", headers=json_type), 400)["message"]
-    assert "no object" in fault(post("/v1/videos", content=b"[]", headers=json_type), 400)["message"]
+    assert "not valid JSON" in fault(post("/v1/videos", content=b"{", headers=json_type), 400)["message"]
+    assert "not a JSON object" in fault(post("/v1/videos", content=b"[]", headers=json_type), 400)["message"]
     assert fault(post("/v1/videos", content=b"hello", headers={"content-type": "text/plain"}), 415)
     assert fault(post("/v1/videos", json={"prompt": "x" * 60_000}), 413)["code"] == "too_large"
     assert fault(post("/v1/videos", content=iter([b"{}"]), headers=json_type), 411)
@@ -148,7 +148,7 @@ def test_bodies_that_are_no_request(bench):
     broken = {"input_reference": ("first.png", b"no picture", "image/png")}
     assert fault(post("/v1/videos", data={"prompt": "a"}, files=broken), 400)["param"] == "input_reference"
     odd = {"prompt": ("a.txt", b"a cat", "text/plain")}
-    assert "should be no file" in fault(post("/v1/videos", files=odd), 400)["message"]
+    assert "should not be a file" in fault(post("/v1/videos", files=odd), 400)["message"]
     wide = {"input_reference": ("wide.png", picture(400, 20), "image/png")}
     assert "would be left" in fault(post("/v1/videos", data={"prompt": "a"}, files=wide), 400)["message"]
 
@@ -318,7 +318,7 @@ def test_limits_alone():
         (["--token", "short"], "16 letters and digits or more"),
         (["--max-size", "huge"], "--max-size should be"),
         (["--device", "cuda:3"], "--device is auto, cpu or cuda here"),
-        (["--model", "/no/model"], "there is no folder /no/model"),
+        (["--model", "/no/model"], "the folder /no/model does not exist"),
     ],
 )
 def test_the_command_used_wrongly(monkeypatch, capsys, arguments, message):

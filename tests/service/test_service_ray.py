@@ -213,5 +213,5 @@ def test_a_group_of_two_processes_makes_and_cancels():
 def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path):
     command = [sys.executable, "-m", "heterostep", "serve", "--port", str(free_port()), "--model", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 2 and "is no diffusers model folder" in result.stderr
+    assert result.returncode == 2 and "is not a diffusers folder" in result.stderr
     assert result.stderr.count("\n") == 1, result.stderr

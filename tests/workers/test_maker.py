@@ -96,7 +96,7 @@ def test_a_checkpoint_of_text_alone_stays_loaded_when_it_is_asked_for_more(tmp_p
     small_pipeline(expand_timesteps=False).save_pretrained(tmp_path)
     models = making.Models(torch.device("cpu"), torch.float32)
     text, _ = models.get(str(tmp_path), False)
-    with pytest.raises(HeterostepError, match="from text alone: leave out --image"):
+    with pytest.raises(HeterostepError, match="from text alone: leave the first frame out"):
         models.get(str(tmp_path), True)
     assert models.get(str(tmp_path), False)[0] is text
 
@@ -136,7 +136,7 @@ def test_a_job_is_cancelled_before_and_while_it_runs(maker):
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path):
-    with pytest.raises(HeterostepError, match="is no diffusers model folder"):
+    with pytest.raises(HeterostepError, match="is not a diffusers folder"):
         Maker(str(tmp_path), "cpu", "auto").start()
 
 
@@ -150,7 +150,9 @@ def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch):
             raise OSError(f"{model} does not appear to have a file named model_index.json.") from error
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", load_config)
-    with pytest.raises(HeterostepError, match=r"^a/b is no folder here, the hub cannot be reached.* check the network"):
+    with pytest.raises(
+        HeterostepError, match=r"^a/b is not a folder here, the hub cannot be reached.* check the network"
+    ):
         Maker("a/b", "cpu", "auto").start()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heterostep.errors import HeterostepError
-from heterostep.order import DIALS, BadField, Order, read_picture
+from heterostep.order import DIALS, Order, read_picture
 
 # A line's fields beside those of an order.
 OWN = ("image", "name")
@@ -71,7 +71,7 @@ def read(path: Path, defaults: Mapping[str, Any], model: str | None) -> Lines:
         HeterostepError: there is no such file, or it has no lines.
     """
     if not path.is_file():
-        raise HeterostepError(f"there is no file {path}")
+        raise HeterostepError(f"{path} does not exist")
     good: dict[str, Line] = {}
     bad: list[BadLine] = []
     stems: dict[str, int] = {}
@@ -99,19 +99,23 @@ def _line(number: int, raw: bytes, folder: Path, defaults: Mapping[str, Any], mo
     try:
         data = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise HeterostepError("it is no text in UTF-8") from error
+        raise HeterostepError("not UTF-8 text") from error
     except (ValueError, RecursionError) as error:
-        raise HeterostepError('it is no JSON; a line is such as {"prompt": "a red circle", "seed": 1}') from error
+        raise HeterostepError(
+            'not valid JSON; expected a line such as {"prompt": "a red circle", "seed": 1}'
+        ) from error
     if not isinstance(data, dict):
-        raise HeterostepError('it is no object of JSON, such as {"prompt": "a red circle", "seed": 1}')
+        raise HeterostepError('not a JSON object, such as {"prompt": "a red circle", "seed": 1}')
     image, name = (data.pop(each, None) for each in OWN)
     if data.get("model") not in (None, model):
-        raise BadField("model", "a batch has one model: give it with --model")
+        raise HeterostepError("a batch has one model: name it for the whole batch, not in a line", "model")
     data = {**_missing(defaults, data), **data, "model": model}
     if name is not None and not (isinstance(name, str) and re.fullmatch(r"[\w-][\w. -]{0,99}", name)):
-        raise BadField("name", "name should be a file's name of letters, digits, spaces and .-_ without a suffix")
+        raise HeterostepError(
+            "name should be a file's name of letters, digits, spaces and .-_ without a suffix", "name"
+        )
     if image is not None and not isinstance(image, str):
-        raise BadField("image", "image should be the path of a picture")
+        raise HeterostepError("image should be the path of a picture", "image")
     where = None if image is None else folder / image
     order = _order(data, where)
     key = hashlib.sha256(json.dumps([order.data(), name], sort_keys=True).encode()).hexdigest()
@@ -132,6 +136,8 @@ def _order(data: Mapping[str, Any], image: Path | None) -> Order:
         try:
             content = image.read_bytes()
         except OSError as error:
-            raise BadField("image", f"cannot read the image {image}: {error.strerror or 'no such file'}") from error
+            raise HeterostepError(
+                f"cannot read the image {image}: {error.strerror or 'no such file'}", "image"
+            ) from error
         picture = read_picture(content, image.name)
     return Order.of_data(data, picture, OWN)

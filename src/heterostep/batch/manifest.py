@@ -132,7 +132,7 @@ def _locked(folder: Path) -> Any:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise HeterostepError(f"another batch writes to {folder}: let it end, or give another --out") from error
+        raise HeterostepError(f"another batch writes to {folder}: let it end, or give another", "out") from error
     return file
 
 

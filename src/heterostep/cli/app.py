@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,7 +33,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _app(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="And exit.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Video diffusion in a fraction of the time, without training."""
@@ -59,14 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; every fault is one line on stderr.
 
     Returns:
-        0, 2 for a fault, or 130 after Ctrl-C.
+        0; 1 where a plan does not fit; 2 for a fault; 130 after Ctrl-C.
     """
     try:
         with interrupts.watched():
             launch.follow()
             given = _renamed(sys.argv[1:] if arguments is None else arguments)
             code = app(given, prog_name="heterostep", standalone_mode=False, obj=given)
-    except (HeterostepError, OSError) as error:
+    except HeterostepError as error:
+        return _fail(_by_option(error), 2)
+    except OSError as error:
         return _fail(first_line(error), 2)
     except typer.TyperException as error:
         return _fail(_told(error), 2)
@@ -79,6 +81,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == 130:
         return _fail("interrupted", 130)
     return code or 0
+
+
+def _by_option(error: HeterostepError) -> str:
+    """A fault, beginning with the option that it is about as the command writes it."""
+    message, field = first_line(error), error.field or ""
+    option = f"--{field.replace('_', '-')}"
+    commands: Any = typer.main.get_command(app)
+    if not any(option in each.opts for command in commands.commands.values() for each in command.params):
+        return message
+    names_it = message.startswith((f"{field} ", f"{field}="))
+    return option + message.removeprefix(field) if names_it else f"{option}: {message}"
 
 
 def _told(error: typer.TyperException) -> str:

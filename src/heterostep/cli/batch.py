@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heterostep import interrupts
+from heterostep import interrupts, making
 from heterostep.cli.options import DEVICE_HELP, DTYPE_HELP, check_folder, silence
 from heterostep.devices import Dtype
 from heterostep.errors import HeterostepError, first_line
@@ -29,20 +29,26 @@ def batch(
     prompts: Annotated[Path, typer.Argument(help="JSONL file, a request a line: prompt, image, seed, size, ...")],
     out: Annotated[Path, typer.Option(help="Folder of the videos. What is there already is not made again.")],
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
-    runtime: Annotated[float | None, typer.Option(help="Of lines that name no target.  [default: 0.5]")] = None,
-    share: Annotated[float | None, typer.Option(help="In place of --runtime. Repeats exactly.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of lines that name none.  [default: 40]")] = None,
-    size: Annotated[str | None, typer.Option(help="Such as 832x480, of lines without.  [default: the model's]")] = None,
-    frames: Annotated[int | None, typer.Option(help="Of lines that name none.  [default: the model's]")] = None,
+    runtime: Annotated[
+        float | None, typer.Option(help="Runtime target for lines that set none.  [default: 0.5]")
+    ] = None,
+    share: Annotated[float | None, typer.Option(help="Share target, in place of --runtime. Reproducible.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps for lines that set none.  [default: 40]")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Size for lines that set none, such as 832x480.  [default: the model's]")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames for lines that set none.  [default: the model's]")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help=WORKERS_HELP)] = None,
     gpus_per_video: Annotated[int, typer.Option(min=1, help=PER_VIDEO_HELP)] = 1,
     address: Annotated[
         str | None,
-        typer.Option(help="Of a Ray cluster's head, host:port.  [default: a Ray on this machine, for this batch]"),
+        typer.Option(
+            help="Address of a Ray cluster's head node, host:port.  [default: a Ray on this machine, for this batch]"
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP.replace(", cuda or cuda:N", " or cuda"))] = "auto",
     dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Only faults.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
 ) -> None:
     """Make a video of each line of a file, on one machine or a cluster. Interrupted, the same command goes on."""
     check_ray("ray", "a batch")
@@ -56,7 +62,11 @@ def batch(
         given = {"runtime": runtime, "share": share, "steps": steps, "size": size, "frames": frames}
         defaults: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         # A fault of the options is told once, not for each line.
-        Order.of_data({"prompt": "a line", "model": model, **defaults})
+        order = Order.of_data({"prompt": "a line", "model": model, **defaults})
+        try:
+            making.check_known_sizes(model, order.height, order.width, order.frames)
+        except HeterostepError as error:
+            raise HeterostepError(str(error), "frames" if error.field == "frames" else "size") from error
         found = lines.read(prompts, defaults, model)
         from heterostep.workers import cluster
 
@@ -101,7 +111,7 @@ def check_ray(module: str, what: str) -> None:
     except ModuleNotFoundError:
         there = False
     if not there:
-        raise HeterostepError(f"{what} wants Ray: pip install '.[ray]' in heterostep's checkout")
+        raise HeterostepError(f"{what} needs Ray: pip install '.[ray]' in heterostep's checkout")
 
 
 class _Watcher:

@@ -36,26 +36,32 @@ def bench(
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
-    shares: Annotated[str, typer.Option(help="Of active tokens, comma-separated.")] = "0.5,0.25,0.125,0.0625",
-    stores: Annotated[str, typer.Option(help="Of K/V, comma-separated: device, fp8, offload, fp8-offload.")] = "device",
+    shares: Annotated[
+        str, typer.Option(help="Active-token shares to time, comma-separated.")
+    ] = "0.5,0.25,0.125,0.0625",
+    stores: Annotated[
+        str, typer.Option(help="K/V stores to time, comma-separated: device, fp8, offload, fp8-offload.")
+    ] = "device",
     sync: Annotated[str, typer.Option(help="K/V of skipped tokens: hold or drift.")] = "hold",
     layers: Annotated[int | None, typer.Option(min=1, help="Transformer blocks.  [default: all]")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="With compile_repeated_blocks.")] = False,
-    no_graphs: Annotated[bool, typer.Option("--no-graphs", help="Replay no call as a CUDA graph.")] = False,
-    attention_backend: Annotated[str | None, typer.Option(help="Such as _native_cudnn.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")] = 5,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the blocks, by compile_repeated_blocks.")
+    ] = False,
+    no_graphs: Annotated[bool, typer.Option("--no-graphs", help="Do not replay calls as CUDA graphs.")] = False,
+    attention_backend: Annotated[str | None, typer.Option(help="Attention backend, such as _native_cudnn.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timing rounds.")] = 5,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
-    gpus: Annotated[int, typer.Option(min=1, help="One call on so many GPUs of this machine.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of this machine that share one call.")] = 1,
     dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
     out: Annotated[Path | None, typer.Option("--json", help="JSON file for the result.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="The JSON line alone.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the JSON line alone.")] = False,
 ) -> None:
     """Seconds of a transformer call, dense and with a share of the tokens; a table, and one line of JSON."""
     check_outputs((out, (".json",)))
     try:
         wanted = tuple(float(part) for part in shares.split(","))
     except ValueError as error:
-        raise HeterostepError(f"--shares wants numbers, as in 0.5,0.25, not {shares!r}") from error
+        raise HeterostepError(f"--shares expects numbers, as in 0.5,0.25, not {shares!r}") from error
     start_ranks(gpus, device, context.obj)
     quiet = quiet or not is_seen(gpus)
     from heterostep.bench import Size

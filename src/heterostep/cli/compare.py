@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from heterostep import making
 from heterostep.cli.options import (
     DEVICE_HELP,
     DTYPE_HELP,
@@ -23,8 +26,11 @@ from heterostep.cli.options import (
 from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError
 from heterostep.files import writing
-from heterostep.making import SIZES, load
-from heterostep.order import check_model
+from heterostep.order import DEFAULT_STEPS, check_model
+
+if TYPE_CHECKING:
+    from heterostep.compare.measure import Prompt
+    from heterostep.compare.run import Settings
 
 # To make so many and hold them takes a moment; a comparison of them takes weeks.
 MOST_CAPTIONS = 10_000
@@ -35,18 +41,25 @@ def compare(
     prompts: Annotated[
         Path | None, typer.Option(help="File, a prompt a line.  [default: the model's held-out ones]")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, max=MOST_CAPTIONS, help="Held-out captions, without --prompts.")] = 2,
+    count: Annotated[
+        int, typer.Option(min=1, max=MOST_CAPTIONS, help="Number of held-out captions, where there is no --prompts.")
+    ] = 2,
     image_to_video: Annotated[
-        bool, typer.Option("--image-to-video", help="From first frames; in --prompts after a tab.")
+        bool, typer.Option("--image-to-video", help="Start from first frames; in --prompts their paths follow a tab.")
     ] = False,
-    runtimes: Annotated[str, typer.Option(help="Over the dense loop's, comma-separated.")] = "1,0.75,0.5,0.25",
+    runtimes: Annotated[str, typer.Option(help="Targets as fractions of dense, comma-separated.")] = "1,0.75,0.5,0.25",
     methods: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
-    points: Annotated[int, typer.Option(min=1, help="Dial values of methods that are not set by a budget.")] = 4,
+    points: Annotated[
+        int, typer.Option(min=1, help="Number of threshold values swept for methods that have no budget.")
+    ] = 4,
     repeats: Annotated[int, typer.Option(min=1, help="How often everything is timed.")] = 1,
     batch: Annotated[
-        int, typer.Option(min=1, help="Prompts made in one call; above 1 by token evaluations, nothing is timed.")
+        int,
+        typer.Option(
+            min=1, help="Prompts per pipeline call. Above 1, cost is counted in token evaluations instead of seconds."
+        ),
     ] = 1,
-    seeds: Annotated[int, typer.Option(min=1, max=10**6, help="Noises that each prompt is made from.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=10**6, help="Seeds per prompt.")] = 1,
     videos: Annotated[int, typer.Option(min=0, help="Prompts whose videos are shown.")] = 2,
     regime: Annotated[
         str | None,
@@ -63,70 +76,35 @@ def compare(
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first prompt's noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62, help="Seed of the first prompt; the next one has the next.")
+    ] = 0,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
     vbench: Annotated[
-        bool, typer.Option("--vbench", help="Scores by the vbench command; keeps the videos of all prompts.")
+        bool, typer.Option("--vbench", help="Add scores by the vbench command; keeps the videos of all prompts.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Neither progress nor table.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print neither progress nor table.")] = False,
 ) -> None:
     """Draw the quality-runtime frontier of heterostep and its peers on one model."""
     wanted = _runtimes(runtimes)
-    if batch > 1 and repeats > 1:
-        raise HeterostepError("--repeats is for timings, and a batch is not timed: leave out --repeats or --batch")
-    if regime is not None and (steps is not None or guidance is not None or vbench):
-        raise HeterostepError("--regime sets steps and guidance: leave out --steps, --guidance and --vbench")
-    check_guidance(guidance)
-    check_folder(out)
-    if prompts is not None and prompts.is_dir():
-        raise HeterostepError(f"{prompts} is a folder, not a file of prompts")
-    if prompts is not None and not prompts.is_file():
-        raise HeterostepError(f"there is no file {prompts}")
-    check_model(model)
-    if missing := [name for name in ("torchmetrics", "jinja2") if importlib.util.find_spec(name) is None]:
-        raise HeterostepError(
-            f"the comparison wants {' and '.join(missing)}: pip install '.[compare]' in heterostep's checkout"
-        )
-    if vbench:
-        from heterostep.compare import vbench as scores
-
-        scores.command()
-    from heterostep import checkpoints
-    from heterostep.compare import matrix, page, regimes, table
-    from heterostep.compare import prompts as source
+    _check(out, prompts, model, regime, steps, guidance, batch, repeats, vbench)
+    making.check_known_sizes(model, height, width, frames)
     from heterostep.compare.methods import METHODS
-    from heterostep.compare.methods.calibration import calibrate_with
-    from heterostep.compare.run import Comparison, Settings
+    from heterostep.compare.run import Settings
 
     task = "image" if image_to_video else "text"
     todo_regimes = [] if regime is None else _regimes(regime, task)
     chosen = _methods(methods, METHODS)
-    # Faults are found before the model is loaded, which knows the size that first frames of a file are cropped to.
-    if prompts is not None:
-        read = source.read_prompts(prompts, seed, (1, 1) if image_to_video else None)
-        if model is None and not quiet:
-            _tell_of_foreign([prompt.text for prompt in read])
-    elif model is not None:
-        source.held_out_of(model, count, seed, image_to_video)
-    tell = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
-    command = "heterostep " + " ".join(map(shlex.quote, sys.argv[1:]))
+    source = _Source(model, prompts, count, seed, seeds, image_to_video)
+    source.check(quiet)
+    asked = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance}
     with silence(), out_of_memory("lower the size or --batch, or take a smaller --dtype"):
         place = device_of(device)
-        pipe, defaults = load(model, image_to_video, precision_of(dtype, place))
-        asked = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance}
-        options: dict[str, Any] = {name: defaults[name] if value is None else value for name, value in asked.items()}
-        checkpoints.check_sizes(pipe, **{name: options[name] for name in SIZES})
-        options["num_inference_steps"] = steps or 40
-        if prompts is not None:
-            todo = source.read_prompts(prompts, seed, (options["width"], options["height"]) if image_to_video else None)
-        elif model is not None:
-            todo = source.held_out_of(model, count, seed, image_to_video)
-        else:
-            todo = source.held_out(count, seed, image_to_video)
-        todo = source.with_seeds(todo, seeds)
+        pipe, defaults = making.load(model, image_to_video, precision_of(dtype, place))
+        options = _options(pipe, defaults, asked, steps)
+        todo = source.read(options["width"], options["height"])
         pipe.to(place)
-
         settings = Settings(
             model="the bundled model" if model is None else model,
             mode=task,
@@ -140,32 +118,162 @@ def compare(
             batch=batch,
             seeds=seeds,
         )
-        known = list(METHODS.values())
+        run = _Run(pipe, todo, chosen, settings, out, (lambda line: None) if quiet else _tell)
         if regime is not None:
-            if regime.strip() == "all":
-                todo_regimes = [each for each in todo_regimes if regimes.refuses(pipe, each) is None]
-            written = matrix.compare_regimes(pipe, todo, chosen, todo_regimes, settings, out, command, tell, known)
-            found = matrix.read(out)
-            _check_compared([found[each.name] for each in todo_regimes], out)
+            written, show = _compare_regimes(run, todo_regimes, regime.strip() == "all")
         else:
-            calibrate_with(pipe, **{name: options[name] for name in asked})
-            results = Comparison(pipe, todo, chosen, settings, out, command, tell, known).run()
-            if vbench:
-                import torch
-
-                # VBench has networks of its own to put there.
-                pipe.to("cpu")
-                torch.cuda.empty_cache()
-                results = scores.score(out, videos, tell)
-            with writing(out / "index.html"):
-                written = page.write_page(out)
-            _check_compared([results], out)
+            written, show = _compare_one(run, videos if vbench else None)
     if not quiet:
-        if todo_regimes:
-            typer.echo(matrix.table(matrix.matrix(found, wanted)))
-        else:
-            table.show(results)
+        show()
         typer.echo(f"{written}")
+
+
+def _check(
+    out: Path,
+    prompts: Path | None,
+    model: str | None,
+    regime: str | None,
+    steps: int | None,
+    guidance: float | None,
+    batch: int,
+    repeats: int,
+    vbench: bool,
+) -> None:
+    """Whether the options go together, and what they name is there."""
+    if batch > 1 and repeats > 1:
+        raise HeterostepError("--repeats is for timings, and a batch is not timed: leave out --repeats or --batch")
+    if regime is not None and (steps is not None or guidance is not None or vbench):
+        raise HeterostepError("--regime sets steps and guidance: leave out --steps, --guidance and --vbench")
+    check_guidance(guidance)
+    check_folder(out)
+    if prompts is not None and prompts.is_dir():
+        raise HeterostepError(f"{prompts} is a folder, not a file of prompts")
+    if prompts is not None and not prompts.is_file():
+        raise HeterostepError(f"{prompts} does not exist")
+    check_model(model)
+    if missing := [name for name in ("torchmetrics", "jinja2") if importlib.util.find_spec(name) is None]:
+        raise HeterostepError(
+            f"the comparison needs {' and '.join(missing)}: pip install '.[compare]' in heterostep's checkout"
+        )
+    if vbench:
+        from heterostep.compare import vbench as scores
+
+        scores.command()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the prompts come from: a file, a model's folder, or the bundled model's world."""
+
+    model: str | None
+    file: Path | None
+    count: int
+    seed: int
+    seeds: int
+    with_image: bool
+
+    def check(self, quiet: bool) -> None:
+        """Find faults before the model is loaded, which knows the size that first frames of a file are cropped to."""
+        from heterostep.compare import prompts
+
+        if self.file is not None:
+            read = prompts.read_prompts(self.file, self.seed, (1, 1) if self.with_image else None)
+            if self.model is None and not quiet:
+                _tell_of_foreign([prompt.text for prompt in read])
+        elif self.model is not None:
+            prompts.held_out_of(self.model, self.count, self.seed, self.with_image)
+
+    def read(self, width: int, height: int) -> list[Prompt]:
+        """The prompts, with all their seeds."""
+        from heterostep.compare import prompts
+
+        if self.file is not None:
+            found = prompts.read_prompts(self.file, self.seed, (width, height) if self.with_image else None)
+        elif self.model is not None:
+            found = prompts.held_out_of(self.model, self.count, self.seed, self.with_image)
+        else:
+            found = prompts.held_out(self.count, self.seed, self.with_image)
+        return prompts.with_seeds(found, self.seeds)
+
+
+def _options(pipe: Any, defaults: dict[str, Any], asked: dict[str, Any], steps: int | None) -> dict[str, Any]:
+    """The dense call's options; None is the model's."""
+    from heterostep import checkpoints
+
+    options = {name: defaults[name] if value is None else value for name, value in asked.items()}
+    checkpoints.check_sizes(pipe, **{name: options[name] for name in making.SIZES})
+    return options | {"num_inference_steps": steps or DEFAULT_STEPS}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is to be compared, as `heterostep.compare.run.Comparison` takes it."""
+
+    pipe: Any
+    prompts: list[Prompt]
+    methods: list[Any]
+    settings: Settings
+    out: Path
+    tell: Callable[[str], None]
+
+    @property
+    def command(self) -> str:
+        return "heterostep " + " ".join(map(shlex.quote, sys.argv[1:]))
+
+
+def _compare_regimes(run: _Run, wanted: list[Any], where_possible: bool) -> tuple[Path, Callable[[], None]]:
+    """One comparison for each regime.
+
+    Args:
+        where_possible: leave out the regimes that the pipeline refuses.
+
+    Returns:
+        the page, and what shows the results on the terminal.
+    """
+    from heterostep.compare import matrix, regimes
+    from heterostep.compare.methods import METHODS
+
+    if where_possible:
+        wanted = [each for each in wanted if regimes.refuses(run.pipe, each) is None]
+    written = matrix.compare_regimes(
+        run.pipe, run.prompts, run.methods, wanted, run.settings, run.out, run.command, run.tell, list(METHODS.values())
+    )
+    found = matrix.read(run.out)
+    _check_compared([found[each.name] for each in wanted], run.out)
+    return written, lambda: typer.echo(matrix.table(matrix.matrix(found, run.settings.runtimes)))
+
+
+def _compare_one(run: _Run, scored: int | None) -> tuple[Path, Callable[[], None]]:
+    """One comparison in the model's own settings; `scored` prompts keep their videos once VBench has scored all.
+
+    Returns:
+        as `_compare_regimes`.
+    """
+    from heterostep.compare import page, table
+    from heterostep.compare.methods import METHODS
+    from heterostep.compare.methods.calibration import calibrate_with
+    from heterostep.compare.run import Comparison
+
+    calibrate_with(run.pipe, **{name: run.settings.options[name] for name in (*making.SIZES, "guidance_scale")})
+    known = list(METHODS.values())
+    results = Comparison(run.pipe, run.prompts, run.methods, run.settings, run.out, run.command, run.tell, known).run()
+    if scored is not None:
+        import torch
+
+        from heterostep.compare import vbench
+
+        # VBench has networks of its own to put there.
+        run.pipe.to("cpu")
+        torch.cuda.empty_cache()
+        results = vbench.score(run.out, scored, run.tell)
+    with writing(run.out / "index.html"):
+        written = page.write_page(run.out)
+    _check_compared([results], run.out)
+    return written, lambda: table.show(results)
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _check_compared(results: list[dict[str, Any]], out: Path) -> None:
@@ -193,7 +301,7 @@ def _runtimes(text: str) -> tuple[float, ...]:
     except ValueError:
         values = ()
     if not values or not all(0 < value <= 1 for value in values):
-        raise HeterostepError(f"--runtimes wants numbers above 0 and at most 1, as in 1,0.5,0.25, not {text!r}")
+        raise HeterostepError(f"--runtimes expects numbers above 0 and at most 1, as in 1,0.5,0.25, not {text!r}")
     return values
 
 

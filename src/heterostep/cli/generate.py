@@ -21,7 +21,6 @@ from heterostep.cli.options import (
     SYNC_HELP,
     check_guidance,
     check_outputs,
-    in_options,
     is_seen,
     on_device,
     silence,
@@ -32,7 +31,9 @@ from heterostep.config import HSAConfig
 from heterostep.devices import Dtype, precision_of
 from heterostep.errors import HeterostepError
 from heterostep.files import replacing
-from heterostep.order import check_model, check_prompt
+from heterostep.order import DEFAULT_STEPS, check_model, check_prompt
+
+STEPS_HELP = "Denoising steps.  [default: the model's, as in plan, or 40 where they are not known]"
 
 
 class Solver(str, Enum):
@@ -43,9 +44,9 @@ class Solver(str, Enum):
 
 
 def scene(
-    caption: Annotated[str, typer.Argument(help="As in: a red circle moving right over blue stripes.")],
+    caption: Annotated[str, typer.Argument(help="What to show, as in: a red circle moving right over blue stripes.")],
     out: Annotated[Path, typer.Option(help="PNG file.")] = Path("first.png"),
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the initial noise.")] = 0,
 ) -> None:
     """Write a first frame from the bundled model's world, for `generate --image`."""
     check_outputs((out, (".png",)))
@@ -63,18 +64,26 @@ def generate(
         Path | None, typer.Option(help="First frame: image-to-video. Cropped to the video's shape.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Diffusers folder or hub id.  [default: the bundled model]")] = None,
-    runtime: Annotated[float | None, typer.Option(help="Target: seconds over dense seconds.  [default: 0.5]")] = None,
-    share: Annotated[float | None, typer.Option(help="Target in evaluations over dense ones. Repeats exactly.")] = None,
+    runtime: Annotated[
+        float | None, typer.Option(help="Target: fraction of the dense seconds.  [default: 0.5]")
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Target: fraction of the dense evaluations. Reproducible.")
+    ] = None,
     sparse_share: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Part of the evaluations for single tokens, between dense steps."),
+        typer.Option(min=0, max=1, help="Fraction of the evaluations spent on single tokens between dense steps."),
     ] = 0.0,
     policy: Annotated[str, typer.Option(help=POLICY_HELP)] = "auto",
     sync: Annotated[str, typer.Option(help=SYNC_HELP)] = "hold",
     no_kv: Annotated[bool, typer.Option("--no-kv", hidden=True, help="The default now.")] = False,
-    kv_store: Annotated[str, typer.Option(help="auto, device, fp8, offload or fp8-offload.")] = "auto",
-    vram: Annotated[float | None, typer.Option(help="Gigabytes it may use, for auto.  [default: what is free]")] = None,
-    steps: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps.")] = 40,
+    kv_store: Annotated[
+        str, typer.Option(help="Where K and V are kept: auto, device, fp8, offload or fp8-offload.")
+    ] = "auto",
+    vram: Annotated[
+        float | None, typer.Option(help="Gigabytes that --kv-store auto may plan with.  [default: what is free]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=MOST_STEPS, help=STEPS_HELP)] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
@@ -82,18 +91,20 @@ def generate(
     fps: Annotated[
         float | None, typer.Option(min=1, max=1000, help="Frames per second.  [default: the model's]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the initial noise.")] = 0,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     gpus: Annotated[int, typer.Option(min=1, help=GPUS_HELP)] = 1,
     dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
-    solver: Annotated[Solver, typer.Option(help="The update of skipped tokens.")] = Solver.pipeline,
+    solver: Annotated[
+        Solver, typer.Option(help="How steps are made: pipeline (the scheduler's own) or euler (first order).")
+    ] = Solver.pipeline,
     negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
     out: Annotated[Path, typer.Option(help="MP4 file.")] = Path("video.mp4"),
     report: Annotated[Path | None, typer.Option(help="JSON file: what was asked, what was done.")] = None,
     heatmap: Annotated[Path | None, typer.Option(help="PNG or MP4 file: evaluations per token.")] = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Skip nothing.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Evaluate every step (no speed-up).")] = False,
     both: Annotated[bool, typer.Option("--both", help="Dense, then faster from the same noise, side by side.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Neither progress nor summary.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print neither progress nor summary.")] = False,
 ) -> None:
     """Generate a video."""
     if no_kv and sparse_share:
@@ -119,10 +130,12 @@ def generate(
         vram=vram,
         solver=solver.value,
     )
+    check_model(model)
+    steps = steps or making.usual_steps(model) or DEFAULT_STEPS
     making.check_target(config, steps)
     check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
-    check_model(model)
     picture = making.open_image(image) if image is not None else None
+    making.check_known_sizes(model, height, width, frames)
     start_ranks(gpus, device, context.obj)
     quiet = quiet or not is_seen(gpus)
     if model is None and not quiet and (reason := why_foreign(prompt)):
@@ -136,6 +149,8 @@ def generate(
         asked: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance}
         asked |= {"fps": fps, "prompt": prompt, "negative_prompt": negative, "num_inference_steps": steps}
         options, fps = making.call_options(pipe, defaults, asked, picture)
+        if not quiet and making.ignores_negative(pipe, options):
+            typer.echo("note: --negative has no effect, for this run has no guidance by a negative prompt", err=True)
         with making.memory_advice(
             pipe,
             config,
@@ -193,6 +208,4 @@ def _summary(
     lines = making.summary(result, reference) | {"files": ", ".join(map(str, files))}
     if stores and result.report.memory.kv_store == "none":
         lines["memory"] += f"; {' and '.join(stores)} had no effect"
-    if "advice" in lines:
-        lines["advice"] = in_options(lines["advice"])
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())

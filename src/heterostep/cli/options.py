@@ -20,12 +20,15 @@ from heterostep.files import name_is_too_long
 from heterostep.making import is_out_of_memory
 
 DEVICE_HELP = "cpu, cuda or cuda:N; auto takes CUDA where there is one."
-DTYPE_HELP = "auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32 whose products have TF32's ten bits."
+DTYPE_HELP = (
+    "auto: float32 on the CPU, bfloat16 on CUDA. tf32: float32 weights, TF32 matrix products, attention in float16 "
+    "(overflows above 65504)."
+)
 
 
 # Planning takes a moment for each, and no scheduler is made for more.
 MOST_STEPS = 10_000
-POLICY_HELP = "Where evaluations go: auto; hsa, the paper's step divisors; or round-robin, a control."
+POLICY_HELP = "Where evaluations go: auto, or hsa (the paper's step divisors)."
 SYNC_HELP = "K/V of skipped tokens: hold; drift along their last change; or fresh, a bound that saves nothing."
 
 
@@ -38,7 +41,7 @@ def check_folder(path: Path) -> None:
     """Whether the folder is there or can be made, before any work."""
     there = next(each for each in (path, *path.parents) if each.exists())
     if not there.is_dir():
-        raise HeterostepError(f"{there} is no folder")
+        raise HeterostepError(f"{there} is not a folder")
     _try_to_write(there)
 
 
@@ -65,15 +68,6 @@ def check_outputs(*outputs: tuple[Path | None, tuple[str, ...]]) -> None:
         _try_to_write(path.parent)
     if len({path.resolve() for path, _ in given}) < len(given):
         raise HeterostepError("two outputs have the same path")
-
-
-def in_options(advice: str) -> str:
-    """Advice of a report or a plan by the command's options."""
-    return (
-        advice.replace("num_inference_steps=", "--steps ")
-        .replace("num_inference_steps", "--steps")
-        .replace("raise runtime", "raise --runtime")
-    )
 
 
 def why_foreign(prompt: str) -> str | None:
@@ -105,7 +99,7 @@ def silence() -> Iterator[None]:
         yield
 
 
-GPUS_HELP = "One video on so many GPUs of this machine."
+GPUS_HELP = "GPUs of this machine that make one video together."
 
 
 def start_ranks(gpus: int, device: str, arguments: Sequence[str]) -> None:

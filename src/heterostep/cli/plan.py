@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import filesize
 
-from heterostep.cli.options import DTYPE_HELP, MOST_STEPS, POLICY_HELP, in_options, silence
+from heterostep.cli.options import DTYPE_HELP, MOST_STEPS, POLICY_HELP, silence
 from heterostep.config import HSAConfig
 from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError
@@ -19,17 +19,25 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[str, typer.Option(help="Short name, hub id or diffusers folder; --list names those known.")] = "",
-    list_models: Annotated[bool, typer.Option("--list", help="The short names, and exit.")] = False,
-    runtime: Annotated[float | None, typer.Option(help="Target: seconds over dense seconds.  [default: 0.5]")] = None,
-    share: Annotated[float | None, typer.Option(help="Target in evaluations over dense ones.")] = None,
+    list_models: Annotated[bool, typer.Option("--list", help="Print the short names and exit.")] = False,
+    runtime: Annotated[
+        float | None, typer.Option(help="Target: fraction of the dense seconds.  [default: 0.5]")
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Target: fraction of the dense evaluations. Reproducible.")
+    ] = None,
     sparse_share: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Part of the evaluations for single tokens, between dense steps."),
+        typer.Option(min=0, max=1, help="Fraction of the evaluations spent on single tokens between dense steps."),
     ] = 0.0,
     policy: Annotated[str, typer.Option(help=POLICY_HELP)] = "auto",
     no_kv: Annotated[bool, typer.Option("--no-kv", hidden=True, help="The default now.")] = False,
-    vram: Annotated[float | None, typer.Option(help="Gigabytes of the device.  [default: what is free]")] = None,
-    kv_store: Annotated[str, typer.Option(help="auto, device, fp8, offload or fp8-offload.")] = "auto",
+    vram: Annotated[
+        float | None, typer.Option(help="Gigabytes of the device's memory to plan for.  [default: what is free]")
+    ] = None,
+    kv_store: Annotated[
+        str, typer.Option(help="Where K and V are kept: auto, device, fp8, offload or fp8-offload.")
+    ] = "auto",
     offload: Annotated[str, typer.Option(help="none, or model: one model on the device at a time.")] = "none",
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that make the video together; the figures are of each.")] = 1,
     image_to_video: Annotated[
@@ -42,11 +50,14 @@ def plan(
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
-    attention_backend: Annotated[str | None, typer.Option(help="Such as _native_cudnn.")] = None,
+    attention_backend: Annotated[str | None, typer.Option(help="Attention backend, such as _native_cudnn.")] = None,
     dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.bfloat16,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON in place of the table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
 ) -> None:
-    """Tokens, memory by K/V store and evaluations of a run, from the configuration alone."""
+    """Tokens, memory by K/V store and evaluations of a run, from the configuration alone.
+
+    Ends with exit code 1 if the run does not fit.
+    """
     from heterostep import configs
 
     if list_models:
@@ -81,8 +92,10 @@ def plan(
         )
     if as_json:
         typer.echo(made.to_json())
-        return
-    _show_plan(made, config, frames)
+    else:
+        _show_plan(made, config, frames)
+    if made.chosen is None or made.chosen.fits is False:
+        raise typer.Exit(1)
 
 
 def _show_plan(made: Plan, config: HSAConfig, asked: int | None) -> None:
@@ -98,7 +111,7 @@ def _show_plan(made: Plan, config: HSAConfig, asked: int | None) -> None:
         f"({grid}), {made.calls} transformer calls a step",
         "steps": f"{len(made.active_share)}; {dial}: {made.share:.3f} of the dense token evaluations",
         "at first": made.evaluated,
-        **({"advice": in_options(made.advice)} if made.advice else {}),
+        **({"advice": made.advice} if made.advice else {}),
         **({"on each of": f"{made.gpus} GPUs, what follows"} if made.gpus > 1 else {}),
         "weights": ", ".join(f"{name} {filesize.decimal(size)}" for name, size in made.weights.items()),
         "activations": filesize.decimal(made.activation_bytes),

@@ -24,26 +24,28 @@ LEAST_TOKEN = 16
 
 
 def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on. Others than this machine's want a token.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Any but a loopback address requires --token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     token: Annotated[
         str | None,
-        typer.Option(envvar="HETEROSTEP_TOKEN", help="What requests must bring. Better given by the variable."),
+        typer.Option(
+            envvar="HETEROSTEP_TOKEN", help="Bearer token that requests must send; prefer the environment variable."
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     workers: Annotated[int | None, typer.Option(min=1, help=WORKERS_HELP)] = None,
     gpus_per_video: Annotated[int, typer.Option(min=1, help=PER_VIDEO_HELP)] = 1,
-    queue: Annotated[int, typer.Option(min=1, help="Videos that may wait; more are told to come later.")] = 32,
-    max_size: Annotated[str, typer.Option(help="A frame may have as many pixels as one of this size.")] = "1280x720",
+    queue: Annotated[int, typer.Option(min=1, help="Videos that may wait; further requests get 429.")] = 32,
+    max_size: Annotated[str, typer.Option(help="Largest frame, as width x height in pixels.")] = "1280x720",
     max_frames: Annotated[int, typer.Option(min=1, help="Frames that a video may have.")] = 161,
     max_steps: Annotated[int, typer.Option(min=1, help="Steps that a video may take.")] = 100,
     folder: Annotated[
-        Path | None, typer.Option(help="Of the finished videos.  [default: a temporary one, removed at the end]")
+        Path | None, typer.Option(help="Folder for finished videos.  [default: a temporary one, removed at the end]")
     ] = None,
-    keep: Annotated[int, typer.Option(min=1, help="Finished videos that are kept.")] = 200,
-    keep_hours: Annotated[float, typer.Option(min=0.01, max=87600, help="For so long.")] = 24.0,
+    keep: Annotated[int, typer.Option(min=1, help="Number of finished videos that are kept.")] = 200,
+    keep_hours: Annotated[float, typer.Option(min=0.01, max=87600, help="Hours that a finished video is kept.")] = 24.0,
     device: Annotated[str, typer.Option(help=DEVICE_HELP.replace(", cuda or cuda:N", " or cuda"))] = "auto",
     dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
     quiet: Annotated[bool, typer.Option("--quiet", help="Do not print the address.")] = False,

@@ -16,19 +16,20 @@ from heterostep.errors import HeterostepError
 
 def ui(
     host: Annotated[str, typer.Option(help="Address to listen on. Whoever reaches it can use it.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
     model: Annotated[str | None, typer.Option(help="Diffusers folder or hub id.  [default: the bundled model]")] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
     open_page: Annotated[
-        bool | None, typer.Option("--open/--no-open", help="In the browser.  [default: where there is a desktop]")
+        bool | None,
+        typer.Option("--open/--no-open", help="Open it in the browser.  [default: where there is a desktop]"),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Do not print the address.")] = False,
 ) -> None:
     """Make videos on a page in the browser, dense and faster side by side."""
     wanted = {"starlette": "starlette", "uvicorn": "uvicorn", "python_multipart": "python-multipart"}
     if missing := [name for module, name in wanted.items() if importlib.util.find_spec(module) is None]:
-        raise HeterostepError(f"the page wants {' and '.join(missing)}: pip install '.[ui]' in heterostep's checkout")
+        raise HeterostepError(f"the page needs {' and '.join(missing)}: pip install '.[ui]' in heterostep's checkout")
     with silence():
         from heterostep.addresses import is_loopback, listen
         from heterostep.order import check_model

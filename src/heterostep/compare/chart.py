@@ -1,4 +1,7 @@
-"""The page's plots, as inline SVG, and the figures of merit that they show."""
+"""The page's plots, as inline SVG, and the figures of merit that they show.
+
+Written by hand, for each point has its tooltip and the page's style sheet gives the colours, light or dark.
+"""
 
 from __future__ import annotations
 

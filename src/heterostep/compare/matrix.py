@@ -247,7 +247,7 @@ def read(folder: Path) -> dict[str, Results]:
         except (OSError, EOFError, ValueError) as error:
             raise HeterostepError(f"{path} cannot be read: {error}") from error
         if not isinstance(found[name], dict) or "generations" not in found[name]:
-            raise HeterostepError(f"{path} is no comparison's results")
+            raise HeterostepError(f"{path} does not hold a comparison's results")
     if not found:
         raise HeterostepError(f"{folder} has no results of any regime yet")
     return found

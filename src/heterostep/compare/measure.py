@@ -6,6 +6,7 @@ Shapes: B videos of a batch, F frames, H height, W width; f, h, w those of the t
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ import torch
 
 import heterostep
 from heterostep.compare.methods.method import Method
-from heterostep.errors import HeterostepError
+from heterostep.errors import HeterostepError, first_line
 from heterostep.pipeline import transformers
 
 
@@ -30,7 +31,7 @@ class Prompt:
 
 
 @dataclass
-class Run:
+class Generated:
     """One call of the pipeline: one generation, or a batch of them.
 
     Attributes:
@@ -78,9 +79,9 @@ def refuses_batch(pipe: Any, with_images: bool) -> str | None:
         return None
     name = type(pipe).__name__
     if name != "WanImageToVideoPipeline":
-        return f"{name} is not known to take several first frames in one call: leave out --batch"
+        return f"{name} is not known to take several first frames in one call: take a batch of 1"
     if any(model.config.image_dim is not None for model in transformers(pipe)):
-        return f"{name} repeats the image encoder's states over a batch of different first frames: leave out --batch"
+        return f"{name} repeats the image encoder's states over a batch of different first frames: take a batch of 1"
     return None
 
 
@@ -111,7 +112,9 @@ def _first_frames_apart(pipe: Any) -> Iterator[None]:
         del pipe.prepare_latents
 
 
-def generate(pipe: Any, prompts: Sequence[Prompt], method: Method | None, value: float, options: dict[str, Any]) -> Run:
+def generate(
+    pipe: Any, prompts: Sequence[Prompt], method: Method | None, value: float, options: dict[str, Any]
+) -> Generated:
     """Run the pipeline once, plainly where `method` is None; each prompt from the noise that it has alone.
 
     Args:
@@ -170,7 +173,7 @@ def generate(pipe: Any, prompts: Sequence[Prompt], method: Method | None, value:
     # [B, F, 3, H, W] in 0..1; made small before it leaves the GPU.
     clips = (output.frames * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2).contiguous().cpu().numpy()
     peak = torch.cuda.max_memory_allocated() if cuda else None
-    return Run(clips, marks[-1] - marks[0], sum(rows), peak, steps_maps)
+    return Generated(clips, marks[-1] - marks[0], sum(rows), peak, steps_maps)
 
 
 def _picture(image: np.ndarray) -> Any:
@@ -179,34 +182,35 @@ def _picture(image: np.ndarray) -> Any:
     return Image.fromarray(image)
 
 
-def likeness(clip: np.ndarray, dense: np.ndarray, device: Any = "cpu") -> dict[str, float | None]:
-    """SSIM and, where the `lpips` package is at hand, LPIPS, of two clips uint8 [F, H, W, 3], on a device."""
+def likeness(clip: np.ndarray, dense: np.ndarray, device: Any = "cpu") -> dict[str, Any]:
+    """`ssim` and `lpips` of two clips uint8 [F, H, W, 3], on a device.
+
+    LPIPS needs the `lpips` package and its weights: where it cannot be had it is None, and `lpips_missing` says why.
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     # [F, 3, H, W]; frame by frame, as everybody else does.
     a, b = (torch.from_numpy(x).to(device).permute(0, 3, 1, 2).float() for x in (clip, dense))
     ssim = structural_similarity_index_measure(a, b, data_range=255.0)
     assert isinstance(ssim, torch.Tensor)
-    return {"ssim": float(ssim), "lpips": _lpips(a, b)}
-
-
-_perceptual: list[Any] = []
-
-
-def _lpips(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    if not _perceptual:
-        try:
-            import lpips
-
-            _perceptual.append(lpips.LPIPS(net="alex", verbose=False))
-        except Exception:
-            # The package is optional, and it downloads its weights.
-            _perceptual.append(None)
-    (network,) = _perceptual
-    if network is None:
-        return None
+    network = _perceptual()
+    if isinstance(network, str):
+        return {"ssim": float(ssim), "lpips": None, "lpips_missing": network}
     with torch.no_grad():
-        return float(network.to(a.device)(a / 127.5 - 1, b / 127.5 - 1).mean())
+        lpips = float(network.to(a.device)(a / 127.5 - 1, b / 127.5 - 1).mean())
+    return {"ssim": float(ssim), "lpips": lpips}
+
+
+@functools.cache
+def _perceptual() -> Any:
+    """The network of LPIPS, or why there is none."""
+    try:
+        import lpips
+
+        return lpips.LPIPS(net="alex", verbose=False)
+    except Exception as error:
+        # The package is optional, and it downloads its weights.
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
 @dataclass

@@ -57,7 +57,7 @@ def write_page(folder: Path) -> Path:
     try:
         data = json.loads(source.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise HeterostepError(f"{source} is no JSON: {error}") from error
+        raise HeterostepError(f"{source} is not valid JSON: {error}") from error
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
         raise HeterostepError(f"{source} has schema {schema}, and this heterostep reads schema {SCHEMA}")

@@ -41,16 +41,19 @@ def held_out_of(model: str, count: int, first: int = 0, with_image: bool = False
 
     known = about(model).get("held_out", [])
     if not known:
-        raise HeterostepError(f"give --prompts: {model} comes without prompts of its own")
+        raise HeterostepError(f"{model} comes without prompts of its own: give a file of them", "prompts")
     if first + count > len(known):
-        asked = f"--count {count}" + (f" from --seed {first} on" if first else "")
-        raise HeterostepError(f"{asked} is more than {model}'s own prompts ({len(known)}): lower it, or give --prompts")
+        asked = f"count {count}" + (f" from seed {first} on" if first else "")
+        raise HeterostepError(
+            f"{asked} is more than {model}'s own prompts ({len(known)}): lower it, or give a file of prompts", "count"
+        )
     prompts = []
     for number, entry in enumerate(known[first : first + count], first):
         image = None
         if with_image:
             if "image" not in entry:
-                raise HeterostepError(f"give --prompts: {model}'s own prompts come without first frames")
+                message = f"{model}'s own prompts come without first frames: give a file of prompts"
+                raise HeterostepError(message, "prompts")
             path = Path(model) / entry["image"]
             try:
                 with Image.open(path) as opened:
@@ -76,12 +79,12 @@ def read_prompts(path: Path, seed: int, size: tuple[int, int] | None) -> list[Pr
     from PIL import Image, ImageOps
 
     if not path.is_file():
-        raise HeterostepError(f"there is no file {path}")
+        raise HeterostepError(f"{path} does not exist")
     try:
         # Some editors begin a file with a byte order mark.
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise HeterostepError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from error
+        raise HeterostepError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     prompts = []
     for number, line in enumerate(lines, 1):
         text, _, name = (part.strip() for part in line.partition("\t"))
@@ -90,7 +93,7 @@ def read_prompts(path: Path, seed: int, size: tuple[int, int] | None) -> list[Pr
         image = None
         if size is not None:
             if not name:
-                raise HeterostepError(f"{path}, line {number}: image-to-video wants a tab and a first frame's path")
+                raise HeterostepError(f"{path}, line {number}: image-to-video needs a tab and a first frame's path")
             try:
                 with Image.open(path.parent / name) as opened:
                     image = np.asarray(ImageOps.fit(opened.convert("RGB"), size))

@@ -71,7 +71,7 @@ class Regime:
         sound &= self.solver != "dpm" or self.shift_terminal is None
         if not sound or (self.guidance_2 is not None and self.boundary is None):
             raise HeterostepError(
-                f"the regime {self.name} is not possible: it wants unipc, dpm or euler, 1 step or more, a shift "
+                f"the regime {self.name} is not possible: it needs unipc, dpm or euler, 1 step or more, a shift "
                 "above 0, guidance of 0 or more, a terminal sigma (not with dpm) and experts' sigma between 0 and 1"
             )
 

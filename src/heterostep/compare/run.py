@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import diffusers
 import numpy as np
 import torch
 
@@ -138,15 +139,18 @@ class _Made:
 
 
 class Comparison:
-    """Args:
-    pipe: the pipeline, where it is to run.
-    prompts: what to generate.
-    methods: with what.
-    settings: see `Settings`.
-    folder: where everything goes; a comparison of the same settings that was stopped goes on, also with other methods.
-    command: what the user typed, for the page.
-    tell: called with one line after each call of the pipeline.
-    known: methods that the folder's earlier generations may be by, in the order in which all are shown.
+    """Runs every method on every prompt, resumable, and writes results.json.
+
+    Args:
+        pipe: the pipeline, where it is to run.
+        prompts: what to generate.
+        methods: with what.
+        settings: see `Settings`.
+        folder: where everything goes; a comparison of the same settings that was stopped goes on, also with other
+            methods.
+        command: what the user typed, for the page.
+        tell: called with one line after each call of the pipeline.
+        known: methods that the folder's earlier generations may be by, in the order in which all are shown.
 
     Raises:
         HeterostepError: the folder holds another comparison or a damaged one, or cannot be written to; or the pipeline
@@ -377,7 +381,7 @@ class Comparison:
             "versions": {
                 "heterostep": heterostep.__version__,
                 "torch": torch.__version__,
-                "diffusers": __import__("diffusers").__version__,
+                "diffusers": diffusers.__version__,
                 "python": sys.version.split()[0],
             },
             "settings": {name: options.get(name) for name in sizes}
@@ -387,6 +391,7 @@ class Comparison:
             | {"regime": self.settings.regime},
             "prompts": [{"prompt": p.text, "seed": p.seed} for p in self.prompts],
             "methods": [self._account(method, rest) for method in self.shown],
+            "lpips_missing": next((line["lpips_missing"] for line in self._lines if line.get("lpips_missing")), None),
             "dense": dense,
             "chance": chance,
             "generations": rest,

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from heterostep.compare.chart import AXES
-from heterostep.compare.summary import unsteady
+from heterostep.compare.summary import IDENTICAL_DB, unsteady
 
 COLUMNS = {
     "psnr": "PSNR dB",
@@ -41,9 +41,13 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
                 continue
             cells = []
             for name in known:
-                value = row[name]
-                digits = 1 if name == "psnr" else 3
-                text = "-" if value is None else f"{'~' if row['interpolated'] else ''}{value:.{digits}f}"
+                value, mark = row[name], "~" * row["interpolated"]
+                if name == "psnr":
+                    # As the page has it: without a PSNR, or on the way to such a video, it equals the dense one.
+                    same = value is None or value >= IDENTICAL_DB
+                    text = mark + ("identical" if same else f"{value:.1f}")
+                else:
+                    text = "-" if value is None else f"{mark}{value:.3f}"
                 cells.append(f"{text} *" if at["winners"].get(name) == row["method"] else text)
             table.add_row(label, *cells)
         console.print(table)

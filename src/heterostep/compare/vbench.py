@@ -47,7 +47,7 @@ def command() -> str:
     if found is None:
         # It pins numpy 1 and a transformers that no pipeline here runs with.
         how = "pip install vbench, in an environment of its own"
-        raise HeterostepError(f"--vbench wants the vbench command, which is not on the PATH: {how}")
+        raise HeterostepError(f"vbench needs the vbench command, which is not on the PATH: {how}", "vbench")
     return found
 
 

@@ -69,10 +69,10 @@ def _missed(generation: Generation, cost: StepCost) -> str | None:
         return None
     tokens, runtime = generation.schedule.run.tokens, generation.config.runtime
     part = cost.seconds(tokens.least / tokens.total) / cost.plain
-    fewer = "take fewer num_inference_steps" + (" or one GPU" if generation.ranks.size > 1 else "")
+    fewer = "Take fewer steps" + (" or one GPU" if generation.ranks.size > 1 else "")
     return (
-        f"a step that leaves the video's tokens out took {part:.2f} of a whole one: runtime={runtime:g} was out of "
-        f"reach, and that share of the evaluations was made; {fewer}, or raise runtime"
+        f"runtime={runtime:g} could not be reached: a step without the video tokens took {part:.2f} of a full step. "
+        f"The run used share={runtime:g} instead. {fewer}, or raise runtime"
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable
@@ -17,6 +17,7 @@ from heterostep.errors import HeterostepError
 from heterostep.models.base import ModelPatches
 from heterostep.parallel import Ranks, ranks_of
 
+_log = logging.getLogger("heterostep")
 # What runs this process has made to their end with a model, and which of their calls it has recorded.
 _made: weakref.WeakKeyDictionary[torch.nn.Module, set[Hashable]] = weakref.WeakKeyDictionary()
 
@@ -120,9 +121,12 @@ def in_background(work: Callable[[], Any]) -> threading.Thread:
     """Run `work` beside the caller; where it fails, whoever needs it tries again and gets the error."""
 
     def run() -> None:
-        # Each thread records gradients unless told otherwise.
-        with contextlib.suppress(Exception), torch.no_grad():
-            work()
+        try:
+            # Each thread records gradients unless told otherwise.
+            with torch.no_grad():
+                work()
+        except Exception:
+            _log.debug("what was begun in the background failed", exc_info=True)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

@@ -90,7 +90,9 @@ class Runner:
             HeterostepError: one is under way already.
         """
         if self._thread is not None:
-            raise HeterostepError("the pipeline is running already: give each thread, or nested call, one of its own")
+            raise HeterostepError(
+                "the pipeline is already running: use a separate pipeline for each thread or nested call"
+            )
 
     def begin(self, correction: Correction) -> None:
         """The pipeline is being called: what the transformers are asked for in this thread is its generation.
@@ -144,7 +146,7 @@ class Runner:
     def _answer(self, position: int, expert: Expert, inputs: dict[str, Any]) -> Any:
         pipe = self.pipeline()
         generation = self._current(expert, pipe, inputs)
-        step = self._scheduler_step(pipe) - generation.first
+        step = compat.scheduler_step(pipe) - generation.first
         if step != generation.step:
             steps.start_step(generation, step)
         branch = generation.branch(generation.calls)
@@ -347,7 +349,7 @@ class Runner:
             each.follow()
             self._allow_recompiles(each.model)
         samples = batch // self.adapter.cfg_batch_factor(pipe)
-        first = self._scheduler_step(pipe)
+        first = compat.scheduler_step(pipe)
         num_steps = len(scheduler.timesteps) - first
         switch = self.adapter.expert_switch(pipe)
         restarts = () if switch is None or not first < switch < first + num_steps else (switch - first,)
@@ -402,17 +404,6 @@ class Runner:
                 Runner._recompile_limit = dynamo.recompile_limit
                 dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
             self._compiled.add(id(self))
-
-    @staticmethod
-    def _scheduler_step(pipe: Any) -> int:
-        """The scheduler's step of this call. Schedulers count it themselves, but only from their first step on."""
-        scheduler, now = pipe.scheduler, getattr(pipe, "_current_timestep", None)
-        if scheduler.step_index is not None:
-            return scheduler.step_index
-        if now is None:
-            # A modular pipeline, whose runs begin where they tell the scheduler to.
-            return scheduler.begin_index or 0
-        return int((scheduler.timesteps - now).abs().argmin())
 
     def end_step(self, velocity: torch.Tensor) -> Given:
         """The scheduler is given a step's guided velocity [B, ...], in the layout of the latents.

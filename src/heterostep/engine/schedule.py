@@ -51,7 +51,8 @@ class Schedule:
         if target == 1 or steps > FEW_STEPS or not self.run.from_frames:
             return None
         little = f"with {steps} steps from a first frame there is little to leave out"
-        return f"{little}: num_inference_steps={max(1, round(target * steps))} may give as good a video"
+        fewer = max(1, round(target * steps))
+        return f"{little}: {fewer} step{'' if fewer == 1 else 's'} may give as good a video"
 
     @property
     def lowest_share(self) -> float:
@@ -76,17 +77,20 @@ class Schedule:
             switch = ", with one where the second transformer takes over" if self.run.restarts else ""
             raise HeterostepError(
                 f"{name}={config.target:g} is below the lowest possible {math.ceil(self.lowest_share * 1000) / 1000:g} "
-                f"for {steps} ({self.policy.smallest()}{switch}): raise {name} or take more steps"
+                f"for {steps} ({self.policy.smallest()}{switch}): raise {name} or take more steps",
+                name,
             )
 
     def _check_replay(self, shares: tuple[float, ...]) -> None:
         if len(shares) != self.run.num_steps:
             raise HeterostepError(f"share has {len(shares)} active shares, but the run has {self.run.num_steps} steps")
         if shares[0] < 1:
-            raise HeterostepError("the first active share must be 1: there is no velocity yet that could be held")
+            raise HeterostepError("share[0] must be 1: the first step has no previous velocity to reuse")
         first = next((step for step, share in enumerate(shares) if 0 < share < 1), len(shares))
         if shares[:first].count(1.0) < 2 and first < len(shares):
-            raise HeterostepError(f"two active shares of 1 must come before that of step {first}, which ranks tokens")
+            raise HeterostepError(
+                f"the first sparse step (step {first}) needs two dense steps before it, to rank tokens"
+            )
         for step in self.run.restarts:
             if shares[step] < 1:
                 raise HeterostepError(

@@ -22,7 +22,7 @@ import diffusers
 import torch
 from PIL import Image
 
-from heterostep import configs
+from heterostep import compat, configs
 from heterostep.configs import Configuration
 from heterostep.errors import HeterostepError, first_line
 from heterostep.models import FAMILIES, known_checkpoints
@@ -80,6 +80,27 @@ def dry_run(
     Raises:
         HeterostepError: the pipeline is not supported, has no such sibling, or refuses the arguments.
     """
+    pipe = meta_pipeline(configuration, image_to_video, dtype)
+    # A file holds only what differs from its class's defaults; built, the encoder has all of its configuration.
+    image_encoder = None if configuration.image_encoder is None else configs.build(configuration.image_encoder).config
+    return _dry_run(
+        pipe,
+        image_encoder,
+        dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps),
+        guidance_scale,
+        batch,
+        options,
+    )
+
+
+def meta_pipeline(
+    configuration: Configuration, image_to_video: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """A configuration's pipeline on the meta device, or its image-to-video sibling; encoders are None.
+
+    Raises:
+        HeterostepError: the pipeline is not supported, or has no such sibling.
+    """
     name = _pipeline_name(configuration, image_to_video)
     _check_support(name, configuration.transformer["class"])
     cls = getattr(diffusers, name)
@@ -91,17 +112,7 @@ def dry_run(
     parts["scheduler"] = getattr(diffusers, configuration.scheduler["class"]).from_config(scheduler)
     if "guider" in parts:
         parts["guider"] = diffusers.ClassifierFreeGuidance()
-    pipe = cls(**parts, **{key: value for key, value in configuration.pipeline_config.items() if key in accepted})
-    # A file holds only what differs from its class's defaults; built, the encoder has all of its configuration.
-    image_encoder = None if configuration.image_encoder is None else configs.build(configuration.image_encoder).config
-    return _dry_run(
-        pipe,
-        image_encoder,
-        dict(height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps),
-        guidance_scale,
-        batch,
-        options,
-    )
+    return cls(**parts, **{key: value for key, value in configuration.pipeline_config.items() if key in accepted})
 
 
 def dry_run_pipeline(
@@ -217,12 +228,7 @@ def _dry_run(
     if not calls:
         raise HeterostepError(f"{type(pipe).__name__} has no step to make: give it more steps or strength")
     from_frames = any(arguments.get(name) is not None for name in GIVEN)
-    return DryRun(pipe, calls[0][0], [inputs for _, inputs in calls], from_frames, _first_step(pipe))
-
-
-def _first_step(pipe: Any) -> int:
-    timesteps, now = pipe.scheduler.timesteps, getattr(pipe, "_current_timestep", None)
-    return 0 if now is None or timesteps.is_meta else int((timesteps - now).abs().argmin())
+    return DryRun(pipe, calls[0][0], [inputs for _, inputs in calls], from_frames, compat.scheduler_step(pipe))
 
 
 def _arguments(

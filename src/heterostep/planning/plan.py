@@ -174,11 +174,11 @@ def plan(
     config = HSAConfig.of(config, options)
     loaded = hasattr(model, "components")
     if not loaded and not isinstance(model, str | os.PathLike):
-        raise HeterostepError(f"plan wants a name, a folder or a pipeline, not {model!r:.60}")
+        raise HeterostepError(f"plan expects a name, a folder or a pipeline, not {model!r:.60}")
     found = None if loaded else configs.load(model)
     if not found and "Modular" in type(model).__name__:
         raise HeterostepError(
-            f"a forecast wants the usual pipeline in place of {type(model).__name__}, or its checkpoint's name: the "
+            f"a plan needs the usual pipeline in place of {type(model).__name__}, or its checkpoint's name: the "
             "transformer's calls are the same"
         )
     defaults = found.defaults if found else configs.call_defaults(type(model).__name__)
@@ -234,7 +234,6 @@ def _plan(
     backend: str | None,
     gpus: int,
 ) -> Plan:
-    transformer: Any = seen.model
     adapter = FAMILIES[type(seen.model).__name__].adapter
     grid = adapter.token_grid(seen.model, seen.calls[0])
     if gpus > 1:
@@ -255,38 +254,10 @@ def _plan(
     # Where the plan is made anew as the run goes, there may come to be sparse steps.
     keeps = config.sync != "fresh" and (bool(some) or (schedule.online and schedule.sparse))
     active = max(some, default=total // 2) / total
-    each = [forecast.of_a_rank(forecast.call_memory(seen.model, call, active), gpus) for call in seen.calls]
-    layers = [replace(layer, drifts=config.sync == "drift") for call in each for layer in call.layers]
-    base = sum(weights.values()) + sum(call.held for call in each)
-    plain = max(call.plain for call in each)
-    beside = base + sum(call.static for call in each)
-    dense, sparse = max(call.dense for call in each), max(call.sparse for call in each)
-    limit = _limit(config, dense)
-    # For another machine, its host memory is not known.
-    host = forecast.host_room() // gpus if torch.cuda.is_available() else UNLIMITED
-    room = UNLIMITED if limit is None else limit - beside
-
-    def account(stores: forecast.Stores) -> StorePlan:
-        peak = max(base + plain, beside + dense + stores.dense_bytes, beside + sparse + stores.device_bytes)
-        fits = None if limit is None else peak <= limit and stores.host_bytes <= host
-        return StorePlan(str(stores), stores.device_bytes, stores.host_bytes, peak, fits)
-
-    chosen: StorePlan | None
-    if not keeps:
-        chosen = StorePlan("none", 0, 0, base + plain, None if limit is None else base + plain <= limit)
-    elif isinstance(config.kv_store, tuple):
-        chosen = account(forecast.Stores(config.kv_store, tuple(layers)))
-    elif config.kv_store == "auto":
-        stores = forecast.choose(layers, room - dense, room - sparse, host)
-        chosen = None if stores is None else account(stores)
-    else:
-        chosen = account(forecast.uniform(config.kv_store, layers))
-    states = seen.calls[0]["hidden_states"]
-    how: dict[str, Any] = {"dtype": name_of(states.dtype), "batch": states.shape[0]}
-    how |= {"attention_backend": backend, "compiled": False, "gpus": gpus}
-    if keeps:
-        how |= {"store": None if chosen is None else chosen.store, "sync": config.sync}
-    timed = timings.find(type(seen.model).__name__, dict(transformer.config), total, **how)
+    calls = [forecast.of_a_rank(forecast.call_memory(seen.model, call, active), gpus) for call in seen.calls]
+    memory = _Memory(calls, sum(weights.values()), config, gpus)
+    chosen = memory.chosen() if keeps else memory.without()
+    timed = _timed(seen, total, config, backend, gpus, keeps, chosen)
     seconds = dense_seconds = None
     if timed is not None:
         scale = len(seen.calls)
@@ -303,10 +274,10 @@ def _plan(
         active_share=tuple(count / total for count in counts),
         advice=schedule.advice,
         weights=weights,
-        activation_bytes=max(max(call.plain, call.dense, call.sparse) for call in each),
-        dense_peak_bytes=sum(weights.values()) + plain,
-        limit_bytes=limit,
-        stores=tuple(account(forecast.uniform(name, layers)) for name in STORES),
+        activation_bytes=max(max(call.plain, call.dense, call.sparse) for call in calls),
+        dense_peak_bytes=sum(weights.values()) + memory.plain,
+        limit_bytes=memory.limit,
+        stores=tuple(memory.account(forecast.uniform(name, memory.layers)) for name in STORES),
         chosen=chosen,
         peak_bytes=None if chosen is None else chosen.peak_bytes,
         seconds=seconds,
@@ -315,6 +286,63 @@ def _plan(
         gpus=gpus,
         **sizes | {"num_frames": frames},
     )
+
+
+class _Memory:
+    """The peaks of a run, by where its K and V are kept; bytes.
+
+    Args:
+        calls: what each call of a step takes.
+        weights: of the modules on the device at once.
+        config, gpus: see `plan`.
+    """
+
+    def __init__(self, calls: list[forecast.CallMemory], weights: int, config: HSAConfig, gpus: int) -> None:
+        self.config = config
+        self.layers = [replace(layer, drifts=config.sync == "drift") for call in calls for layer in call.layers]
+        self.base = weights + sum(call.held for call in calls)
+        self.plain = max(call.plain for call in calls)
+        self.beside = self.base + sum(call.static for call in calls)
+        self.dense, self.sparse = max(call.dense for call in calls), max(call.sparse for call in calls)
+        self.limit = _limit(config, self.dense)
+        # For another machine, its host memory is not known.
+        self.host = forecast.host_room() // gpus if torch.cuda.is_available() else UNLIMITED
+
+    def account(self, stores: forecast.Stores) -> StorePlan:
+        """What these stores need."""
+        sparse = self.beside + self.sparse + stores.device_bytes
+        peak = max(self.base + self.plain, self.beside + self.dense + stores.dense_bytes, sparse)
+        fits = None if self.limit is None else peak <= self.limit and stores.host_bytes <= self.host
+        return StorePlan(str(stores), stores.device_bytes, stores.host_bytes, peak, fits)
+
+    def without(self) -> StorePlan:
+        """What a run needs that keeps no K and V."""
+        peak = self.base + self.plain
+        return StorePlan("none", 0, 0, peak, None if self.limit is None else peak <= self.limit)
+
+    def chosen(self) -> StorePlan | None:
+        """What `kv_store` gives; None where nothing fits."""
+        asked = self.config.kv_store
+        if isinstance(asked, tuple):
+            return self.account(forecast.Stores(asked, tuple(self.layers)))
+        if asked != "auto":
+            return self.account(forecast.uniform(asked, self.layers))
+        room = UNLIMITED if self.limit is None else self.limit - self.beside
+        stores = forecast.choose(self.layers, room - self.dense, room - self.sparse, self.host)
+        return None if stores is None else self.account(stores)
+
+
+def _timed(
+    seen: DryRun, total: int, config: HSAConfig, backend: str | None, gpus: int, keeps: bool, chosen: StorePlan | None
+) -> timings.Timed | None:
+    """What `heterostep bench` has timed of such calls on this device."""
+    transformer: Any = seen.model
+    states = seen.calls[0]["hidden_states"]
+    how: dict[str, Any] = {"dtype": name_of(states.dtype), "batch": states.shape[0]}
+    how |= {"attention_backend": backend, "compiled": False, "gpus": gpus}
+    if keeps:
+        how |= {"store": None if chosen is None else chosen.store, "sync": config.sync}
+    return timings.find(type(transformer).__name__, dict(transformer.config), total, **how)
 
 
 def _sigmas(seen: DryRun, num_steps: int) -> tuple[float, ...]:

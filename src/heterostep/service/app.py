@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from heterostep.addresses import asks_loopback
 from heterostep.errors import HeterostepError
-from heterostep.order import BadField, Picture, read_picture
+from heterostep.order import Picture, read_picture
 from heterostep.service.limits import Refused
 from heterostep.service.videos import Video, Videos
 
@@ -117,8 +117,7 @@ def _told(
         except Refused as refused:
             return _refusal(refused)
         except HeterostepError as error:
-            param = error.field if isinstance(error, BadField) else None
-            return _refusal(Refused(400, str(error), "invalid_value", param))
+            return _refusal(Refused(400, str(error), "invalid_value", error.field))
 
     return wrapped
 
@@ -135,9 +134,9 @@ async def _read(request: Request) -> tuple[dict[str, Any], Picture | None]:
         try:
             data = json.loads(await request.body())
         except (ValueError, RecursionError) as error:
-            raise Refused(400, "the body is no JSON") from error
+            raise Refused(400, "the body is not valid JSON") from error
         if not isinstance(data, dict):
-            raise Refused(400, "the body is no object of JSON")
+            raise Refused(400, "the body is not a JSON object")
         if data.pop("input_reference", None) is not None:
             message = "a first frame comes as a file: send the request as multipart/form-data"
             raise Refused(400, message, "invalid_value", "input_reference")
@@ -148,13 +147,13 @@ async def _read(request: Request) -> tuple[dict[str, Any], Picture | None]:
         data, picture = {}, None
         for name, value in form.multi_items():
             if name in data:
-                raise BadField(name, f"{name} is given twice")
+                raise HeterostepError(f"{name} is given twice", name)
             if name == "input_reference":
                 if not isinstance(value, UploadFile):
-                    raise BadField(name, "input_reference should be a file")
+                    raise HeterostepError("input_reference should be a file", name)
                 picture = await run_in_threadpool(read_picture, await value.read(), value.filename or "image")
             elif isinstance(value, UploadFile):
-                raise BadField(name, f"{name} should be no file; the first frame is input_reference")
+                raise HeterostepError(f"{name} should not be a file; the first frame is input_reference", name)
             else:
                 data[name] = value
         return data, picture
@@ -173,16 +172,16 @@ async def _list(request: Request, videos: Videos) -> Response:
     asked = request.query_params
     limit, order, after = asked.get("limit", "20"), asked.get("order", "desc"), asked.get("after")
     if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MOST_LISTED):
-        raise BadField("limit", f"limit should be from 1 to {MOST_LISTED}, not {limit[:20]!r}")
+        raise HeterostepError(f"limit should be from 1 to {MOST_LISTED}, not {limit[:20]!r}", "limit")
     if order not in ("asc", "desc"):
-        raise BadField("order", f"order should be asc or desc, not {order[:20]!r}")
+        raise HeterostepError(f"order should be asc or desc, not {order[:20]!r}", "order")
     found = videos.all()
     if order == "desc":
         found.reverse()
     ids = [video.id for video in found]
     if after is not None:
         if after not in ids:
-            raise BadField("after", "after should be the id of a video that is kept")
+            raise HeterostepError("after should be the id of a video that is kept", "after")
         found = found[ids.index(after) + 1 :]
     page = found[: int(limit)]
     return JSONResponse(
@@ -205,7 +204,7 @@ async def _content(request: Request, videos: Videos) -> Response:
         content = await run_in_threadpool(videos.store.content, video.id)
         return JSONResponse({"settings": content["settings"], "report": content["report"]})
     if variant != "video":
-        raise BadField("variant", f"variant should be video or report, not {variant[:20]!r}")
+        raise HeterostepError(f"variant should be video or report, not {variant[:20]!r}", "variant")
     return FileResponse(videos.store.video(video.id), media_type="video/mp4", filename=f"{video.id}.mp4")
 
 

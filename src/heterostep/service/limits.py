@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from heterostep.errors import HeterostepError
-from heterostep.order import BadField, Order, Picture, check_shape, in_form
+from heterostep.order import Order, Picture, check_shape
 from heterostep.workers.maker import About
 
 # Fields of a request beside those of an order; the picture comes as a file.
@@ -72,18 +72,18 @@ class Limits:
         fields = dict(data)
         named = fields.pop("model", None)
         if named is not None and named != model_name(model):
-            raise Refused(400, f"this service has the model {model_name(model)} alone", "model_not_found", "model")
+            raise Refused(400, f"this service only runs {model_name(model)}", "model_not_found", "model")
         fps = about.defaults["fps"]
         try:
             if (seconds := fields.pop("seconds", None)) not in (None, ""):
                 if any(fields.get(name) not in (None, "") for name in ("frames", "num_frames")):
-                    raise BadField("seconds", "give seconds or num_frames, not both of them")
+                    raise HeterostepError("give seconds or num_frames, not both of them", "seconds")
                 fields["frames"] = about.rules.frames(_seconds(seconds) * fps)
             order = Order.of_data({**fields, "model": model}, picture, OWN)
             width, height = self._checked_size(order, about)
             if order.picture is not None:
                 order = replace(order, picture=_cropped(order.picture, width, height))
-        except BadField as error:
+        except HeterostepError as error:
             raise Refused(400, str(error), "invalid_value", error.field) from error
         return order
 
@@ -92,16 +92,17 @@ class Limits:
         sizes = order.sizes(about.defaults)
         height, width, frames = (sizes[name] for name in ("height", "width", "num_frames"))
         if height * width > self.pixels:
-            raise BadField("size", f"a frame of {width}x{height} has more than the {self.pixels} pixels allowed here")
+            message = f"a frame of {width}x{height} has more than the {self.pixels} pixels allowed here"
+            raise HeterostepError(message, "size")
         if frames > self.frames:
-            raise BadField("num_frames", f"{frames} frames are more than the {self.frames} allowed here")
+            raise HeterostepError(f"{frames} frames are more than the {self.frames} allowed here", "num_frames")
         if order.steps > self.steps:
-            raise BadField("steps", f"{order.steps} steps are more than the {self.steps} allowed here")
+            raise HeterostepError(f"{order.steps} steps are more than the {self.steps} allowed here", "steps")
         try:
             about.rules.check(height, width, frames)
         except HeterostepError as error:
-            message, fault = in_form(str(error), None)
-            raise BadField("size" if fault in ("height", "width") else "num_frames", message) from error
+            field = "size" if error.field in ("height", "width") else "num_frames"
+            raise HeterostepError(str(error), field) from error
         return width, height
 
 
@@ -124,5 +125,6 @@ def _seconds(text: Any) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not 0 < value <= MOST_SECONDS:
-        raise BadField("seconds", f"seconds should be a number above 0 and at most {MOST_SECONDS}, not {text!r:.20}")
+        message = f"seconds should be a number above 0 and at most {MOST_SECONDS}, not {text!r:.20}"
+        raise HeterostepError(message, "seconds")
     return value

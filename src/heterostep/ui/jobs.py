@@ -20,7 +20,7 @@ from heterostep import making, pipeline, tiny
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError, first_line
 from heterostep.files import replacing
-from heterostep.order import SMALLER, WHOLE_STEPS, BadField, Order, check_shape, in_form
+from heterostep.order import SMALLER, WHOLE_STEPS, Order, check_shape
 from heterostep.ui.estimate import Estimates, Size
 
 if TYPE_CHECKING:
@@ -150,12 +150,12 @@ class Studio:
         """The order with the model that is meant.
 
         Raises:
-            BadField: it names another one than this page may run.
+            HeterostepError: it names another one than this page may run.
         """
         if order.model is None or order.model == self.model:
             return Order(**(vars(order) | {"model": self.model}))
         if self.only:
-            raise BadField("model", "this page runs one model alone: start your own to run another")
+            raise HeterostepError("this page only runs its own model: start your own page to run another", "model")
         return order
 
     def find(self, job_id: str) -> Job | None:
@@ -249,10 +249,8 @@ class Studio:
             except (making.Cancelled, KeyboardInterrupt):
                 # `interrupts.check` raises the latter in this thread, too, where Ctrl-C came while a model was loaded.
                 state = "cancelled"
-            except BadField as error:
-                job.message, job.fault = str(error), error.field
             except HeterostepError as error:
-                job.message, job.fault = in_form(str(error), job.order.model)
+                job.message, job.fault = str(error), error.field or ""
             except Exception as error:
                 _log.exception("a video could not be made")
                 full = making.is_out_of_memory(error)

@@ -28,7 +28,7 @@ import heterostep
 from heterostep import configs, tiny
 from heterostep.addresses import asks_loopback
 from heterostep.errors import HeterostepError
-from heterostep.order import BadField, Order, Picture, check_shape, read_picture
+from heterostep.order import Order, Picture, check_shape, read_picture
 from heterostep.planning import timings
 from heterostep.planning.plan import plan
 from heterostep.ui.jobs import Job, Studio
@@ -121,7 +121,7 @@ def _told(handler: Callable[[Request, Studio], Awaitable[Response]]) -> Handler:
         try:
             return await handler(request, request.app.state.studio)
         except HeterostepError as error:
-            return _fault(str(error), error.field if isinstance(error, BadField) else "")
+            return _fault(str(error), error.field or "")
 
     return wrapped
 
@@ -169,7 +169,7 @@ async def _image(request: Request, studio: Studio) -> Response:
     """What is made of a first frame, before it is used."""
     texts, picture = await _form(request)
     if picture is None:
-        raise BadField("image", "choose an image")
+        raise HeterostepError("choose an image", "image")
     order = studio.complete(Order.of(texts | {"prompt": "", "target": ""}, picture, need_prompt=False))
     note = None
     if order.model is None:
@@ -186,9 +186,9 @@ async def _scene(request: Request, studio: Studio) -> Response:
         seed = int(request.query_params.get("seed") or 0)
         frame = tiny.world.first_frame(request.query_params.get("prompt", ""), max(seed, 0))
     except HeterostepError as error:
-        raise BadField("prompt", str(error)) from error
+        raise HeterostepError(str(error), "prompt") from error
     except ValueError as error:
-        raise BadField("seed", "seed should be a whole number") from error
+        raise HeterostepError("seed should be a whole number", "seed") from error
     out = io.BytesIO()
     Image.fromarray(frame).save(out, format="PNG")
     return Response(out.getvalue(), media_type="image/png")
@@ -253,7 +253,7 @@ def _planned(texts: Mapping[str, str]) -> dict[str, Any]:
             value = math.nan
         if not least <= value <= most or (whole and value != int(value)):
             label = name.removeprefix("plan_").replace("vram", "memory")
-            raise BadField(name, f"{label} should be a number from {least:g} to {most:g}, not {text[:20]!r}")
+            raise HeterostepError(f"{label} should be a number from {least:g} to {most:g}, not {text[:20]!r}", name)
         return int(value) if whole else value
 
     size = {"height": "plan_height", "width": "plan_width", "num_frames": "plan_frames"}
@@ -271,7 +271,8 @@ def _planned(texts: Mapping[str, str]) -> dict[str, Any]:
             vram=vram,
         )
     except HeterostepError as error:
-        raise BadField("plan_model", str(error)) from error
+        fields = {"runtime": "plan_target"} | {name: f"plan_{name}" for name in ("height", "width", "frames")}
+        raise HeterostepError(str(error), fields.get(error.field or "", "plan_model")) from error
     peak = made.dense_peak_bytes if made.peak_bytes is None else made.peak_bytes
     room = "" if made.limit_bytes is None else f" of the {filesize.decimal(made.limit_bytes)} that it may use"
     fits = None if made.chosen is None else made.chosen.fits

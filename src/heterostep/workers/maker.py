@@ -17,7 +17,7 @@ from heterostep import making
 from heterostep.checkpoints import SizeRules, size_rules
 from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError, first_line
-from heterostep.order import SMALLER, WHOLE_STEPS, Order, check_shape, in_form
+from heterostep.order import SMALLER, WHOLE_STEPS, Order, check_shape
 
 if TYPE_CHECKING:
     from heterostep.engine.report import StepInfo
@@ -114,9 +114,8 @@ class Maker:
             return Outcome(message="cancelled", cancelled=True)
         except HeterostepError as error:
             self._tidy()
-            message, fault = in_form(str(error), order.model)
             full = error.__cause__ is not None and making.is_out_of_memory(error.__cause__)
-            return Outcome(None, message, getattr(error, "field", fault), why="full" if full else "refused")
+            return Outcome(None, str(error), error.field or "", why="full" if full else "refused")
         except Exception as error:
             full = making.is_out_of_memory(error)
             if not full:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from heterostep.compat import scheduler_step
 from heterostep.engine.wrapping import WrappedForward
 from heterostep.errors import HeterostepError
 from heterostep.models import FAMILIES
@@ -48,11 +49,7 @@ class Calls:
     def enter(self) -> bool:
         """Take note of a call; whether it is a generation's first. Schedulers make new timesteps for each."""
         scheduler = self.pipe.scheduler
-        step = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index
-        if step is None:
-            # Not every pipeline tells where it begins; video-to-video does so later than at the first step.
-            step = int((scheduler.timesteps - self.pipe.current_timestep).abs().argmin())
-        self.index = step
+        self.index = step = scheduler_step(self.pipe)
         begins = self._timesteps is not scheduler.timesteps or step - self._first < self.step
         if begins:
             self._timesteps, self._first, self.step = scheduler.timesteps, step, -1
@@ -129,8 +126,11 @@ def ratios(above: torch.Tensor, below: torch.Tensor, samples: int) -> np.ndarray
     return torch.stack([a.abs().mean() / b.abs().mean() for a, b in pairs]).double().cpu().numpy()
 
 
-def relative_change(new: torch.Tensor, old: torch.Tensor, samples: int) -> np.ndarray:
-    """|new - old|_1 / |old|_1 of each sample, float64 [B]."""
+def relative_change_to_previous(new: torch.Tensor, old: torch.Tensor, samples: int) -> np.ndarray:
+    """|new - old|_1 / |old|_1 of each sample, float64 [B]: the relative L1 distance of TeaCache (arXiv 2411.19108).
+
+    The engine's `relative_change` is over |new|_1.
+    """
     return ratios(new.float() - old.float(), old, samples)
 
 

@@ -22,7 +22,7 @@ from heterostep.compare.methods.calls import (
     put,
     refuses_control,
     refuses_unknown,
-    relative_change,
+    relative_change_to_previous,
     rows_of,
     samples_of,
 )
@@ -131,7 +131,7 @@ def _teacache_calibration(pipe: Any, num_steps: int) -> list[np.ndarray]:
         new, key = (seen[0], output[0].clone()), (position, calls.branch)
         if key in last:
             for values, now, before in zip(changes[position], new, last[key]):
-                values.append(float(relative_change(now, before, 1)[0]))
+                values.append(float(relative_change_to_previous(now, before, 1)[0]))
         last[key] = new
         return output
 
@@ -195,7 +195,9 @@ def _teacache_run(pipe: Any, value: float, polynomials: list[np.ndarray]) -> Ite
 
         def decide(modulated: torch.Tensor) -> bool:
             if state.modulated is not None:
-                rescaled = np.polyval(polynomials[position], relative_change(modulated, state.modulated, samples))
+                rescaled = np.polyval(
+                    polynomials[position], relative_change_to_previous(modulated, state.modulated, samples)
+                )
                 # A polynomial may fall below 0 beside the points that it was fitted to; a change cannot.
                 state.change += np.maximum(rescaled, 0.0)
             state.modulated = modulated.clone()
