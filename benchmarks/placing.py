@@ -237,23 +237,23 @@ class Slopes:
 
     def watch(self) -> None:
         """From now on; there is one run at a time."""
-        evaluated, seen = Trajectory.evaluated, self
+        on_dense_step, seen = Trajectory.on_dense_step, self
 
         def watched(
             self: Any, step: int, velocity: torch.Tensor, ignored: torch.Tensor | None, *args: Any, **options: Any
         ) -> Any:
             flat = (velocity if ignored is None else velocity.masked_fill(ignored, 0)).float().flatten(1)
             known = self.__dict__.setdefault("points", [])
-            if self._known is None:
+            if self._last_velocity is None:
                 known.clear()
-            known[:] = [*known, (self._times[step], flat)][-3:]
+            known[:] = [*known, (self._log_alphas[step], flat)][-3:]
             seen.best = None
             if len(known) == 3:
                 before, last = ((b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(known, known[1:]))
                 seen.best = (before * last).sum(1) / (before * before).sum(1).clamp_min(1e-20)
-            return evaluated(self, step, velocity, ignored, *args, **options)
+            return on_dense_step(self, step, velocity, ignored, *args, **options)
 
-        Trajectory.evaluated = watched  # type: ignore[method-assign]
+        Trajectory.on_dense_step = watched  # type: ignore[method-assign]
 
 
 SLOPES = Slopes()

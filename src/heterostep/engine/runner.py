@@ -32,7 +32,7 @@ from heterostep.engine.expert import Expert, compile_kernels, in_background
 from heterostep.engine.generation import Branch, Generation
 from heterostep.engine.report import Report, StepInfo
 from heterostep.engine.schedule import Schedule
-from heterostep.engine.trajectory import Correction, Given
+from heterostep.engine.trajectory import Correction, SchedulerInput
 from heterostep.engine.velocity import held, record
 from heterostep.errors import HeterostepError
 from heterostep.kernels import gather_rows
@@ -414,7 +414,7 @@ class Runner:
             return scheduler.begin_index or 0
         return int((scheduler.timesteps - now).abs().argmin())
 
-    def end_step(self, velocity: torch.Tensor) -> Given:
+    def end_step(self, velocity: torch.Tensor) -> SchedulerInput:
         """The scheduler is given a step's guided velocity [B, ...], in the layout of the latents.
 
         Returns:
@@ -422,7 +422,7 @@ class Runner:
         """
         generation = self.generation
         if self._thread != threading.get_ident() or generation is None or generation.over or generation.step < 0:
-            return Given(velocity)
+            return SchedulerInput(velocity)
         return steps.end_step(generation, velocity, lambda: self._ignored(generation, velocity))
 
     def stepped(self) -> None:

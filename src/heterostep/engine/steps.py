@@ -25,7 +25,7 @@ from heterostep.engine import account, budget, ranking
 from heterostep.engine.clock import StepClock
 from heterostep.engine.generation import Generation
 from heterostep.engine.schedule import Schedule
-from heterostep.engine.trajectory import Correction, Given, Trajectory
+from heterostep.engine.trajectory import Correction, SchedulerInput, Trajectory
 from heterostep.grid import TokenGrid
 from heterostep.parallel import ALONE, Ranks
 from heterostep.policy import Change
@@ -101,7 +101,7 @@ def start_step(generation: Generation, step: int) -> None:
 
 def end_step(
     generation: Generation, velocity: torch.Tensor, ignored: Callable[[], torch.Tensor | None] = lambda: None
-) -> Given:
+) -> SchedulerInput:
     """A step's guided velocity is known, [B, ...].
 
     Args:
@@ -121,12 +121,12 @@ def end_step(
         weight = generation.weight
         if len(weight) != len(velocity):
             weight = weight.mean(0, keepdim=True)
-        return Given(generation.trajectory.skipped(step, velocity, sparse, weight))
-    before = generation.trajectory.step
+        return SchedulerInput(generation.trajectory.on_skipped_step(step, velocity, sparse, weight))
+    before = generation.trajectory.last_step
     if not generation.schedule.online and generation.all_dense:
         # Where nothing is skipped there is nothing to agree on.
-        return generation.trajectory.evaluated(step, velocity, ignored())[1]
-    change, given = generation.trajectory.evaluated(step, velocity, ignored(), generation.ranks.from_first)
+        return generation.trajectory.on_dense_step(step, velocity, ignored())[1]
+    change, given = generation.trajectory.on_dense_step(step, velocity, ignored(), generation.ranks.from_first)
     if change is not None:
         policy = generation.schedule.policy
         if len(change) == generation.samples:
