@@ -90,11 +90,11 @@ class Generation:
     clean: torch.Tensor | None  # [B, N] bool, tokens without noise
     trajectory: Trajectory
     clock: StepClock
-    times: list[float]  # `log_alpha` of the run's sigmas
+    log_alphas: list[float]  # of the run's sigmas
     evaluations: torch.Tensor  # [B, N] int32
     evaluated_at: torch.Tensor  # [B, N] sigma of each token's last evaluation
-    elapsed: torch.Tensor  # [B, N] sigma between that and this step
-    stride: torch.Tensor  # [B, N] `log_alpha` between each token's last two evaluations
+    elapsed_sigma: torch.Tensor  # [B, N] between that and this step
+    interval: torch.Tensor  # [B, N] `log_alpha` between each token's last two evaluations
     weight: torch.Tensor  # [B], how far held velocities follow their slope
     ranks: Ranks = ALONE  # the processes that share the tokens
     changes: list[Change] = field(default_factory=list)
@@ -149,7 +149,7 @@ class Generation:
     @property
     def elapsed_log_alpha(self) -> torch.Tensor:
         """`log_alpha` that has passed since each token's last evaluation, [B, N]."""
-        return self.times[self.step] - log_alpha(self.evaluated_at)
+        return self.log_alphas[self.step] - log_alpha(self.evaluated_at)
 
     @property
     def is_dense(self) -> bool:

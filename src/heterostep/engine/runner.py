@@ -245,8 +245,8 @@ class Runner:
             generation.workspace.begin()
             generation.workspace.write_back = keep
             if self.config.sync == "drift":
-                ahead = generation.elapsed_log_alpha / generation.stride.clamp_min(1e-6)
-                generation.workspace.ahead = self._rows(ahead, generation, inputs)
+                far = generation.elapsed_log_alpha / generation.interval.clamp_min(1e-6)
+                generation.workspace.extrapolation = self._rows(far, generation, inputs)
             for (_, processor), store in zip(expert.seams.attentions, branch.stores, strict=True):
                 processor.kv = store
         else:
@@ -266,7 +266,7 @@ class Runner:
         workspace = generation.workspace
 
         def call(given: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-            self._call.index, workspace.ahead = given["index"], given["ahead"]
+            self._call.index, workspace.extrapolation = given["index"], given["extrapolation"]
             rows: list[torch.Tensor] = []
             self._taken = rows
             try:
@@ -291,7 +291,7 @@ class Runner:
             )
         rows, output = branch.replays[few](
             call,
-            {"inputs": inputs, "index": index, "ahead": workspace.ahead},
+            {"inputs": inputs, "index": index, "extrapolation": workspace.extrapolation},
             [t for kept in (*branch.stores, workspace) for t in kept.tensors or ()],
         )
         if branch.replays[few].recorded:
@@ -443,8 +443,8 @@ class Runner:
         expert.call(inputs)
         (rows,), self._taken = self._taken, None
         error = (rows.float() - held(generation, branch).float()).abs().sum(-1)
-        error = error.view(-1, *generation.elapsed.shape).mean(0)
-        unscaled = torch.ones_like(generation.elapsed)
+        error = error.view(-1, *generation.elapsed_sigma.shape).mean(0)
+        unscaled = torch.ones_like(generation.elapsed_sigma)
         ranking.set_ranking(generation, generation.schedule.policy.rank(error, unscaled, generation.step))
         ranking.activate(generation)
 

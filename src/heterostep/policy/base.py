@@ -126,12 +126,12 @@ class Policy(abc.ABC):
         """
         return step if dense else None
 
-    def rank(self, scores: torch.Tensor, elapsed: torch.Tensor, step: int) -> torch.Tensor:
+    def rank(self, scores: torch.Tensor, elapsed_sigma: torch.Tensor, step: int) -> torch.Tensor:
         """Scores [B, N] by which tokens become active at a sparse step, the highest first.
 
         Args:
             scores: relative change of each token's velocity per unit of sigma (HSA's score), [B, N].
-            elapsed: sigma since each token's last evaluation, [B, N].
+            elapsed_sigma: since each token's last evaluation, [B, N].
             step: the sparse step.
         """
         return scores

@@ -35,9 +35,9 @@ class RoundRobin(Windowed):
         (start, stop), begins = self.window, step + 1
         return begins if start < begins < stop and (begins - start) % self.length == 0 else None
 
-    def rank(self, scores: torch.Tensor, elapsed: torch.Tensor, step: int) -> torch.Tensor:
+    def rank(self, scores: torch.Tensor, elapsed_sigma: torch.Tensor, step: int) -> torch.Tensor:
         turn = (step - self.window[0]) % self.length
-        return with_probes(scores * elapsed, turn, self.length)
+        return with_probes(scores * elapsed_sigma, turn, self.length)
 
     def weight(self, change: torch.Tensor) -> torch.Tensor:
         # There is no change of all tokens to judge by.
