@@ -123,7 +123,7 @@ def end_step(
             weight = weight.mean(0, keepdim=True)
         return SchedulerInput(generation.trajectory.on_skipped_step(step, velocity, sparse, weight))
     before = generation.trajectory.last_step
-    if not generation.schedule.online and generation.all_dense:
+    if not generation.schedule.replans and generation.all_dense:
         # Where nothing is skipped there is nothing to agree on.
         return generation.trajectory.on_dense_step(step, velocity, ignored())[1]
     change, given = generation.trajectory.on_dense_step(step, velocity, ignored(), generation.ranks.from_first)
@@ -131,7 +131,7 @@ def end_step(
         policy = generation.schedule.policy
         if len(change) == generation.samples:
             generation.weight = policy.weight(change)
-        if generation.schedule.online and policy.online:
+        if generation.schedule.replans and policy.adapts:
             # To read it is to wait for the GPU.
             generation.changes.append(Change(before, step, float(change.mean()), generation.guided))
     return given
