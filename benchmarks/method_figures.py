@@ -88,13 +88,13 @@ class DenseRun:
         """Relative error of the velocities of the tokens of `index`, evaluated alone; the others fell asleep before."""
         calls, sigmas = self.calls, self.sigmas
         calls.use("device")
-        calls.workspace.ahead = torch.zeros(1, calls.num_tokens) if drift else None
+        calls.workspace.extrapolation = torch.zeros(1, calls.num_tokens) if drift else None
         for each in (start - 1, start):
             self.at(each)
             calls.dense()
         if drift:
             far = RULES["over log(1 - sigma)"](sigmas[start - 1], sigmas[start], sigmas[step])
-            calls.workspace.ahead = torch.full((1, calls.num_tokens), far).scatter(1, index, 0.0)
+            calls.workspace.extrapolation = torch.full((1, calls.num_tokens), far).scatter(1, index, 0.0)
         self.at(step)
         calls.sparse(index)
         assert calls.rows is not None

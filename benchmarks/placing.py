@@ -27,7 +27,7 @@ from heterostep.compare.prompts import held_out
 from heterostep.compare.regimes import REGIMES, in_regime
 from heterostep.engine.trajectory import Trajectory
 from heterostep.policy import Change, Run
-from heterostep.policy.auto import LEVEL, LEVEL_SPREAD, NOISE, Auto
+from heterostep.policy.auto import LEVEL, LEVEL_STD, LOG_CHANGE_STD, Auto
 from heterostep.sigmas import MARGIN
 
 ABOVE = 1.3  # a change of so many times its forecast is a surprise
@@ -38,9 +38,11 @@ class Forecasting(Auto):
 
     seen: Sequence[Change] = ()
 
-    def replan(self, evaluations: int, step: int, changes: Sequence[Change] = (), exact: bool = True) -> list[int]:
+    def replan(
+        self, evaluations: int, step: int, changes: Sequence[Change] = (), spend_remainder: bool = True
+    ) -> list[int]:
         self.seen = tuple(change for change in changes if change.value > 0)
-        return super().replan(evaluations, step, changes, exact)
+        return super().replan(evaluations, step, changes, spend_remainder)
 
     def off(self, known: Sequence[Change], change: Change) -> float:
         """log(change / its forecast): by the law fitted to the known ones, exponent and level."""
@@ -49,7 +51,7 @@ class Forecasting(Auto):
         def above(each: Change) -> float:
             return math.log(each.value / LEVEL / (passed[each.stop] - passed[each.start]))
 
-        level = sum(map(above, known)) / NOISE**2 / (len(known) / NOISE**2 + 1 / LEVEL_SPREAD**2)
+        level = sum(map(above, known)) / LOG_CHANGE_STD**2 / (len(known) / LOG_CHANGE_STD**2 + 1 / LEVEL_STD**2)
         return above(change) - level
 
     def surprise(self, number: int) -> bool:
@@ -237,23 +239,23 @@ class Slopes:
 
     def watch(self) -> None:
         """From now on; there is one run at a time."""
-        evaluated, seen = Trajectory.evaluated, self
+        on_dense_step, seen = Trajectory.on_dense_step, self
 
         def watched(
             self: Any, step: int, velocity: torch.Tensor, ignored: torch.Tensor | None, *args: Any, **options: Any
         ) -> Any:
             flat = (velocity if ignored is None else velocity.masked_fill(ignored, 0)).float().flatten(1)
             known = self.__dict__.setdefault("points", [])
-            if self._known is None:
+            if self._last_velocity is None:
                 known.clear()
-            known[:] = [*known, (self._times[step], flat)][-3:]
+            known[:] = [*known, (self._log_alphas[step], flat)][-3:]
             seen.best = None
             if len(known) == 3:
                 before, last = ((b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(known, known[1:]))
                 seen.best = (before * last).sum(1) / (before * before).sum(1).clamp_min(1e-20)
-            return evaluated(self, step, velocity, ignored, *args, **options)
+            return on_dense_step(self, step, velocity, ignored, *args, **options)
 
-        Trajectory.evaluated = watched  # type: ignore[method-assign]
+        Trajectory.on_dense_step = watched  # type: ignore[method-assign]
 
 
 SLOPES = Slopes()

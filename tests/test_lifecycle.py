@@ -506,15 +506,15 @@ def test_no_line_is_drawn_from_a_guided_velocity_to_one_that_is_not(last, ends, 
             pipe._guidance_scale = 1.0 if ends or step == 0 else 5.0
         return {}
 
-    evaluated = Trajectory.evaluated
+    on_dense_step = Trajectory.on_dense_step
 
     def watched(trajectory, step, *rest):
-        before, known = trajectory.step, trajectory._known is not None
-        change, given = evaluated(trajectory, step, *rest)
-        moved.extend([(before, step)] if given.move is not None and known else [])
+        before, known = trajectory.last_step, trajectory._last_velocity is not None
+        change, given = on_dense_step(trajectory, step, *rest)
+        moved.extend([(before, step)] if given.sample_shift is not None and known else [])
         return change, given
 
-    monkeypatch.setattr(Trajectory, "evaluated", watched)
+    monkeypatch.setattr(Trajectory, "on_dense_step", watched)
     heterostep.enable(pipe, share=0.5)
     run(pipe, steps=20, callback_on_step_end=switch)
     assert moved and not [gap for gap in moved if gap[0] <= last < gap[1]]

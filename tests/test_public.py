@@ -16,7 +16,7 @@ FLOORS = [
     {"addresses", "files", "grid", "launch", "sigmas", "metrics", "interrupts", "precision"},
     {"config", "compat", "configs", "devices", "kernels", "video"},
     {"kv", "parallel", "plan_picture", "policy", "viz"},
-    {"models"},
+    {"models", "sampling"},
     {"engine", "checkpoints"},
     {"pipeline"},
     {"planning", "progress", "tiny"},
@@ -28,7 +28,7 @@ FLOORS = [
     {"__main__", "__init__"},
 ]
 # These run without diffusers.
-PURE = ("config", "engine", "grid", "kernels", "kv", "policy", "sigmas")
+PURE = ("config", "engine", "grid", "kernels", "kv", "policy", "sampling", "sigmas")
 
 
 def imports(path):

@@ -129,7 +129,7 @@ class Run:
         self._branches: dict[tuple, Branch] = {}
         # Of the prediction under way.
         self._inside = self._first = False
-        self._time = 0.0
+        self._log_alpha = 0.0
         self._seen: Counter[tuple] = Counter()
         self._shown: torch.Tensor | None = None
         self.evaluated = self.extrapolated = 0  # calls of the transformer
@@ -148,7 +148,7 @@ class Run:
         generation = self.generation
         if self.gave_up is not None or generation is None:
             return evaluate()
-        self._time = float(log_alpha(torch.tensor(sigma, dtype=torch.float32, device="cpu")))
+        self._log_alpha = float(log_alpha(torch.tensor(sigma, dtype=torch.float32, device="cpu")))
         self._inside, calls = True, self.evaluated + self.extrapolated
         self._seen.clear()
         try:
@@ -231,7 +231,7 @@ class Run:
             if not any(stale) and not generation.is_dense and (generation.counts[step] == 0 or not self._first):
                 self.extrapolated += 1
                 return self._layout.output(
-                    [held(generation, each, self._time) for each in branches], branches[0].output
+                    [held(generation, each, self._log_alpha) for each in branches], branches[0].output
                 )
             output = self._evaluate(executor, args, kwargs, options, group, branches, stale)
             self.evaluated += 1

@@ -76,8 +76,8 @@ def test_a_gap_in_which_tokens_run_alone_stays_as_its_kv_were_kept():
         first, second = dense[4:6]
         assert made.anew_from(counts, first) == (first if made is whole else second)
         assert made.anew_from(counts, next(s for s, c in enumerate(counts) if c < 640)) is None
-    assert schedule(share=0.5, policy="hsa").online is False
-    assert schedule(share=[1.0] * 40).online is False
+    assert schedule(share=0.5, policy="hsa").replans is False
+    assert schedule(share=[1.0] * 40).replans is False
 
 
 def test_seconds_buy_whole_steps():

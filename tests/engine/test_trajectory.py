@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from heterostep.engine.trajectory import Correction, Given, Trajectory, relative_change
+from heterostep.engine.trajectory import Correction, SchedulerInput, Trajectory, relative_change
 from heterostep.sigmas import nominal_sigmas
 
 SIGMAS = nominal_sigmas(12, 3.0)
-TIMES = [math.log(max(1 - sigma, 1e-4)) for sigma in SIGMAS]
+LOG_ALPHAS = [math.log(max(1 - sigma, 1e-4)) for sigma in SIGMAS]
 
 
 def test_given_values_do_not_count():
@@ -20,7 +20,7 @@ def test_given_values_do_not_count():
 
 
 def line(step, at, start, stop):
-    return start + (stop - start) * (TIMES[at] - TIMES[step[0]]) / (TIMES[step[1]] - TIMES[step[0]])
+    return start + (stop - start) * (LOG_ALPHAS[at] - LOG_ALPHAS[step[0]]) / (LOG_ALPHAS[step[1]] - LOG_ALPHAS[step[0]])
 
 
 HALF = torch.tensor([0.5])
@@ -30,14 +30,14 @@ HALF = torch.tensor([0.5])
 def test_a_gap_is_integrated_again_when_its_end_is_known(sparse):
     """With Euler the sample ends where a line between the known velocities leads, but for what mistrust takes away."""
     start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
-    trajectory = Trajectory(SIGMAS, TIMES, Correction.VELOCITY)
+    trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.VELOCITY)
     x = torch.zeros(1, 4)
-    assert trajectory.evaluated(3, start, None)[1].velocity is start
+    assert trajectory.on_dense_step(3, start, None)[1].velocity is start
     x = x + (SIGMAS[4] - SIGMAS[3]) * start
     for step in (4, 5, 6):
-        assert trajectory.skipped(step, start, sparse and step == 5, HALF) is start
+        assert trajectory.on_skipped_step(step, start, sparse and step == 5, HALF) is start
         x = x + (SIGMAS[step + 1] - SIGMAS[step]) * start
-    change, given = trajectory.evaluated(7, stop, None)
+    change, given = trajectory.on_dense_step(7, stop, None)
     assert change.item() == pytest.approx(0.2)
     if sparse:
         # Some tokens were evaluated in the gap: a line would leave that out.
@@ -46,102 +46,102 @@ def test_a_gap_is_integrated_again_when_its_end_is_known(sparse):
     right = sum((SIGMAS[i + 1] - SIGMAS[i]) * line((3, 7), i, start, stop) for i in range(3, 7))
     missed = right - x
     dsigma = SIGMAS[8] - SIGMAS[7]
-    assert given.move is None
+    assert given.sample_shift is None
     torch.testing.assert_close(given.velocity, stop + 0.8 * missed * (1 / dsigma + 1 / SIGMAS[7]))
     # At the next step the velocities are the model's again.
-    assert trajectory.skipped(8, stop, False, HALF) is stop
+    assert trajectory.on_skipped_step(8, stop, False, HALF) is stop
 
 
 def gap(trajectory, start, stop, velocities, weight=HALF):
     """From one dense step (number, velocity) to the next: what the scheduler was given in between, and at its end."""
-    trajectory.evaluated(*start, None)
-    given = [trajectory.skipped(start[0] + 1 + i, v, False, weight) for i, v in enumerate(velocities)]
-    return given, trajectory.evaluated(*stop, None)
+    trajectory.on_dense_step(*start, None)
+    given = [trajectory.on_skipped_step(start[0] + 1 + i, v, False, weight) for i, v in enumerate(velocities)]
+    return given, trajectory.on_dense_step(*stop, None)
 
 
 def test_where_the_sample_can_be_moved_it_is_and_the_clean_sample_is_kept():
     start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
-    trajectory = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
+    trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.SAMPLE)
     _, (_, given) = gap(trajectory, (3, start), (6, stop), [start, start])
     missed = sum((SIGMAS[i + 1] - SIGMAS[i]) * (line((3, 6), i, start, stop) - start) for i in range(3, 6))
-    torch.testing.assert_close(given.move, 0.8 * missed)
+    torch.testing.assert_close(given.sample_shift, 0.8 * missed)
     # x - sigma v, before and after.
-    torch.testing.assert_close(given.move - SIGMAS[6] * given.velocity, -SIGMAS[6] * stop)
+    torch.testing.assert_close(given.sample_shift - SIGMAS[6] * given.velocity, -SIGMAS[6] * stop)
 
 
 def test_what_is_extrapolated_follows_the_move_until_the_next_dense_step():
     """Two velocities that are both made elsewhere, by the same, have a slope that is right as it is."""
     start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
-    trajectory = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
+    trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.SAMPLE)
     _, (_, given) = gap(trajectory, (3, start), (6, stop), [start, start])
-    lack = given.velocity - stop
-    ahead = (TIMES[7] - TIMES[6]) / (TIMES[6] - TIMES[3])
-    torch.testing.assert_close(trajectory.skipped(7, stop, False, HALF), stop + lack * (1 + 0.5 * ahead))
-    torch.testing.assert_close(trajectory.skipped(8, stop, False, 0 * HALF), stop + lack)
+    shift = given.velocity - stop
+    ahead = (LOG_ALPHAS[7] - LOG_ALPHAS[6]) / (LOG_ALPHAS[6] - LOG_ALPHAS[3])
+    torch.testing.assert_close(trajectory.on_skipped_step(7, stop, False, HALF), stop + shift * (1 + 0.5 * ahead))
+    torch.testing.assert_close(trajectory.on_skipped_step(8, stop, False, 0 * HALF), stop + shift)
 
 
 def test_a_gap_after_a_gap_is_integrated_from_the_corrected_velocity():
     start, stop, end = (torch.full((1, 4), value) for value in (2.0, 2.5, 2.9))
-    trajectory = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
+    trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.SAMPLE)
     _, (_, given) = gap(trajectory, (3, start), (6, stop), [start, start])
-    lack = given.velocity - stop
-    inside = [trajectory.skipped(step, stop, False, HALF) for step in (7, 8)]
-    change, given = trajectory.evaluated(9, end, None)
-    assert change.item() == pytest.approx(((end - stop - lack) / end).mean().item())
+    shift = given.velocity - stop
+    inside = [trajectory.on_skipped_step(step, stop, False, HALF) for step in (7, 8)]
+    change, given = trajectory.on_dense_step(9, end, None)
+    assert change.item() == pytest.approx(((end - stop - shift) / end).mean().item())
     widths = [SIGMAS[i + 1] - SIGMAS[i] for i in (6, 7, 8)]
-    lines = [line((6, 9), i, stop + lack, end) for i in (6, 7, 8)]
-    missed = sum(w * (right - wrong) for w, right, wrong in zip(widths, lines, [stop + lack, *inside]))
-    torch.testing.assert_close(given.move, (1 - change) * missed)
+    lines = [line((6, 9), i, stop + shift, end) for i in (6, 7, 8)]
+    missed = sum(w * (right - wrong) for w, right, wrong in zip(widths, lines, [stop + shift, *inside]))
+    torch.testing.assert_close(given.sample_shift, (1 - change) * missed)
     # What comes next is extrapolated from two velocities that were made elsewhere, each by its own move.
     now = given.velocity - end
-    ahead = 0.5 * (TIMES[10] - TIMES[9]) / (TIMES[9] - TIMES[6])
-    torch.testing.assert_close(trajectory.skipped(10, end, False, HALF), end + now + ahead * (now - lack))
+    ahead = 0.5 * (LOG_ALPHAS[10] - LOG_ALPHAS[9]) / (LOG_ALPHAS[9] - LOG_ALPHAS[6])
+    torch.testing.assert_close(trajectory.on_skipped_step(10, end, False, HALF), end + now + ahead * (now - shift))
 
 
 def test_another_model_does_not_follow_this_ones_moves():
     start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
-    trajectory = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
+    trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.SAMPLE)
     gap(trajectory, (3, start), (6, stop), [start, start])
     trajectory.restart()
-    assert trajectory.evaluated(7, start, None) == (None, Given(start))
-    assert trajectory.skipped(8, start, False, HALF) is start
-    assert trajectory.evaluated(9, start, None)[1].move.abs().max() < 1e-6
+    assert trajectory.on_dense_step(7, start, None) == (None, SchedulerInput(start))
+    assert trajectory.on_skipped_step(8, start, False, HALF) is start
+    assert trajectory.on_dense_step(9, start, None)[1].sample_shift.abs().max() < 1e-6
 
 
 def test_a_step_made_twice_and_a_velocity_of_another_shape_are_survived():
     start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
-    trajectory = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
+    trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.SAMPLE)
     gap(trajectory, (3, start), (6, stop), [start, start])
-    trajectory.evaluated(6, stop, None)
-    assert trajectory.skipped(7, stop, False, HALF).isfinite().all()
+    trajectory.on_dense_step(6, stop, None)
+    assert trajectory.on_skipped_step(7, stop, False, HALF).isfinite().all()
     wider = torch.full((1, 6), 2.0)
-    assert trajectory.evaluated(8, wider, None) == (None, Given(wider))
-    assert trajectory.skipped(9, wider, False, HALF) is wider
+    assert trajectory.on_dense_step(8, wider, None) == (None, SchedulerInput(wider))
+    assert trajectory.on_skipped_step(9, wider, False, HALF) is wider
 
 
 def test_all_processes_go_by_one_change():
     start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
-    trajectory = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
-    trajectory.evaluated(3, start, None)
-    trajectory.skipped(4, start, False, HALF)
-    change, given = trajectory.evaluated(5, stop, None, lambda own: torch.ones_like(own))
-    assert change.item() == 1 and given.move.abs().max() == 0
+    trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.SAMPLE)
+    trajectory.on_dense_step(3, start, None)
+    trajectory.on_skipped_step(4, start, False, HALF)
+    change, given = trajectory.on_dense_step(5, stop, None, lambda own: torch.ones_like(own))
+    assert change.item() == 1 and given.sample_shift.abs().max() == 0
 
 
 def test_single_tokens_end_what_follows_the_move():
     start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
-    trajectory = Trajectory(SIGMAS, TIMES, Correction.SAMPLE)
+    trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.SAMPLE)
     gap(trajectory, (3, start), (6, stop), [start, start])
-    assert trajectory.skipped(7, stop, True, HALF) is stop
+    assert trajectory.on_skipped_step(7, stop, True, HALF) is stop
 
 
 @pytest.mark.parametrize("correction", list(Correction))
 def test_nothing_is_corrected_without_a_gap_or_where_it_is_not_asked(correction):
     v, w = torch.ones(1, 4), torch.full((1, 4), 1.2)
-    trajectory = Trajectory(SIGMAS, TIMES, correction)
+    trajectory = Trajectory(SIGMAS, LOG_ALPHAS, correction)
     last = 7 if correction is Correction.NONE else 4
     given, (change, at_end) = gap(trajectory, (3, v), (last, w), [v] * (last - 4))
     assert all(each is v for each in given) and change is not None
-    assert at_end.velocity is w and at_end.move is None
+    assert at_end.velocity is w and at_end.sample_shift is None
     trajectory.restart()
-    assert trajectory.evaluated(9, v, None) == (None, Given(v))
+    assert trajectory.on_dense_step(9, v, None) == (None, SchedulerInput(v))

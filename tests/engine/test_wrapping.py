@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
 import heterostep
-from heterostep.engine.trajectory import Given
+from heterostep.engine.trajectory import SchedulerInput
 from heterostep.engine.wrapping import WrappedStep
 from heterostep.errors import HeterostepError
 from heterostep.pipeline import inspect
@@ -216,7 +216,7 @@ def test_a_moved_sample_arrives_where_the_clean_sample_is_kept(kind, by_name):
         scheduler.set_timesteps(20)
         sigmas, x = scheduler.sigmas.double(), torch.ones(1, 4, dtype=torch.float64)
         given = iter(
-            Given(v + move / sigmas[12], move * v) if at == 12 else Given(v)
+            SchedulerInput(v + move / sigmas[12], move * v) if at == 12 else SchedulerInput(v)
             for at, v in enumerate(torch.ones(13, 1, 4, dtype=torch.float64))
         )
         step = WrappedStep(scheduler, lambda velocity: next(given), lambda: None)

@@ -81,7 +81,7 @@ def linear(time, total=5):
 def test_drift_reproduces_a_linear_change(store):
     """Of tokens evaluated at different times."""
     workspace = Workspace()
-    cache, workspace.ahead = KVCache(store, workspace), torch.zeros(2, 5)
+    cache, workspace.extrapolation = KVCache(store, workspace), torch.zeros(2, 5)
 
     def update(key, value, index):
         workspace.begin()
@@ -91,15 +91,15 @@ def test_drift_reproduces_a_linear_change(store):
     update(*linear(1.0), None)
     # At 3.0 two tokens of each sample are evaluated: their change is that over 2.0, the others' that over 1.0.
     index = torch.tensor([[0, 4], [2, 3]])
-    workspace.ahead = torch.full((2, 5), 2.0).scatter(1, index, 0.0)
+    workspace.extrapolation = torch.full((2, 5), 2.0).scatter(1, index, 0.0)
     workspace.write_back = True
     active = [gather_rows(x, index) for x in linear(3.0)]
     for got, expected in zip(update(*active, index), linear(3.0)):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    workspace.ahead = torch.full((2, 5), 3.0).scatter(1, index, 0.5)
+    workspace.extrapolation = torch.full((2, 5), 3.0).scatter(1, index, 0.5)
     # At 4.0 one other is.
     index = torch.tensor([[1], [1]])
-    workspace.ahead = workspace.ahead.scatter(1, index, 0.0)
+    workspace.extrapolation = workspace.extrapolation.scatter(1, index, 0.0)
     for got, expected in zip(update(*(gather_rows(x, index) for x in linear(4.0)), index), linear(4.0)):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
@@ -107,7 +107,7 @@ def test_drift_reproduces_a_linear_change(store):
 @pytest.mark.parametrize("store", STORES)
 def test_without_a_second_evaluation_nothing_drifts(store):
     held, workspace, index = KVCache(store), Workspace(), torch.tensor([[0], [4]])
-    drifting, workspace.ahead = KVCache(store, workspace), torch.full((2, 5), 7.0).scatter(1, index, 0.0)
+    drifting, workspace.extrapolation = KVCache(store, workspace), torch.full((2, 5), 7.0).scatter(1, index, 0.0)
     for cache in (held, drifting):
         cache.update(rows(5), rows(5, 1), None)
     pairs = zip(*(cache.update(rows(1, 2), rows(1, 3), index) for cache in (held, drifting)))
@@ -119,7 +119,7 @@ def test_without_a_second_evaluation_nothing_drifts(store):
 def test_coded_kv_are_held(store):
     workspace, index = Workspace(), torch.tensor([[0], [4]])
     held, drifting = KVCache(store), KVCache(store, workspace)
-    workspace.ahead = torch.full((2, 5), 7.0)
+    workspace.extrapolation = torch.full((2, 5), 7.0)
     for seed in (0, 4):
         for cache in (held, drifting):
             cache._workspace.begin()

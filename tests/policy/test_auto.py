@@ -34,7 +34,7 @@ steps_and_shares = given(
 def test_in_seconds_there_are_whole_steps_alone(num_steps, share, shift, least):
     """A call of a new size takes longer than its tokens do, so what is less than a dense step is left."""
     policy = auto(num_steps, shift, Tokens(TOTAL, least))
-    counts = policy.replan(int(share * num_steps * TOTAL), 0, exact=False)
+    counts = policy.replan(int(share * num_steps * TOTAL), 0, spend_remainder=False)
     assert set(counts) <= {least, TOTAL}
 
 

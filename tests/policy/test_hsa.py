@@ -37,7 +37,7 @@ def test_counts_come_from_a_few_sizes():
     tokens = Tokens(32_760)
     sizes = set()
     for budget in range(300_000, 1_200_000, 10_000):
-        sizes |= set(by_divisors(budget, tokens, 38, DIVISORS, exact=False))
+        sizes |= set(by_divisors(budget, tokens, 38, DIVISORS, spend_remainder=False))
     assert all(size % tokens.unit == 0 or size == tokens.total for size in sizes) and len(sizes) <= 34
     one = by_divisors(619_123, tokens, 38, DIVISORS)
     assert sum(one) == 619_123 and len(set(one)) <= 5
@@ -73,7 +73,7 @@ def test_the_window_stays_inside_the_run(steps, target):
         assert 0 < start <= stop <= steps
         # From any step on, the plan has a count for each that is left.
         for step in range(steps):
-            counts = policy.replan(int(target * (steps - step) * 320), step, exact=False)
+            counts = policy.replan(int(target * (steps - step) * 320), step, spend_remainder=False)
             assert len(counts) == steps - step
 
 

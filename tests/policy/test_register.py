@@ -19,7 +19,7 @@ class EveryThird(Policy):
 
     name, sparse = "every-third", False
 
-    def replan(self, evaluations, step, changes=(), exact=True):
+    def replan(self, evaluations, step, changes=(), spend_remainder=True):
         total = self.run.tokens.total
         return [total if at % 3 == 0 else self.run.tokens.least for at in range(step, self.run.num_steps)]
 

@@ -106,8 +106,8 @@ class DirectCalls:
         self.workspace.begin()
         if self.drift:
             states = self.inputs["hidden_states"]
-            ahead = torch.ones(states.shape[0], self.num_tokens, device=states.device)
-            self.workspace.ahead = ahead if index is None else ahead.scatter(1, index, 0.0)
+            far = torch.ones(states.shape[0], self.num_tokens, device=states.device)
+            self.workspace.extrapolation = far if index is None else far.scatter(1, index, 0.0)
         for (_, processor), store in zip(self._patches.attentions, self.stores, strict=True):
             processor.kv = store if keep else None
         inputs = self.inputs

@@ -49,7 +49,7 @@ class StepClock:
         return self._agreed + [b - a for a, b in zip(marks, marks[1:])]
 
 
-# A call that is made for the first time and takes so many times what it should was compiled, or woke something up.
+# A first call this many times slower than expected is treated as warm-up (compilation or autotuning). Chosen by hand.
 SLOW = 1.5
 # A call that keeps K and V takes the pipeline's own seconds to within this factor (measured: 0.88 and 1.13 of them).
 NEAR = 1.2

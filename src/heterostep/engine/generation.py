@@ -90,11 +90,11 @@ class Generation:
     clean: torch.Tensor | None  # [B, N] bool, tokens without noise
     trajectory: Trajectory
     clock: StepClock
-    times: list[float]  # `log_alpha` of the run's sigmas
+    log_alphas: list[float]  # of the run's sigmas
     evaluations: torch.Tensor  # [B, N] int32
     evaluated_at: torch.Tensor  # [B, N] sigma of each token's last evaluation
-    elapsed: torch.Tensor  # [B, N] sigma between that and this step
-    stride: torch.Tensor  # [B, N] `log_alpha` between each token's last two evaluations
+    elapsed_sigma: torch.Tensor  # [B, N] between that and this step
+    interval: torch.Tensor  # [B, N] `log_alpha` between each token's last two evaluations
     weight: torch.Tensor  # [B], how far held velocities follow their slope
     ranks: Ranks = ALONE  # the processes that share the tokens
     changes: list[Change] = field(default_factory=list)
@@ -149,7 +149,7 @@ class Generation:
     @property
     def elapsed_log_alpha(self) -> torch.Tensor:
         """`log_alpha` that has passed since each token's last evaluation, [B, N]."""
-        return self.times[self.step] - log_alpha(self.evaluated_at)
+        return self.log_alphas[self.step] - log_alpha(self.evaluated_at)
 
     @property
     def is_dense(self) -> bool:
@@ -165,14 +165,14 @@ class Generation:
     def sparse_follows(self) -> bool:
         """Whether a later step evaluates some of the tokens, or may come to."""
         ahead = self.counts[self.step + 1 :]
-        if self.schedule.online and self.schedule.sparse:
+        if self.schedule.replans and self.schedule.sparse:
             return bool(ahead)
         return any(0 < count < self.total for count in ahead)
 
     def wants_kv(self, drift: bool) -> bool:
         """Whether this step's K and V are read by a later one, or are to be compared with a later dense step's."""
         ahead = self.counts[self.step + 1 :]
-        if self.all_dense and not self.schedule.online:
+        if self.all_dense and not self.schedule.replans:
             return False
         if self.schedule.run.tokens.least and ahead:
             # Every step that is not dense reads them, and which are may change after this one.
@@ -187,7 +187,7 @@ class Generation:
     def skips_follow(self) -> bool:
         """Whether any velocity will be held, or may come to be."""
         ahead = self.counts[self.step + 1 :]
-        return bool(ahead) if self.schedule.online else any(count < self.total for count in ahead)
+        return bool(ahead) if self.schedule.replans else any(count < self.total for count in ahead)
 
     def branch(self, position: int) -> Branch:
         """The branch of the step's call number `position`."""

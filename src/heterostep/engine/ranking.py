@@ -20,18 +20,18 @@ def rank(generation: Generation) -> None:
         generation.unranked = False
         if again or policy.ranks_each_step:
             scores = scores_of(generation)
-            set_ranking(generation, policy.rank(scores, generation.elapsed, generation.step))
+            set_ranking(generation, policy.rank(scores, generation.elapsed_sigma, generation.step))
 
 
 def scores_of(generation: Generation) -> torch.Tensor:
     """How urgent each token is [B, N], from what all branches know of it."""
-    scores = torch.zeros_like(generation.elapsed)
+    scores = torch.zeros_like(generation.elapsed_sigma)
     known = [branch.scores for branch in generation.branches if branch.scores is not None]
     if generation.config.score == "random":
         generator = torch.Generator().manual_seed(generation.step)
         scores = torch.rand(scores.shape, generator=generator).to(scores.device)
     elif known:
-        scores = torch.cat([scores.view(-1, *generation.elapsed.shape) for scores in known]).mean(0)
+        scores = torch.cat([scores.view(-1, *generation.elapsed_sigma.shape) for scores in known]).mean(0)
     return scores
 
 
@@ -49,6 +49,6 @@ def activate(generation: Generation) -> None:
     assert generation.ranking is not None
     generation.index = index = allocation.active_tokens(generation.ranking, generation.counts[generation.step])
     sigma = generation.schedule.run.sigmas[generation.step]
-    generation.stride = generation.stride.scatter(1, index, generation.elapsed_log_alpha.gather(1, index))
+    generation.interval = generation.interval.scatter(1, index, generation.elapsed_log_alpha.gather(1, index))
     generation.evaluated_at = generation.evaluated_at.scatter(1, index, sigma)
     generation.evaluations.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))

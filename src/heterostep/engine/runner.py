@@ -32,7 +32,7 @@ from heterostep.engine.expert import Expert, compile_kernels, in_background
 from heterostep.engine.generation import Branch, Generation
 from heterostep.engine.report import Report, StepInfo
 from heterostep.engine.schedule import Schedule
-from heterostep.engine.trajectory import Correction, Given
+from heterostep.engine.trajectory import Correction, SchedulerInput
 from heterostep.engine.velocity import held, record
 from heterostep.errors import HeterostepError
 from heterostep.kernels import gather_rows
@@ -247,8 +247,8 @@ class Runner:
             generation.workspace.begin()
             generation.workspace.write_back = keep
             if self.config.sync == "drift":
-                ahead = generation.elapsed_log_alpha / generation.stride.clamp_min(1e-6)
-                generation.workspace.ahead = self._rows(ahead, generation, inputs)
+                far = generation.elapsed_log_alpha / generation.interval.clamp_min(1e-6)
+                generation.workspace.extrapolation = self._rows(far, generation, inputs)
             for (_, processor), store in zip(expert.patches.attentions, branch.stores, strict=True):
                 processor.kv = store
         else:
@@ -268,7 +268,7 @@ class Runner:
         workspace = generation.workspace
 
         def call(given: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-            self._call.index, workspace.ahead = given["index"], given["ahead"]
+            self._call.index, workspace.extrapolation = given["index"], given["extrapolation"]
             rows: list[torch.Tensor] = []
             self._taken = rows
             try:
@@ -293,7 +293,7 @@ class Runner:
             )
         rows, output = branch.replays[few](
             call,
-            {"inputs": inputs, "index": index, "ahead": workspace.ahead},
+            {"inputs": inputs, "index": index, "extrapolation": workspace.extrapolation},
             [t for kept in (*branch.stores, workspace) for t in kept.tensors or ()],
         )
         if branch.replays[few].recorded:
@@ -405,7 +405,7 @@ class Runner:
                 dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
             self._compiled.add(id(self))
 
-    def end_step(self, velocity: torch.Tensor) -> Given:
+    def end_step(self, velocity: torch.Tensor) -> SchedulerInput:
         """The scheduler is given a step's guided velocity [B, ...], in the layout of the latents.
 
         Returns:
@@ -413,7 +413,7 @@ class Runner:
         """
         generation = self.generation
         if self._thread != threading.get_ident() or generation is None or generation.over or generation.step < 0:
-            return Given(velocity)
+            return SchedulerInput(velocity)
         return steps.end_step(generation, velocity, lambda: self._ignored(generation, velocity))
 
     def stepped(self) -> None:
@@ -434,8 +434,8 @@ class Runner:
         expert.call(inputs)
         (rows,), self._taken = self._taken, None
         error = (rows.float() - held(generation, branch).float()).abs().sum(-1)
-        error = error.view(-1, *generation.elapsed.shape).mean(0)
-        unscaled = torch.ones_like(generation.elapsed)
+        error = error.view(-1, *generation.elapsed_sigma.shape).mean(0)
+        unscaled = torch.ones_like(generation.elapsed_sigma)
         ranking.set_ranking(generation, generation.schedule.policy.rank(error, unscaled, generation.step))
         ranking.activate(generation)
 

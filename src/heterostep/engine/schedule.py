@@ -28,7 +28,7 @@ class Schedule:
     Attributes:
         policy: see `heterostep.policy`.
         sparse: whether a step may evaluate some of the tokens.
-        online: whether the plan is made anew as changes and seconds come in.
+        replans: whether the plan is made anew as changes and seconds come in.
     """
 
     def __init__(self, config: HSAConfig, run: Run) -> None:
@@ -37,7 +37,7 @@ class Schedule:
         by_step = isinstance(config.share, tuple)
         self.sparse = by_step or self.policy.sparse or run.tokens.least > 0
         # A target of 1 is the dense run, however long a step takes.
-        self.online = not by_step and config.target < 1 and (config.runtime is not None or self.policy.online)
+        self.replans = not by_step and config.target < 1 and (config.runtime is not None or self.policy.adapts)
 
     @property
     def budget(self) -> int:
@@ -77,7 +77,7 @@ class Schedule:
             switch = ", with one where the second transformer takes over" if self.run.restarts else ""
             raise HeterostepError(
                 f"{name}={config.target:g} is below the lowest possible {math.ceil(self.lowest_share * 1000) / 1000:g} "
-                f"for {steps} ({self.policy.smallest()}{switch}): raise {name} or take more steps",
+                f"for {steps} ({self.policy.describe_minimum()}{switch}): raise {name} or take more steps",
                 name,
             )
 
@@ -110,7 +110,7 @@ class Schedule:
         Where tokens run alone, the gap that begins with this step is as it was: its K and V were kept for it, or not.
         """
         total = self.run.tokens.total
-        begin = self.policy.plans_anew_from(step, counts[step] == total) if self.online else None
+        begin = self.policy.replans_from(step, counts[step] == total) if self.replans else None
         if begin == step and self.policy.sparse:
             begin = next((at for at in range(step + 1, len(counts)) if counts[at] == total), None)
         return None if begin is None or begin >= self.run.num_steps else begin
@@ -120,7 +120,7 @@ class Schedule:
 
         First calls may be so slow that the plan gives up dense steps which later calls show to be affordable.
         """
-        total, timed = self.run.tokens.total, self.policy.online and self.online and self.config.runtime is not None
+        total, timed = self.run.tokens.total, self.policy.adapts and self.replans and self.config.runtime is not None
         return timed and not self.policy.sparse and step + 1 < len(counts) and total not in counts[step + 1 :]
 
     def within_share(self, counts: Sequence[int], begin: int, changes: Sequence[Change]) -> list[int]:
@@ -147,7 +147,7 @@ class Schedule:
         """
 
         def plan(evaluations: int) -> list[int]:
-            return self.policy.replan(evaluations, begin, changes, exact=False)
+            return self.policy.replan(evaluations, begin, changes, spend_remainder=False)
 
         most = self.run.tokens.total * (self.run.num_steps - begin)
         return [*counts[:begin], *plan(evaluations_within(seconds, cost, most, plan))]

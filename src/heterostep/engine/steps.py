@@ -25,7 +25,7 @@ from heterostep.engine import account, budget, ranking
 from heterostep.engine.clock import StepClock
 from heterostep.engine.generation import Generation
 from heterostep.engine.schedule import Schedule
-from heterostep.engine.trajectory import Correction, Given, Trajectory
+from heterostep.engine.trajectory import Correction, SchedulerInput, Trajectory
 from heterostep.grid import TokenGrid
 from heterostep.parallel import ALONE, Ranks
 from heterostep.policy import Change
@@ -58,7 +58,7 @@ def begin(
         ranks: the processes that share the tokens.
     """
     sigmas, total, config = schedule.run.sigmas, schedule.run.tokens.total, schedule.config
-    times = log_alpha(torch.tensor(sigmas, dtype=torch.float32, device="cpu")).tolist()
+    log_alphas = log_alpha(torch.tensor(sigmas, dtype=torch.float32, device="cpu")).tolist()
     generation = Generation(
         timesteps=timesteps,
         first=first,
@@ -68,12 +68,12 @@ def begin(
         counts=schedule.plan(),
         clean=clean,
         clock=StepClock(device, ranks),
-        times=times,
-        trajectory=Trajectory(sigmas, times, correction if schedule.policy.corrects else Correction.NONE),
+        log_alphas=log_alphas,
+        trajectory=Trajectory(sigmas, log_alphas, correction if schedule.policy.corrects else Correction.NONE),
         evaluations=torch.zeros(samples, total, dtype=torch.int32, device=device),
         evaluated_at=torch.full((samples, total), sigmas[0], device=device),
-        elapsed=torch.zeros(samples, total, device=device),
-        stride=torch.ones(samples, total, device=device),
+        elapsed_sigma=torch.zeros(samples, total, device=device),
+        interval=torch.ones(samples, total, device=device),
         weight=torch.full((samples,), float(config.extrapolate or 0.0), device=device),
         ranks=ranks,
     )
@@ -85,12 +85,12 @@ def start_step(generation: Generation, step: int) -> None:
     """A step begins: what it will evaluate is settled."""
     generation.step, generation.calls = step, 0
     count, sigma = generation.counts[step], generation.schedule.run.sigmas[step]
-    generation.elapsed = generation.evaluated_at - sigma
+    generation.elapsed_sigma = generation.evaluated_at - sigma
     generation.index = None
     if generation.is_dense:
         generation.evaluations += 1
         if step:
-            generation.stride = generation.elapsed_log_alpha
+            generation.interval = generation.elapsed_log_alpha
         generation.evaluated_at = torch.full_like(generation.evaluated_at, sigma)
         # Between two experts a velocity's change tells them apart rather than the tokens.
         generation.unranked = generation.ranking is None or step not in generation.schedule.run.restarts
@@ -101,7 +101,7 @@ def start_step(generation: Generation, step: int) -> None:
 
 def end_step(
     generation: Generation, velocity: torch.Tensor, ignored: Callable[[], torch.Tensor | None] = lambda: None
-) -> Given:
+) -> SchedulerInput:
     """A step's guided velocity is known, [B, ...].
 
     Args:
@@ -121,17 +121,17 @@ def end_step(
         weight = generation.weight
         if len(weight) != len(velocity):
             weight = weight.mean(0, keepdim=True)
-        return Given(generation.trajectory.skipped(step, velocity, sparse, weight))
-    before = generation.trajectory.step
-    if not generation.schedule.online and generation.all_dense:
+        return SchedulerInput(generation.trajectory.on_skipped_step(step, velocity, sparse, weight))
+    before = generation.trajectory.last_step
+    if not generation.schedule.replans and generation.all_dense:
         # Where nothing is skipped there is nothing to agree on.
-        return generation.trajectory.evaluated(step, velocity, ignored())[1]
-    change, given = generation.trajectory.evaluated(step, velocity, ignored(), generation.ranks.broadcast)
+        return generation.trajectory.on_dense_step(step, velocity, ignored())[1]
+    change, given = generation.trajectory.on_dense_step(step, velocity, ignored(), generation.ranks.broadcast)
     if change is not None:
         policy = generation.schedule.policy
         if len(change) == generation.samples:
             generation.weight = policy.weight(change)
-        if generation.schedule.online and policy.online:
+        if generation.schedule.replans and policy.adapts:
             # To read it is to wait for the GPU.
             generation.changes.append(Change(before, step, float(change.mean()), generation.guided))
     return given

@@ -110,7 +110,7 @@ def place_for(expert: Expert, generation: Generation, inputs: dict[str, Any]) ->
     total = generation.total
     # Where the plan is made anew, counts may yet come near to all.
     largest = max((count for count in generation.counts if count < total), default=total)
-    share = 1 if generation.schedule.online else largest / total
+    share = 1 if generation.schedule.replans else largest / total
     attentions = sum(processor.keeps_tokens for _, processor in expert.patches.attentions)
     batches = [branch.batch for branch in generation.branches]
     try:

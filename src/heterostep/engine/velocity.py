@@ -12,51 +12,51 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from heterostep.sigmas import log_alpha
+from heterostep import sigmas
 
 if TYPE_CHECKING:
     from heterostep.engine.generation import Branch, Generation
 
 
-def velocity_change(new: torch.Tensor, old: torch.Tensor, elapsed: torch.Tensor) -> torch.Tensor:
+def velocity_change(new: torch.Tensor, old: torch.Tensor, elapsed_sigma: torch.Tensor) -> torch.Tensor:
     """Relative L1 change of each token's velocity per unit of sigma, float32 [B, N].
 
     s_j = |v_j^new - v_j^old|_1 / |v_j^old|_1, over the sigma elapsed between the token's two evaluations.
 
     Args:
         new, old: velocities [B, N, C].
-        elapsed: sigma that passed between the two, > 0, [B, N].
+        elapsed_sigma: sigma that passed between the two, > 0, [B, N].
     """
     change = (new.float() - old.float()).abs().sum(-1)
     size = old.float().abs().sum(-1)
     tiny = torch.finfo(torch.float32).tiny
-    return change / size.clamp_min(tiny) / elapsed.clamp_min(1e-6)
+    return change / size.clamp_min(tiny) / elapsed_sigma.clamp_min(1e-6)
 
 
-def velocity_slope(new: torch.Tensor, old: torch.Tensor, stride: torch.Tensor) -> torch.Tensor:
+def velocity_slope(new: torch.Tensor, old: torch.Tensor, interval: torch.Tensor) -> torch.Tensor:
     """Change of each velocity per unit of `log_alpha` between two evaluations, float32 [B, N, C].
 
     Along it a held velocity goes on. Over sigma, the whole slope would be the second-order Adams-Bashforth update.
 
     Args:
         new, old: velocities [B, N, C].
-        stride: `log_alpha` that passed between the two, > 0, [B, N].
+        interval: `log_alpha` that passed between the two, > 0, [B, N].
     """
-    return (new.float() - old.float()) / stride.clamp_min(1e-6)[..., None]
+    return (new.float() - old.float()) / interval.clamp_min(1e-6)[..., None]
 
 
-def held(generation: Generation, branch: Branch, time: float | None = None) -> torch.Tensor:
+def held(generation: Generation, branch: Branch, log_alpha: float | None = None) -> torch.Tensor:
     """Everyone's velocities at this step [b, N, C]: of the tokens evaluated at it, and extrapolated ones.
 
     Args:
-        time: `log_alpha` of the call, where that is not the step's: some samplers call the model between two steps.
+        log_alpha: of the call's sigma, where that is not the step's: some samplers call the model between two steps.
     """
     velocity = branch.velocity
     assert velocity is not None
     if branch.slope is None:
         return velocity
-    now = generation.times[generation.step] if time is None else time
-    ahead = generation.weight[:, None] * (now - log_alpha(generation.evaluated_at))
+    now = generation.log_alphas[generation.step] if log_alpha is None else log_alpha
+    ahead = generation.weight[:, None] * (now - sigmas.log_alpha(generation.evaluated_at))
     ahead = ahead.repeat(velocity.shape[0] // generation.samples, 1)[..., None]
     return (velocity.float() + ahead * branch.slope).to(velocity.dtype)
 
@@ -81,20 +81,21 @@ def record(
         branch.velocity, branch.slope = rows, None
         return rows
     copies = rows.shape[0] // generation.samples
-    elapsed, stride = generation.elapsed.repeat(copies, 1), generation.stride.repeat(copies, 1)
+    elapsed_sigma = generation.elapsed_sigma.repeat(copies, 1)
+    interval = generation.interval.repeat(copies, 1)
     if active is None:
         branch.velocity = rows
         if scored:
-            branch.scores = velocity_change(rows, old, elapsed)
+            branch.scores = velocity_change(rows, old, elapsed_sigma)
         if generation.config.extrapolate != 0 and generation.skips_follow:
-            branch.slope = velocity_slope(rows, old, stride)
+            branch.slope = velocity_slope(rows, old, interval)
         return rows
     where = active[..., None].expand_as(rows)
     branch.velocity, before = old.scatter(1, where, rows), old.gather(1, where)
     if generation.config.extrapolate != 0:
         slope = torch.zeros_like(old, dtype=torch.float32) if branch.slope is None else branch.slope
-        branch.slope = slope.scatter(1, where, velocity_slope(rows, before, stride.gather(1, active)))
+        branch.slope = slope.scatter(1, where, velocity_slope(rows, before, interval.gather(1, active)))
     if scored and branch.scores is not None:
-        change = velocity_change(rows, before, elapsed.gather(1, active))
+        change = velocity_change(rows, before, elapsed_sigma.gather(1, active))
         branch.scores = branch.scores.scatter(1, active, change)
     return held(generation, branch)

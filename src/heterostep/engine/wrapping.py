@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from heterostep.engine.trajectory import Given
+from heterostep.engine.trajectory import SchedulerInput
 from heterostep.errors import HeterostepError
 
 
@@ -85,7 +85,9 @@ class WrappedStep:
         after: called when it has made the step.
     """
 
-    def __init__(self, scheduler: Any, before: Callable[[torch.Tensor], Given], after: Callable[[], None]) -> None:
+    def __init__(
+        self, scheduler: Any, before: Callable[[torch.Tensor], SchedulerInput], after: Callable[[], None]
+    ) -> None:
         self._scheduler, self._before, self._after = scheduler, before, after
         self._inner = scheduler.step
         self._was_in_class = "step" not in scheduler.__dict__
@@ -96,12 +98,12 @@ class WrappedStep:
         self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         given = self._before(model_output)
-        if given.move is not None:
-            move = given.move.to(sample.dtype)
-            sample = sample + move
+        if given.sample_shift is not None:
+            shift = given.sample_shift.to(sample.dtype)
+            sample = sample + shift
             # UniPC's corrector goes once more from where the step before began, and drops the sample.
             if getattr(self._scheduler, "last_sample", None) is not None:
-                self._scheduler.last_sample = self._scheduler.last_sample + move
+                self._scheduler.last_sample = self._scheduler.last_sample + shift
         stepped = self._inner(given.velocity, timestep, sample, *args, **kwargs)
         self._after()
         return stepped

@@ -75,13 +75,13 @@ class Workspace:
 
     Attributes:
         write_back: whether rows that a sparse step writes are wanted by a later one, so that the host needs them too.
-        ahead: float32 [B, N], how far each token's K and V have gone on by this call, in changes between its last two
-            evaluations: 0 for active tokens. None where they are held.
+        extrapolation: float32 [B, N]: how far K and V are extrapolated at this call, in units of the change between the
+            token's last two evaluations; 0 for active tokens. None where they are held.
     """
 
     def __init__(self) -> None:
         self.write_back = False
-        self.ahead: torch.Tensor | None = None
+        self.extrapolation: torch.Tensor | None = None
         self._decoded: dict[tuple, torch.Tensor] = {}
         self._staged: list[torch.Tensor | None] = [None, None]
         self._slot = 0
@@ -286,7 +286,7 @@ class KVCache:
 
     @property
     def _drifts(self) -> bool:
-        return self._workspace.ahead is not None and not self._coded
+        return self._workspace.extrapolation is not None and not self._coded
 
     def _renewed(self, old: list[torch.Tensor], key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
         """What is to be kept of all tokens' new K and V; not always contiguous."""
@@ -316,7 +316,7 @@ class KVCache:
 
     def _read(self, parts: list[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Everyone's K and V at this call, [B, N, H, D]."""
-        out, ahead = parts[:2], self._workspace.ahead
+        out, ahead = parts[:2], self._workspace.extrapolation
         if self._coded:
             room = [self._workspace.room(which, parts[0], dtype) for which in (0, 1)]
             out = [dequantise(*coded, to) for coded, to in zip(_coded_pairs(parts), room)]

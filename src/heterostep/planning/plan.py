@@ -252,7 +252,7 @@ def _plan(
     counts = schedule.plan()
     some = [count for count in counts if 0 < count < total]
     # Where the plan is made anew as the run goes, there may come to be sparse steps.
-    keeps = config.sync != "fresh" and (bool(some) or (schedule.online and schedule.sparse))
+    keeps = config.sync != "fresh" and (bool(some) or (schedule.replans and schedule.sparse))
     active = max(some, default=total // 2) / total
     calls = [forecast.of_a_rank(forecast.call_memory(seen.model, call, active), gpus) for call in seen.calls]
     memory = _Memory(calls, sum(weights.values()), config, gpus)

@@ -8,12 +8,12 @@
 
 How fast a velocity changes is measured in the run itself. Over sigma its relative change goes like
 
-    rate(sigma) = level * ((1 - sigma)^-exponent + 0.2 / sigma)
+    rate(sigma) = level * ((1 - sigma + 0.02)^-exponent + 0.2 / (sigma + 0.02))
 
-fast while the video takes its shape, and again at the very end. The level hardly differs between tasks, guidance
-scales, shifts and solvers (without guidance it is a third); the exponent does (1.4 to 1.7 in text-to-video, 1.0 to 1.3
-where a first frame is given). So the first changes tell the exponent, and later ones steady both
-(docs/background/method.md).
+fast while the video takes its shape, and again at the very end; the margin of 0.02 keeps both terms finite. The level
+hardly differs between tasks, guidance scales, shifts and solvers (without guidance it is a third); the exponent does
+(1.4 to 1.7 in text-to-video, 1.0 to 1.3 where a first frame is given). So the first changes tell the exponent, and
+later ones steady both (docs/background/method.md).
 """
 
 from __future__ import annotations
@@ -26,39 +26,41 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from heterostep.policy.base import Change, Policy, Run, spread
+from heterostep.policy.base import Change, Policy, Run, distribute_evenly
 from heterostep.sigmas import MARGIN
 
 if TYPE_CHECKING:
     from heterostep.config import HSAConfig
 
-# The end's part in the rate.
-END = 0.2
-# What is expected of a run before it is seen, and its standard deviation; of log(level) for the level.
-EXPONENT, EXPONENT_SPREAD = 1.4, 0.3
-LEVEL, LEVEL_SPREAD = 0.3, 0.3
+# Weight of the rate's second term, which is that of the run's end.
+END_WEIGHT = 0.2
+# What is expected of a run before it is seen, and its standard deviation; of log(level) for the level. How they were
+# chosen: benchmarks/tiny-ti2v.
+EXPONENT, EXPONENT_STD = 1.4, 0.3
+LEVEL, LEVEL_STD = 0.3, 0.3
 # The exponent where frames are given, until a change has been measured: that tells more than the task does.
 EXPONENT_FROM_FRAMES = 1.2
 # The level without guidance, where less is known: a model that guidance was distilled into may change as a guided one.
-UNGUIDED_LEVEL, UNGUIDED_LEVEL_SPREAD = 0.1, 0.6
+UNGUIDED_LEVEL, UNGUIDED_LEVEL_STD = 0.1, 0.6
 # Where 1 - sigma, the signal, is less than this, a change counts for less: gaps there cost less than their change says,
 # as if later steps hardly saw what was done to so little signal. By skipping single steps (benchmarks/skips.py).
-FAINT = 0.002
+FAINT_SIGNAL = 0.002
 # Standard deviation of a measured log(change) about the law.
-NOISE = 0.25
+LOG_CHANGE_STD = 0.25
+# Grid over which the exponent's posterior mode is searched, step 0.05.
 EXPONENTS = np.linspace(0.6, 2.2, 33)
-# Weight of a velocity's last change in what follows: 1 less so much of it. Measured on dense runs in 11 regimes.
-CAUTION = 1.8
-# A sparse step takes one token in so many, or more: each has its overhead.
-LEAST_SHARE = 8
+# Weight of a velocity's last change in what follows: 1 less so much of it. Measured on dense runs in 11 regimes; others
+# were tried (docs/background/tried.md).
+EXTRAPOLATION_DAMPING = 1.8
+# A sparse step takes this part of the tokens, or more: each has its overhead. Chosen by hand.
+MIN_SPARSE_FRACTION = 1 / 8
 
 
 class Auto(Policy):
     """See the module's description. With `sparse_share` a part of the evaluations goes to single tokens in the gaps."""
 
     name = "auto"
-
-    online = True
+    adapts = True
 
     def __init__(self, config: HSAConfig, run: Run) -> None:
         super().__init__(config, run)
@@ -66,10 +68,12 @@ class Auto(Policy):
         self.corrects = config.extrapolate is None
         sigmas = np.asarray(run.sigmas)
         self._middles, self._widths = (sigmas[:-1] + sigmas[1:]) / 2, -np.diff(sigmas)
-        self._visible = 1 - np.exp((self._middles - 1) / FAINT)
+        self._visible = 1 - np.exp((self._middles - 1) / FAINT_SIGNAL)
         self._fitted: dict[tuple[Change, ...], float] = {}
 
-    def replan(self, evaluations: int, step: int, changes: Sequence[Change] = (), exact: bool = True) -> list[int]:
+    def replan(
+        self, evaluations: int, step: int, changes: Sequence[Change] = (), spend_remainder: bool = True
+    ) -> list[int]:
         tokens, num_steps, sparse_share = self.run.tokens, self.run.num_steps, self.config.sparse_share
         each = max(tokens.total - tokens.least, 1)
         affordable = (evaluations - tokens.least * (num_steps - step)) / each
@@ -81,8 +85,8 @@ class Auto(Policy):
         left = max(evaluations - sum(counts), 0)
         # In seconds the rest is left: a call of a new size takes longer than its tokens do. And without a first change
         # there is nothing to rank tokens by.
-        if (sparse_share or (tokens.least and exact)) and (step or 1 in dense):
-            self._spend_on_tokens(counts, left, [at - step for at in dense], exact)
+        if (sparse_share or (tokens.least and spend_remainder)) and (step or 1 in dense):
+            self._spend_on_tokens(counts, left, [at - step for at in dense], spend_remainder)
         return counts
 
     def _fixed(self, step: int, affordable: float) -> set[int]:
@@ -97,12 +101,14 @@ class Auto(Policy):
 
     def rates(self, exponent: float) -> np.ndarray:
         """Predicted change of the velocity from each step to the next, up to the level; float64 [num_steps]."""
-        # The margin keeps both away from 0, where the rate has no end.
         signal, noise = 1 - self._middles + MARGIN, self._middles + MARGIN
-        return (signal**-exponent + END / noise) * self._widths
+        return (signal**-exponent + END_WEIGHT / noise) * self._widths
 
     def counted(self, exponent: float, step: int) -> np.ndarray:
-        """What of the predicted changes counts where dense steps are placed from `step` on; float64 [num_steps]."""
+        """What of the predicted changes counts where dense steps are placed from `step` on; float64 [num_steps].
+
+        Here the same whatever the step is; it is for policies that derive from this one (benchmarks/placing.py).
+        """
         return self.rates(exponent) * self._visible
 
     @functools.cached_property
@@ -122,14 +128,15 @@ class Auto(Policy):
             return EXPONENT_FROM_FRAMES if self.run.from_frames else EXPONENT
         starts, stops = [change.start for change in known], [change.stop for change in known]
         levels = np.log([LEVEL if change.guided else UNGUIDED_LEVEL for change in known])
-        spread = LEVEL_SPREAD if all(change.guided for change in known) else UNGUIDED_LEVEL_SPREAD
+        level_std = LEVEL_STD if all(change.guided for change in known) else UNGUIDED_LEVEL_STD
         measured = np.log([change.value for change in known]) - levels
 
         def cost(exponent: float, passed: np.ndarray) -> float:
+            """-2 log of the posterior at the level that suits this exponent best; `passed`: the law up to each step."""
             off = measured - np.log(passed[stops] - passed[starts])
-            level = off.sum() / NOISE**2 / (len(off) / NOISE**2 + 1 / spread**2)
-            prior = (level / spread) ** 2 + ((exponent - EXPONENT) / EXPONENT_SPREAD) ** 2
-            return float((((off - level) / NOISE) ** 2).sum() + prior)
+            level = off.sum() / LOG_CHANGE_STD**2 / (len(off) / LOG_CHANGE_STD**2 + 1 / level_std**2)
+            prior = (level / level_std) ** 2 + ((exponent - EXPONENT) / EXPONENT_STD) ** 2
+            return float((((off - level) / LOG_CHANGE_STD) ** 2).sum() + prior)
 
         return min(self._candidates, key=lambda candidate: cost(*candidate))[0]
 
@@ -159,7 +166,7 @@ class Auto(Policy):
                 chosen.append(min(max(nearest, last + 1), b - ahead))
         return chosen
 
-    def _spend_on_tokens(self, counts: list[int], left: int, dense: list[int], exact: bool) -> None:
+    def _spend_on_tokens(self, counts: list[int], left: int, dense: list[int], spend_remainder: bool) -> None:
         """Spend evaluations on sparse steps: one in the middle of each gap, more where that would be nearly dense."""
         tokens, size = self.run.tokens, len(counts)
         each = max(tokens.total - tokens.least, 1)
@@ -171,14 +178,14 @@ class Auto(Policy):
                 middles += [a + (b - a) * position // (within + 1) for position in range(1, within + 1)]
             if left <= each * len(middles) / 2:
                 break
-        enough = max(1, tokens.total // LEAST_SHARE)
+        enough = max(1, int(tokens.total * MIN_SPARSE_FRACTION))
         # What is left over by chance comes last: as seconds come in it is spent once, and in one gap.
         wanted = max(1, left // enough) if self.config.sparse_share else math.ceil(left / each)
         used = min(len(middles), wanted)
-        if used and (exact or left >= enough):
-            spread(counts, left, middles[-used:], tokens, exact)
+        if used and (spend_remainder or left >= enough):
+            distribute_evenly(counts, left, middles[-used:], tokens, spend_remainder)
 
     def weight(self, change: torch.Tensor) -> torch.Tensor:
         if self.config.extrapolate is not None:
             return super().weight(change)
-        return (1 - CAUTION * change).clamp(0.0, 1.0)
+        return (1 - EXTRAPOLATION_DAMPING * change).clamp(0.0, 1.0)

@@ -66,8 +66,10 @@ class Run:
 class Change:
     """How much the guided velocity changed from one dense step to the next: `|v_stop - v_start|_1 / |v_stop|_1`.
 
-    `value` is the mean over the samples; given tokens (a first frame) have no part in it. `guided` is False where the
-    velocity is one prediction, not made of several by guidance.
+    Attributes:
+        start, stop: dense steps, counted from the run's first, which is 0.
+        value: the mean over the samples; given tokens (a first frame) have no part in it.
+        guided: False where the velocity is one prediction, not made of several by guidance.
     """
 
     start: int
@@ -81,11 +83,11 @@ class Policy(abc.ABC):
 
     Args:
         config: the user's options.
-        run: see `Run`.
+        run: what is known before its first step.
 
     Attributes:
         name: as in `HSAConfig(policy=)`.
-        online: whether changes alter the plan, so that it is made anew also where no seconds are to be kept.
+        adapts: whether changes alter the plan, so that it is made anew also where no seconds are to be kept.
         sparse: whether it evaluates some of the tokens at a step by its own choice.
         ranks_each_step: whether tokens are ranked anew at each sparse step in place of the first after a dense one.
         corrects: whether the sample is moved by what a gap between dense steps has missed, once its end is known
@@ -93,7 +95,7 @@ class Policy(abc.ABC):
     """
 
     name: ClassVar[str]
-    online: bool = False
+    adapts: bool = False
     sparse: bool = True
     ranks_each_step: bool = False
     corrects: bool = False
@@ -102,14 +104,17 @@ class Policy(abc.ABC):
         self.config, self.run = config, run
 
     @abc.abstractmethod
-    def replan(self, evaluations: int, step: int, changes: Sequence[Change] = (), exact: bool = True) -> list[int]:
+    def replan(
+        self, evaluations: int, step: int, changes: Sequence[Change] = (), spend_remainder: bool = True
+    ) -> list[int]:
         """Active tokens at each step from `step` to the end.
 
         Args:
             evaluations: token evaluations that these steps may spend together.
-            step: 0, or one that `plans_anew_from` gives.
+            step: 0, or one that `replans_from` gives.
             changes: what has been measured so far, one after another.
-            exact: let one count fall between the sizes, so that the last evaluation is spent; else spend a little less.
+            spend_remainder: let one count fall between the sizes, so that the last evaluation is spent; else spend a
+                little less.
 
         Returns:
             Counts in `tokens.least`..N. Their sum is at most `evaluations`, or the least that is possible.
@@ -119,19 +124,19 @@ class Policy(abc.ABC):
         """Active tokens at each step of the run, before anything has been measured; see `replan`."""
         return self.replan(evaluations, 0)
 
-    def plans_anew_from(self, step: int, dense: bool) -> int | None:
+    def replans_from(self, step: int, dense: bool) -> int | None:
         """The step from which the run is planned anew once `step` has been made; None where the plan stays.
 
         By default after each dense step, which then is the first of the new plan.
         """
         return step if dense else None
 
-    def rank(self, scores: torch.Tensor, elapsed: torch.Tensor, step: int) -> torch.Tensor:
+    def rank(self, scores: torch.Tensor, elapsed_sigma: torch.Tensor, step: int) -> torch.Tensor:
         """Scores [B, N] by which tokens become active at a sparse step, the highest first.
 
         Args:
             scores: relative change of each token's velocity per unit of sigma (HSA's score), [B, N].
-            elapsed: sigma since each token's last evaluation, [B, N].
+            elapsed_sigma: since each token's last evaluation, [B, N].
             step: the sparse step.
         """
         return scores
@@ -144,15 +149,17 @@ class Policy(abc.ABC):
         """
         return torch.full_like(change, self.config.extrapolate or 0.0)
 
-    def smallest(self) -> str:
-        """What the plan of the fewest evaluations has, for an error message."""
+    def describe_minimum(self) -> str:
+        """The plan of the fewest evaluations in a few words, as in "dense steps: 3"; errors say it."""
         return f"dense steps: {sum(count == self.run.tokens.total for count in self.plan(0))}"
 
 
-def spread(counts: list[int], left: int, steps: Sequence[int], tokens: Tokens, exact: bool) -> None:
+def distribute_evenly(
+    counts: list[int], left: int, steps: Sequence[int], tokens: Tokens, spend_remainder: bool
+) -> None:
     """Add `left` evaluations to the counts of these steps, as evenly as the sizes allow."""
     left = min(left, (tokens.total - tokens.least) * len(steps))
-    if not exact:
+    if not spend_remainder:
         left -= left % tokens.unit
     for position, step in enumerate(steps):
         ahead = len(steps) - position

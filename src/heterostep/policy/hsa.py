@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from heterostep.policy.base import Tokens, spread
+from heterostep.policy.base import Tokens, distribute_evenly
 from heterostep.policy.window import Windowed
 
 DIVISORS = (1, 2, 4, 8)
@@ -20,12 +20,12 @@ class HSA(Windowed):
 
     name = "hsa"
 
-    def inside(self, evaluations: int, steps: range, exact: bool) -> list[int]:
+    def inside(self, evaluations: int, steps: range, spend_remainder: bool) -> list[int]:
         restarts = [at - steps.start for at in self.run.restarts]
         divisors = self.config.divisors or DIVISORS
-        return by_divisors(evaluations, self.run.tokens, len(steps), divisors, restarts, exact)
+        return by_divisors(evaluations, self.run.tokens, len(steps), divisors, restarts, spend_remainder)
 
-    def smallest(self) -> str:
+    def describe_minimum(self) -> str:
         (start, stop), divisors = self.window, self.config.divisors or DIVISORS
         return f"dense steps: {self.run.num_steps - stop + start}, then every {divisors[-1]}th"
 
@@ -36,7 +36,7 @@ def by_divisors(
     num_steps: int,
     divisors: Sequence[int],
     restarts: Sequence[int] = (),
-    exact: bool = True,
+    spend_remainder: bool = True,
 ) -> list[int]:
     """Active tokens at each of the window's steps, in groups of step divisors.
 
@@ -51,7 +51,8 @@ def by_divisors(
         num_steps: steps of the window, or what is left of it.
         divisors: ascending, each a multiple of the one before.
         restarts: steps at which another model takes over: dense, and a new cycle begins.
-        exact: let one count fall between the sizes, so that the last evaluation is spent; else spend up to a unit less.
+        spend_remainder: let one count fall between the sizes, so that the last evaluation is spent; else spend up to a
+            unit less.
 
     Returns:
         `num_steps` counts in 0..N. Their sum is `evaluations`, or the nearest that is possible: all tokens at the
@@ -72,5 +73,5 @@ def by_divisors(
     small, large = next(affordable, (ladder[-2], ladder[-1]))
     counts = dense_only(large)
     between = [step for step in range(num_steps) if phase[step] % small == 0 and phase[step] % large]
-    spread(counts, max(evaluations - sum(counts), 0), between, tokens, exact)
+    distribute_evenly(counts, max(evaluations - sum(counts), 0), between, tokens, spend_remainder)
     return counts

@@ -12,8 +12,12 @@ from collections.abc import Sequence
 
 import torch
 
-from heterostep.policy.base import Tokens, spread
+from heterostep.policy.base import Tokens, distribute_evenly
 from heterostep.policy.window import Windowed
+
+# How far velocities follow their last change over log(1 - sigma). Chosen by hand: early in a run about so much leaves
+# least of the velocity's change, later all of it does (docs/background/method/figures.json, "v 0.65 of that").
+SLOPE_WEIGHT = 0.65
 
 
 class RoundRobin(Windowed):
@@ -27,23 +31,23 @@ class RoundRobin(Windowed):
         """Steps in which every token has its turn."""
         return self.config.round_robin or 1
 
-    def inside(self, evaluations: int, steps: range, exact: bool) -> list[int]:
+    def inside(self, evaluations: int, steps: range, spend_remainder: bool) -> list[int]:
         dense = (self.window[0], *self.run.restarts)
-        return by_round_robin(evaluations, self.run.tokens, steps, self.length, dense, exact)
+        return by_round_robin(evaluations, self.run.tokens, steps, self.length, dense, spend_remainder)
 
-    def plans_anew_from(self, step: int, dense: bool) -> int | None:
+    def replans_from(self, step: int, dense: bool) -> int | None:
         (start, stop), begins = self.window, step + 1
         return begins if start < begins < stop and (begins - start) % self.length == 0 else None
 
-    def rank(self, scores: torch.Tensor, elapsed: torch.Tensor, step: int) -> torch.Tensor:
+    def rank(self, scores: torch.Tensor, elapsed_sigma: torch.Tensor, step: int) -> torch.Tensor:
         turn = (step - self.window[0]) % self.length
-        return with_probes(scores * elapsed, turn, self.length)
+        return with_probes(scores * elapsed_sigma, turn, self.length)
 
     def weight(self, change: torch.Tensor) -> torch.Tensor:
         # There is no change of all tokens to judge by.
-        return torch.full_like(change, 0.65 if self.config.extrapolate is None else self.config.extrapolate)
+        return torch.full_like(change, SLOPE_WEIGHT if self.config.extrapolate is None else self.config.extrapolate)
 
-    def smallest(self) -> str:
+    def describe_minimum(self) -> str:
         start, stop = self.window
         dense = self.run.num_steps - stop + start + 1
         return f"dense steps: {dense}, then 1/{self.length} of the tokens at each"
@@ -55,7 +59,7 @@ def by_round_robin(
     steps: range,
     length: int,
     dense: Sequence[int] = (),
-    exact: bool = True,
+    spend_remainder: bool = True,
 ) -> list[int]:
     """Active tokens at each of the window's steps: as many at each, and enough that all come round.
 
@@ -65,7 +69,8 @@ def by_round_robin(
         steps: the window's steps, or what is left of it, numbered from the run's first.
         length: no token is skipped for longer.
         dense: steps at which all tokens are evaluated: the window's first, and where another model takes over.
-        exact: let one count fall between the sizes, so that the last evaluation is spent; else spend up to a unit less.
+        spend_remainder: let one count fall between the sizes, so that the last evaluation is spent; else spend up to a
+            unit less.
 
     Returns:
         A count in 0..N for each step. Their sum is `evaluations`, or the nearest that is possible.
@@ -73,7 +78,7 @@ def by_round_robin(
     least = Tokens(tokens.total, max(tokens.least, probes(tokens.total, length)))
     counts = [least.total if step in dense else least.least for step in steps]
     between = [position for position, step in enumerate(steps) if step not in dense]
-    spread(counts, max(evaluations - sum(counts), 0), between, least, exact)
+    distribute_evenly(counts, max(evaluations - sum(counts), 0), between, least, spend_remainder)
     return counts
 
 

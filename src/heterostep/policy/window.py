@@ -17,20 +17,22 @@ class Windowed(Policy):
         config, num_steps = self.config, self.run.num_steps
         start = config.dense_start
         if start is None:
-            # The more the larger the budget is, which measured best for equal gaps. One less, for the window's first
-            # step is dense too; seconds take three steps to be timed.
+            # The more the larger the budget is, as suits the equal gaps behind; both numbers were chosen by hand. One
+            # less, for the window's first step is dense too; seconds take three steps to be timed.
             least = 3 if config.runtime is not None else 1
             start = max(least, round(min(0.65, 1.45 * config.target) * config.target * num_steps) - 1)
         start = min(start, num_steps)
         return start, max(start, num_steps - config.dense_end)
 
-    def replan(self, evaluations: int, step: int, changes: Sequence[Change] = (), exact: bool = True) -> list[int]:
+    def replan(
+        self, evaluations: int, step: int, changes: Sequence[Change] = (), spend_remainder: bool = True
+    ) -> list[int]:
         (start, stop), total = self.window, self.run.tokens.total
         before, after = max(start - step, 0), self.run.num_steps - max(stop, step)
         steps = range(step + before, max(stop, step + before))
-        inside = self.inside(evaluations - (before + after) * total, steps, exact)
+        inside = self.inside(evaluations - (before + after) * total, steps, spend_remainder)
         return [total] * before + inside + [total] * after
 
     @abc.abstractmethod
-    def inside(self, evaluations: int, steps: range, exact: bool) -> list[int]:
+    def inside(self, evaluations: int, steps: range, spend_remainder: bool) -> list[int]:
         """Active tokens at these steps of the window, numbered from the run's first; see `replan`."""
