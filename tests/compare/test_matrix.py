@@ -281,6 +281,6 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(HeterostepError, match="bundled.json.gz cannot be read"):
         write_matrix(tmp_path)
     (tmp_path / "bundled.json.gz").write_bytes(gzip.compress(b"[]"))
-    with pytest.raises(HeterostepError, match="is no comparison's results"):
+    with pytest.raises(HeterostepError, match="does not hold a comparison's results"):
         read(tmp_path)
     assert module.SCHEMA == 3

@@ -170,7 +170,7 @@ def plan(
     if gpus < 1:
         raise HeterostepError(f"gpus must be at least 1, not {gpus}")
     if offload not in OFFLOADS:
-        raise HeterostepError(f"offload must be one of {', '.join(OFFLOADS)}, not {offload!r}")
+        raise HeterostepError(f"offload must be one of {', '.join(OFFLOADS)}, not {offload!r}", "offload")
     config = HSAConfig.of(config, options)
     loaded = hasattr(model, "components")
     if not loaded and not isinstance(model, str | os.PathLike):
