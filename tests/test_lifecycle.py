@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import threading
+import types
 import weakref
 
 import pytest
@@ -639,3 +640,124 @@ def test_what_every_run_takes_at_first_counts_from_the_second_on(slow_at_first):
         run(pipe, steps=20, guidance_scale=1.0, size=32)
     # Another size is another kind of run.
     assert heterostep.report(pipe).runtime.warmup_seconds == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("where", ["callback_on_step_end", "on_step"])
+def test_what_a_callback_asks_the_transformer_is_none_of_the_runs(where):
+    pipe = small_pipeline()
+    heterostep.enable(pipe, share=0.5)
+    right = run(pipe)
+    inputs, got = [], []
+    hook = pipe.transformer.register_forward_pre_hook(lambda m, a, k: inputs.append(k), with_kwargs=True)
+    run(pipe)
+    hook.remove()
+
+    def look(*args):
+        got.append(pipe.transformer(**inputs[0])[0])
+        return {}
+
+    if where == "on_step":
+        heterostep.enable(pipe, share=0.5, on_step=look)
+        made = run(pipe)
+    else:
+        made = run(pipe, callback_on_step_end=look)
+    heterostep.disable(pipe)
+    with torch.no_grad():
+        assert torch.equal(got[5], pipe.transformer(**inputs[0])[0]) and torch.equal(made, right)
+
+
+def test_a_lora_that_is_loaded_in_mid_run_counts_at_once():
+    def made(late):
+        pipe = small_pipeline()
+
+        def put():
+            torch.manual_seed(0)
+            lora = LoraConfig(r=4, lora_alpha=4, target_modules=["proj_out"], init_lora_weights=False)
+            pipe.transformer.add_adapter(lora, "s")
+
+        def turn(pipe, step, timestep, tensors):
+            if step == 3:
+                put() if late else pipe.transformer.set_adapters("s", 1.0)
+            return {}
+
+        if not late:
+            put()
+            pipe.transformer.set_adapters("s", 0.0)
+        with heterostep.enabled(pipe, share=0.5):
+            return run(pipe, callback_on_step_end=turn)
+
+    assert torch.equal(made(True), made(False))
+
+
+def test_a_forward_that_was_replaced_is_one_line():
+    pipe = small_pipeline()
+    heterostep.enable(pipe, share=0.5)
+    pipe.transformer.forward = lambda *args, **kwargs: type(pipe.transformer).forward(pipe.transformer, *args, **kwargs)
+    with pytest.raises(HeterostepError, match="forward was replaced .*: call heterostep.enable again"):
+        run(pipe)
+
+
+def test_a_call_that_failed_has_no_report_of_the_one_before():
+    pipe = small_pipeline()
+    heterostep.enable(pipe, share=0.25)
+    run(pipe)
+    assert heterostep.report(pipe) == heterostep.report(pipe)
+    with pytest.raises(HeterostepError, match="below the lowest possible"):
+        run(pipe, steps=3)
+    with pytest.raises(HeterostepError, match="nothing to report yet"):
+        heterostep.report(pipe)
+
+
+def test_the_default_dtype_changes_nothing():
+    pipe = small_pipeline()
+    latents = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def made(dtype):
+        torch.set_default_dtype(dtype)
+        try:
+            with heterostep.enabled(pipe, **SINGLE):
+                return run(pipe, latents=latents)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    assert torch.equal(made(torch.bfloat16), made(torch.float32))
+
+
+def test_a_round_robin_is_its_replay():
+    pipe = small_pipeline()
+    heterostep.enable(pipe, share=0.5, round_robin=4)
+    made = run(pipe)
+    heterostep.enable(pipe, **heterostep.report(pipe).replay)
+    assert torch.equal(run(pipe), made)
+
+
+def test_a_scheduler_whose_step_was_set_on_it_is_copied_with_its_own():
+    row = ROWS["ltx2.0-t2v"]
+    pipe = row.build()
+    step = type(pipe.scheduler).step
+    pipe.scheduler.step = types.MethodType(lambda self, *args, **kwargs: step(self, *args, **kwargs), pipe.scheduler)
+    plain = row.run(pipe, steps=STEPS)
+    with heterostep.enabled(pipe, share=1.0):
+        assert equal(row.run(pipe, steps=STEPS), plain)
+
+
+def test_guidance_of_another_kind_that_ends_in_a_callback_takes_no_state_of_others():
+    row = ROWS["ltx2.3-t2v"]
+    pipe = row.build()
+
+    def made(end):
+        def turn(pipe, step, timestep, tensors):
+            if step == 5:
+                pipe._stg_scale = pipe._audio_stg_scale = end
+            return {}
+
+        share = [1.0] * 6 + [0.02] * 3 + [1.0] + [0.02] * 2
+        with heterostep.enabled(pipe, share=share):
+            return row.run(
+                pipe, steps=12, callback_on_step_end=turn, stg_scale=1.0, audio_stg_scale=1.0, modality_scale=3.0
+            )
+
+    # To end it, or to go on with next to no weight: the modality's branch begins anew in the one, no more.
+    ended, faded = made(0.0), made(1e-30)
+    error = (ended[0] - faded[0]).pow(2).mean().sqrt() / faded[0].std()
+    assert error < 0.2

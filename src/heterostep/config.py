@@ -202,8 +202,8 @@ class HSAConfig:
         for name, least in (("round_robin", 1), ("dense_start", 1), ("dense_end", 0), ("regroup_every", 1)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _whole(name, getattr(self, name), least))
-        if self.round_robin is not None and (self.divisors is not None or isinstance(self.share, tuple)):
-            raise HeterostepError("round_robin chooses each step's tokens: leave out divisors and shares by step")
+        if self.round_robin is not None and self.divisors is not None:
+            raise HeterostepError("round_robin chooses each step's tokens: leave out divisors")
         if _is_sequence(self.kv_store):
             object.__setattr__(self, "kv_store", tuple(self.kv_store))
             if not self.kv_store or not set(self.kv_store) < set(KV_STORES):

@@ -15,6 +15,7 @@ from diffusers import (
     ModularPipeline,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from heterostep import compat, parallel, policy
 from heterostep.config import HSAConfig
@@ -113,6 +114,10 @@ def _enabled_class(cls: Any) -> Any:
             raise HeterostepError(
                 "this is a copy of a pipeline that heterostep was enabled on: make it with from_pipe() instead"
             )
+        callback = kwargs.get("callback_on_step_end")
+        # diffusers asks its own callbacks for their type.
+        if callable(callback) and not isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            kwargs["callback_on_step_end"] = session.runner.of_user(callback)
         with session.call(self), parallel.readable_errors():
             return cls.__call__(self, *args, **kwargs)
 

@@ -171,7 +171,6 @@ def test_each_token_has_one_turn(total, length):
         ({"round_robin": 0}, "round_robin must be a whole number, at least 1"),
         ({"round_robin": 2.5}, "round_robin must be a whole number"),
         ({"round_robin": 4, "divisors": (1, 2)}, "leave out divisors"),
-        ({"round_robin": 2, "share": [1, 1, 0.5]}, "shares by step"),
         ({"sync": "drifting"}, "sync must be one of drift, hold, fresh"),
     ],
 )

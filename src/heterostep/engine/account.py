@@ -83,7 +83,7 @@ def _replay_options(generation: Generation, shares: list[float]) -> dict[str, An
     options = {
         name: value
         for name, value in changed.items()
-        if value != fields[name].default and name not in ("runtime", "share", "kv_store", "vram", "round_robin")
+        if value != fields[name].default and name not in ("runtime", "share", "kv_store", "vram")
     }
     names = generation.store_names
     if names:

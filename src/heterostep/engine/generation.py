@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ class Branch:
 
     stores: Sequence[KVCache | StaticKV] = ()  # one for each attention of `expert` that keeps K and V, once any is kept
     expert: int = -1  # which of the pipeline's transformers the stores belong to
+    kind: Hashable = None  # see `Adapter.call_kind`
     velocity: torch.Tensor | None = None  # [b, N, C], of each token's last evaluation
     slope: torch.Tensor | None = None  # [b, N, C] float32, how it had changed since the one before, over `log_alpha`
     scores: torch.Tensor | None = None  # [b, N], of the last dense step

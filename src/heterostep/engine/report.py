@@ -40,7 +40,7 @@ class ShareReport:
     Attributes:
         target: asked for; None where a runtime was.
         achieved: spent.
-        unspent: what whole dense steps left of the asked share, less than one of them.
+        unspent: what is left of the asked share: less than one dense step, or what `divisors` without 1 cannot spend.
     """
 
     target: float | None
@@ -130,7 +130,7 @@ class Report:
     steps: StepsReport
     active_share: list[float]
     memory: MemoryReport
-    steps_maps: np.ndarray = field(repr=False)
+    steps_maps: np.ndarray = field(repr=False, compare=False)
     replay: dict[str, Any] = field(default_factory=dict)
     policy: str = "auto"
     solver: str = "pipeline"

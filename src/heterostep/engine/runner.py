@@ -18,6 +18,7 @@ Shapes: B samples, b batch of a call, N tokens, n active tokens, C values a toke
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
@@ -78,6 +79,7 @@ class Runner:
         # Pipelines in other threads may share the transformer: one call at a time, for hooks see the call under way.
         self._lock = threading.RLock()
         self._thread: int | None = None  # whose pipeline call is under way
+        self._in_users_code = False  # a callback's own calls of the transformer are none of the run's
         self._correction = Correction.NONE
         self._kind: Hashable = None  # of the generation's run, see `Expert.kind_of_run`
         self._compiling: threading.Thread | None = None
@@ -100,9 +102,7 @@ class Runner:
         Args:
             correction: how its scheduler can be told what a gap has missed.
         """
-        self._thread, self._correction = threading.get_ident(), correction
-        if self.generation is not None:
-            self.generation.over = True
+        self._thread, self._correction, self.generation = threading.get_ident(), correction, None
 
     def end(self) -> None:
         """The pipeline's call has ended, as it should or by an exception: nothing but the report is kept."""
@@ -135,7 +135,7 @@ class Runner:
     def _forward(self, position: int, args: tuple, kwargs: dict[str, Any]):
         expert = self.experts[position]
         with self._lock:
-            if self._thread != threading.get_ident():
+            if self._thread != threading.get_ident() or self._in_users_code:
                 return expert.wrapped.inner(*args, **kwargs)
             inputs = expert.inputs(args, kwargs)
             device = inputs["hidden_states"].device
@@ -148,6 +148,8 @@ class Runner:
         generation = self._current(expert, pipe, inputs)
         step = compat.scheduler_step(pipe) - generation.first
         if step != generation.step:
+            # A callback may have loaded a LoRA.
+            expert.follow()
             steps.start_step(generation, step)
         branch = generation.branch(generation.calls)
         generation.calls += 1
@@ -157,9 +159,11 @@ class Runner:
             generation.expert = position
             generation.trajectory.restart()
         guided = getattr(pipe, "guider", None) is not None
-        if branch.expert != position or (guided and branch.is_of_another(inputs.get("encoder_hidden_states"))):
-            # Guiders that come and go change the order of their calls.
-            branch.expert, branch.last_step = position, -1
+        kind = self.adapter.call_kind(inputs)
+        changed = branch.expert != position or branch.kind != kind
+        if changed or (guided and branch.is_of_another(inputs.get("encoder_hidden_states"))):
+            # Guidance that comes and goes changes the order of the calls.
+            branch.expert, branch.kind, branch.last_step = position, kind, -1
         try:
             return self._run(expert, generation, branch, inputs)
         except BaseException:
@@ -412,21 +416,42 @@ class Runner:
             what it is to be given instead; the same velocity where nothing is changed.
         """
         generation = self.generation
-        if self._thread != threading.get_ident() or generation is None or generation.over or generation.step < 0:
+        if self._thread != threading.get_ident() or self._in_users_code:
+            return SchedulerInput(velocity)
+        if generation is None:
+            raise HeterostepError(
+                "the transformer's forward was replaced while heterostep is enabled: call heterostep.enable again"
+            )
+        if generation.over or generation.step < 0:
             return SchedulerInput(velocity)
         return steps.end_step(generation, velocity, lambda: self._ignored(generation, velocity))
 
     def stepped(self) -> None:
         """The scheduler has made a step: what lies ahead is planned anew, and the user is told."""
         generation = self.generation
-        if self._thread != threading.get_ident() or generation is None or generation.over or generation.step < 0:
+        if self._thread != threading.get_ident() or self._in_users_code:
+            return
+        if generation is None or generation.over or generation.step < 0:
             return
         steps.stepped(generation)
         if generation.finished:
             for expert in self.experts:
                 expert.note_made(self._kind)
         if self.on_step is not None:
-            self.on_step(account.step_info(generation))
+            self.of_user(self.on_step)(account.step_info(generation))
+
+    def of_user(self, callback: Callable[..., Any]) -> Callable[..., Any]:
+        """A user's callback, while which runs the transformer answers plainly: its calls are none of the run's."""
+
+        @functools.wraps(callback)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            before, self._in_users_code = self._in_users_code, True
+            try:
+                return callback(*args, **kwargs)
+            finally:
+                self._in_users_code = before
+
+        return called
 
     def _rank_by_truth(self, expert: Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]) -> None:
         """Rank the tokens by how wrong their held velocities are, which costs a dense call. Decided by one branch."""

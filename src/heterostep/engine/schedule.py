@@ -66,8 +66,12 @@ class Schedule:
             HeterostepError: it cannot; the message names the lowest possible target.
         """
         sigmas = self.run.sigmas
-        if any(later >= earlier for earlier, later in zip(sigmas, sigmas[1:])):
-            raise HeterostepError("the scheduler's sigmas must fall from step to step (no invert_sigmas)")
+        flat = next((step for step, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])) if after >= sigma), None)
+        if flat is not None:
+            raise HeterostepError(
+                f"the scheduler's sigmas must fall from step to step, but step {flat} goes from {sigmas[flat]:g} to "
+                f"{sigmas[flat + 1]:g}: give sigmas that fall, with final_sigmas_type='zero' and without invert_sigmas"
+            )
         config, num_steps = self.config, self.run.num_steps
         if isinstance(config.share, tuple):
             self._check_replay(config.share)

@@ -71,10 +71,10 @@ def begin(
         log_alphas=log_alphas,
         trajectory=Trajectory(sigmas, log_alphas, correction if schedule.policy.corrects else Correction.NONE),
         evaluations=torch.zeros(samples, total, dtype=torch.int32, device=device),
-        evaluated_at=torch.full((samples, total), sigmas[0], device=device),
-        elapsed_sigma=torch.zeros(samples, total, device=device),
-        interval=torch.ones(samples, total, device=device),
-        weight=torch.full((samples,), float(config.extrapolate or 0.0), device=device),
+        evaluated_at=torch.full((samples, total), sigmas[0], dtype=torch.float32, device=device),
+        elapsed_sigma=torch.zeros(samples, total, dtype=torch.float32, device=device),
+        interval=torch.ones(samples, total, dtype=torch.float32, device=device),
+        weight=torch.full((samples,), float(config.extrapolate or 0.0), dtype=torch.float32, device=device),
         ranks=ranks,
     )
     generation.clock.mark()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Callable
@@ -121,5 +122,5 @@ class WrappedStep:
         # LTX-2's pipelines copy the scheduler for the sound.
         copied = memo.get(id(self._scheduler))
         if copied is None or not self._was_in_class:
-            return self._inner
+            return copy.deepcopy(self._inner, memo)
         return types.MethodType(type(copied).step, copied)

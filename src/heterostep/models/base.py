@@ -6,7 +6,7 @@ Shapes: B batch of a call, N tokens, n active tokens, C values a token.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,6 +153,10 @@ class Adapter(abc.ABC):
     def cfg_batch_factor(self, pipe: Any) -> int:
         """How many guidance branches the pipeline's first call of a step has in its batch."""
         return 1
+
+    def call_kind(self, inputs: dict[str, Any]) -> Hashable:
+        """Tells guidance branches apart that have the same text; None where the text tells enough."""
+        return None
 
     def expert_switch(self, pipe: Any) -> int | None:
         """The scheduler's step at which a second transformer takes over; None where there is one alone."""

@@ -9,7 +9,7 @@ Shapes: B batch, N video tokens, n active ones, H heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -163,6 +163,10 @@ class LTX2Adapter(GuidanceInBatch):
         patches = (model.config.patch_size_t, model.config.patch_size, model.config.patch_size)
         frames, height, width = (size // patch for size, patch in zip(sizes, patches, strict=True))
         return TokenGrid(frames, height, width, extra=num_tokens - frames * height * width)
+
+    def call_kind(self, inputs: dict[str, Any]) -> Hashable:
+        # STG's and modality guidance's calls have the text of the first one's.
+        return bool(inputs.get("spatio_temporal_guidance_blocks")), bool(inputs.get("isolate_modalities"))
 
     def select_tokens(self, model: Any, inputs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
         hidden_states, coords = inputs["hidden_states"], inputs.get("video_coords")
