@@ -16,6 +16,7 @@ from peft import LoraConfig
 import heterostep
 from heterostep import compat
 from heterostep.engine.clock import StepClock
+from heterostep.engine.expert import Expert
 from heterostep.engine.runner import Runner
 from heterostep.engine.trajectory import Trajectory
 from heterostep.errors import HeterostepError
@@ -666,13 +667,16 @@ def test_what_a_callback_asks_the_transformer_is_none_of_the_runs(where):
         assert torch.equal(got[5], pipe.transformer(**inputs[0])[0]) and torch.equal(made, right)
 
 
-def test_a_lora_that_is_loaded_in_mid_run_counts_at_once():
+@pytest.mark.parametrize(
+    ("where", "options"), [(["proj_out"], WHOLE), (["proj_out"], SINGLE), (r".*attn2\.(to_k|to_v)", SINGLE)]
+)
+def test_a_lora_that_is_loaded_in_mid_run_counts_at_once(where, options):
     def made(late):
         pipe = small_pipeline()
 
         def put():
             torch.manual_seed(0)
-            lora = LoraConfig(r=4, lora_alpha=4, target_modules=["proj_out"], init_lora_weights=False)
+            lora = LoraConfig(r=4, lora_alpha=4, target_modules=where, init_lora_weights=False)
             pipe.transformer.add_adapter(lora, "s")
 
         def turn(pipe, step, timestep, tensors):
@@ -683,10 +687,19 @@ def test_a_lora_that_is_loaded_in_mid_run_counts_at_once():
         if not late:
             put()
             pipe.transformer.set_adapters("s", 0.0)
-        with heterostep.enabled(pipe, share=0.5):
+        with heterostep.enabled(pipe, **options):
             return run(pipe, callback_on_step_end=turn)
 
     assert torch.equal(made(True), made(False))
+
+
+def test_a_run_goes_through_the_models_modules_once(monkeypatch):
+    pipe, followed = small_pipeline(), []
+    follow = Expert.follow
+    monkeypatch.setattr(Expert, "follow", lambda self: followed.append(self) or follow(self))
+    with heterostep.enabled(pipe, **SINGLE):
+        run(pipe, callback_on_step_end=lambda *args: {})
+    assert len(followed) == 1
 
 
 def test_a_forward_that_was_replaced_is_one_line():

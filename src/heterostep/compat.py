@@ -54,6 +54,11 @@ def adapter_layers(model: torch.nn.Module) -> list[Any]:
     return [each for each in model.modules() if hasattr(each, "scaling") and hasattr(each, "active_adapters")]
 
 
+def loaded_adapters(model: torch.nn.Module) -> dict[str, Any]:
+    """The names of the PEFT adapters that a model has, with their configurations."""
+    return dict(getattr(model, "peft_config", {}))
+
+
 def adapter_state(layers: Iterable[Any]) -> list[Any]:
     """What tells whether adapters were turned up, down, on, off or fused since."""
     return [(dict(x.scaling), list(x.active_adapters), x.disable_adapters, x.merged) for x in layers]

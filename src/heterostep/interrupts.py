@@ -1,4 +1,4 @@
-"""Ctrl-C is kept in mind: what is raised while a library is imported, or in a finaliser, may be swallowed there."""
+"""Remembers Ctrl-C, because exceptions raised during imports or in finalisers are swallowed."""
 
 from __future__ import annotations
 

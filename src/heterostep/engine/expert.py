@@ -65,8 +65,25 @@ class Expert:
         return {**inputs, **split}
 
     def _note_places(self) -> None:
-        self._names = {name: module for name, module in self.model.named_modules() if module in self.patches.touched}
+        modules = dict(self.model.named_modules())
+        self._names = {name: module for name, module in modules.items() if module in self.patches.touched}
+        # Where each of them hangs: the module that it is in, and its name there.
+        places = {name: name.rpartition(".") for name in self._names}
+        self._places = [
+            (modules[parent], leaf, self._names[name]) for name, (parent, _, leaf) in places.items() if leaf
+        ]
         self.adapters = compat.adapter_layers(self.model)
+        self._loaded = compat.loaded_adapters(self.model)
+
+    @property
+    def was_changed(self) -> bool:
+        """Whether adapters were loaded or taken off, or hooked modules replaced, since `follow`.
+
+        Asked at every step, so it does not go through all modules, as `follow` does: LTX-2 has 3,674 of them.
+        """
+        if compat.loaded_adapters(self.model) != self._loaded:
+            return True
+        return any(getattr(parent, leaf, None) is not module for parent, leaf, module in self._places)
 
     def follow(self) -> None:
         """Set hooks and processors anew where modules were replaced since: by a LoRA, by quantisation.

@@ -56,7 +56,7 @@ class Branch:
         return sum(store.host_nbytes for store in self.stores)
 
     def is_of_another(self, text: torch.Tensor | None) -> bool:
-        """Whether these states are others than the branch was made with. Those may have been written to meanwhile."""
+        """Whether the text states differ from those that the branch was created with."""
         if self.text is None or text is None or text is self.text:
             return False
         return text.shape != self.text.shape or not torch.equal(text, self.text)

@@ -79,7 +79,7 @@ class Runner:
         # Pipelines in other threads may share the transformer: one call at a time, for hooks see the call under way.
         self._lock = threading.RLock()
         self._thread: int | None = None  # whose pipeline call is under way
-        self._in_users_code = False  # a callback's own calls of the transformer are none of the run's
+        self._in_users_code = False  # a callback is running
         self._correction = Correction.NONE
         self._kind: Hashable = None  # of the generation's run, see `Expert.kind_of_run`
         self._compiling: threading.Thread | None = None
@@ -111,6 +111,11 @@ class Runner:
             self.generation.over = True
             self.generation.release()
 
+    @property
+    def _is_ours(self) -> bool:
+        """Whether what is called now belongs to the run: in its thread, and not by a callback."""
+        return self._thread == threading.get_ident() and not self._in_users_code
+
     def _wrap(self, position: int, model: torch.nn.Module) -> Expert:
         return Expert(
             model,
@@ -135,7 +140,7 @@ class Runner:
     def _forward(self, position: int, args: tuple, kwargs: dict[str, Any]):
         expert = self.experts[position]
         with self._lock:
-            if self._thread != threading.get_ident() or self._in_users_code:
+            if not self._is_ours:
                 return expert.wrapped.inner(*args, **kwargs)
             inputs = expert.inputs(args, kwargs)
             device = inputs["hidden_states"].device
@@ -148,8 +153,9 @@ class Runner:
         generation = self._current(expert, pipe, inputs)
         step = compat.scheduler_step(pipe) - generation.first
         if step != generation.step:
-            # A callback may have loaded a LoRA.
-            expert.follow()
+            if expert.was_changed:
+                # A callback has loaded a LoRA.
+                expert.follow()
             steps.start_step(generation, step)
         branch = generation.branch(generation.calls)
         generation.calls += 1
@@ -416,7 +422,7 @@ class Runner:
             what it is to be given instead; the same velocity where nothing is changed.
         """
         generation = self.generation
-        if self._thread != threading.get_ident() or self._in_users_code:
+        if not self._is_ours:
             return SchedulerInput(velocity)
         if generation is None:
             raise HeterostepError(
@@ -429,9 +435,7 @@ class Runner:
     def stepped(self) -> None:
         """The scheduler has made a step: what lies ahead is planned anew, and the user is told."""
         generation = self.generation
-        if self._thread != threading.get_ident() or self._in_users_code:
-            return
-        if generation is None or generation.over or generation.step < 0:
+        if not self._is_ours or generation is None or generation.over or generation.step < 0:
             return
         steps.stepped(generation)
         if generation.finished:
@@ -441,7 +445,7 @@ class Runner:
             self.of_user(self.on_step)(account.step_info(generation))
 
     def of_user(self, callback: Callable[..., Any]) -> Callable[..., Any]:
-        """A user's callback, while which runs the transformer answers plainly: its calls are none of the run's."""
+        """Wrap a user's callback: what it asks of transformer and scheduler is answered plainly, outside the run."""
 
         @functools.wraps(callback)
         def called(*args: Any, **kwargs: Any) -> Any:

@@ -10,8 +10,8 @@ from heterostep.errors import HeterostepError
 from heterostep.policy import Change, Run, make
 from heterostep.policy.allocation import evaluations_within
 
-# A plan of dense steps alone meets a runtime to the nearest of them, but exceeds it by this part at the most. Beside
-# its steps a call takes some more (LTX-2: 0.7 % of a dense run).
+# Runs may exceed a target in seconds by at most this fraction. A plan of dense steps alone meets it to the nearest of
+# them; beside its steps a call takes some more (LTX-2: 0.7 % of a dense run).
 TOLERANCE = 0.02
 # From given frames, with 4 and 8 steps plain sampling with fewer of them is better or level; with 12 it is not, nor is
 # it from text alone.

@@ -36,7 +36,8 @@ def velocity_change(new: torch.Tensor, old: torch.Tensor, elapsed_sigma: torch.T
 def velocity_slope(new: torch.Tensor, old: torch.Tensor, interval: torch.Tensor) -> torch.Tensor:
     """Change of each velocity per unit of `log_alpha` between two evaluations, float32 [B, N, C].
 
-    Along it a held velocity goes on. Over sigma, the whole slope would be the second-order Adams-Bashforth update.
+    Held velocities are extrapolated along it. With sigma in place of log_alpha the full slope would be second-order
+    Adams-Bashforth.
 
     Args:
         new, old: velocities [B, N, C].

@@ -1,10 +1,9 @@
-"""Standing around a model's forward, inside of whatever offloading puts around it, and around a scheduler's step."""
+"""Wraps a model's forward beneath any offloading hooks, and a scheduler's step."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -119,8 +118,5 @@ class WrappedStep:
             self._scheduler.step = self._inner
 
     def __deepcopy__(self, memo: dict) -> Any:
-        # LTX-2's pipelines copy the scheduler for the sound.
-        copied = memo.get(id(self._scheduler))
-        if copied is None or not self._was_in_class:
-            return copy.deepcopy(self._inner, memo)
-        return types.MethodType(type(copied).step, copied)
+        # LTX-2's pipelines copy the scheduler for the sound: that one gets the step that ours had.
+        return copy.deepcopy(self._inner, memo)

@@ -161,7 +161,7 @@ class VACEAdapter(WanAdapter):
     parallel = False
 
 
-# By the class name of the transformer: nothing of diffusers is imported for a family that is not used.
+# By class name, so that no transformer class has to be imported.
 FAMILIES = {
     "WanTransformer3DModel": Family(
         WanAdapter(),
