@@ -30,7 +30,7 @@ def _is_sequence(value: Any) -> bool:
     return not isinstance(value, str | bytes) and hasattr(value, "__len__") and getattr(value, "ndim", 1) == 1
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
     """A number of any kind (Python's, numpy's, a tensor of no dimension) as a float.
 
     Raises:
@@ -48,10 +48,10 @@ def _whole(name: str, value: Any, least: int) -> int:
     Raises:
         HeterostepError: it is none, or too small.
     """
-    number = _number(name, value)
-    if not math.isfinite(number) or number != int(number) or number < least:
-        raise HeterostepError(f"{name} must be a whole number, at least {least}, not {number:g}", name)
-    return int(number)
+    plain = number(name, value)
+    if not math.isfinite(plain) or plain != int(plain) or plain < least:
+        raise HeterostepError(f"{name} must be a whole number, at least {least}, not {plain:g}", name)
+    return int(plain)
 
 
 def _warn_of_old_name(message: str) -> None:
@@ -174,19 +174,19 @@ class HSAConfig:
             raise HeterostepError("give exactly one of runtime and share, for example runtime=0.5")
         several: Any = self.share if self.share is not None and _is_sequence(self.share) else None
         if several is not None:
-            shares = tuple(_number("share", share) for share in several)
+            shares = tuple(number("share", share) for share in several)
             if not shares or not all(0 <= share <= 1 for share in shares):
                 raise HeterostepError("share as a sequence needs one active share in 0..1 for each step")
             object.__setattr__(self, "share", shares)
         else:
             name = "runtime" if self.share is None else "share"
-            target = _number(name, getattr(self, name))
+            target = number(name, getattr(self, name))
             if not 0 < target <= 1:
                 raise HeterostepError(f"{name} must be above 0 and at most 1, not {target:g}", name)
             object.__setattr__(self, name, target)
         for name in ("sparse_share", "extrapolate"):
             if name == "sparse_share" or self.extrapolate is not None:
-                value = _number(name, getattr(self, name))
+                value = number(name, getattr(self, name))
                 if not 0 <= value <= 1:
                     raise HeterostepError(f"{name} must be in 0..1, not {value:g}", name)
                 object.__setattr__(self, name, value)
@@ -217,7 +217,7 @@ class HSAConfig:
         if not isinstance(self.policy, str):
             raise HeterostepError(f"policy must be a name, such as auto or hsa, not {self.policy!r}", "policy")
         if self.vram is not None:
-            vram = _number("vram", self.vram)
+            vram = number("vram", self.vram)
             if not 0 < vram < MOST_VRAM:
                 raise HeterostepError(
                     f"vram must be gigabytes above 0 and below {MOST_VRAM:,.0f}, not {vram:g}", "vram"

@@ -46,6 +46,8 @@ def test_no_gpus(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     line = fails(capsys, "generate", PROMPT, "--gpus", "2")
     assert line == "there are no 2 GPUs: torch sees none (--device cpu is for a try without)"
+    line = fails(capsys, "generate", PROMPT, "--gpus", "100000", "--device", "cpu")
+    assert line.startswith("--gpus 100000 would start as many processes on this CPU: give ")
 
 
 def test_too_few_gpus_or_one_by_number(cards, capsys):

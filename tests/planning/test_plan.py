@@ -554,3 +554,26 @@ def test_seconds_are_those_of_as_many_gpus(folder):
     timings.keep(timings.Timed("card", identity, 48, ((1.0, 1.0),), how))
     timings.keep(timings.Timed("card", identity, 48, ((1.0, 0.6),), how | {"gpus": 2}))
     assert [plan(folder, gpus=gpus, share=1.0, **SMALL).dense_seconds for gpus in (1, 2)] == [24.0, pytest.approx(14.4)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"height": "480"}, "height must be a number, not '480'"),
+        ({"width": 480.5}, "width must be a whole number, not 480.5"),
+        ({"num_inference_steps": math.inf}, "num_inference_steps must be a whole number, not inf"),
+        ({"guidance_scale": "x"}, "guidance_scale must be a number, not 'x'"),
+        ({"gpus": 1.5}, "gpus must be a whole number"),
+        ({"height": 10**6, "width": 10**6}, "height x width x frames can be 1,073,741,824 at the most"),
+    ],
+)
+def test_sizes_that_cannot_be_are_one_line_before_anything_is_built(wrong, message, monkeypatch):
+    monkeypatch.setattr(planning, "dry_run", lambda *args, **kwargs: pytest.fail("it went on"))
+    with pytest.raises(HeterostepError) as caught:
+        plan("wan2.1-t2v-1.3b", share=0.5, **wrong)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_file_is_not_taken_for_an_indent(tmp_path):
+    with pytest.raises(TypeError):
+        plan("wan2.1-t2v-1.3b", share=0.5, **SMALL).to_json(str(tmp_path / "plan.json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import tempfile
 import warnings
@@ -28,6 +29,8 @@ DTYPE_HELP = (
 
 # Planning takes a moment for each, and no scheduler is made for more.
 MOST_STEPS = 10_000
+# Processes that a try without GPUs may start, where there are fewer cores.
+MOST_ON_CPU = 8
 POLICY_HELP = "Where evaluations go: auto, or hsa (the paper's step divisors)."
 SYNC_HELP = "K/V of skipped tokens: hold; drift along their last change; or fresh, a bound that saves nothing."
 
@@ -121,6 +124,8 @@ def start_ranks(gpus: int, device: str, arguments: Sequence[str]) -> None:
         raise HeterostepError("--gpus takes the first GPUs: leave out the number of --device")
     if place.type == "cpu" and device == "auto":
         raise HeterostepError(f"there are no {gpus} GPUs: torch sees none (--device cpu is for a try without)")
+    if place.type == "cpu" and gpus > (most := max(MOST_ON_CPU, os.cpu_count() or 1)):
+        raise HeterostepError(f"--gpus {gpus} would start as many processes on this CPU: give {most} at the most")
     if place.type == "cuda":
         import torch
 

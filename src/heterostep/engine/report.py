@@ -150,6 +150,6 @@ class Report:
         out["steps_maps"] = self.steps_maps.tolist()
         return out
 
-    def to_json(self, indent: int | None = None) -> str:
+    def to_json(self, *, indent: int | None = None) -> str:
         """The report as JSON; `schema` tells the version of its keys."""
         return json.dumps(self.to_dict(), indent=indent)

@@ -19,7 +19,7 @@ import torch
 from heterostep import configs, parallel
 from heterostep.checkpoints import size_rules
 from heterostep.compat import use_backend
-from heterostep.config import HSAConfig
+from heterostep.config import HSAConfig, number
 from heterostep.engine import forecast
 from heterostep.engine.schedule import Schedule
 from heterostep.errors import HeterostepError
@@ -33,6 +33,9 @@ from heterostep.sigmas import nominal_sigmas
 
 OFFLOADS = ("none", "model")
 UNLIMITED = sys.maxsize
+# Pixels of all frames together that a dry run is made of: Wan's rotary tables of so many take a gigabyte. 121 frames of
+# 3840 x 2160 have fewer.
+MOST_PIXELS = 2**30
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Plan:
         """Plain types."""
         return asdict(self)
 
-    def to_json(self, indent: int | None = None) -> str:
+    def to_json(self, *, indent: int | None = None) -> str:
         """The plan as JSON."""
         return json.dumps(self.to_dict(), indent=indent)
 
@@ -167,6 +170,7 @@ def plan(
     Raises:
         HeterostepError: the model or an option is not known, the pipeline refuses the size, or the target is too low.
     """
+    gpus = _whole("gpus", gpus)
     if gpus < 1:
         raise HeterostepError(f"gpus must be at least 1, not {gpus}")
     if offload not in OFFLOADS:
@@ -190,8 +194,7 @@ def plan(
         "guidance_scale": guidance_scale,
     }
     sizes: dict[str, Any] = {name: defaults[name] if value is None else value for name, value in asked.items()}
-    if sizes["guidance_scale"] is not None and not 0 <= sizes["guidance_scale"] < math.inf:
-        raise HeterostepError(f"guidance_scale must be a number of at least 0, not {sizes['guidance_scale']}")
+    _check_sizes(sizes)
     if missing := [name for name, value in sizes.items() if value is None]:
         raise HeterostepError(f"{type(model).__name__} has no default {' and '.join(missing)}: give it")
     if found:
@@ -218,6 +221,29 @@ def plan(
         name = max(transformers, key=lambda name: transformers[name])
         weights = {name: transformers[name]}
     return _plan(str(model) if found else type(model).__name__, seen, weights, sizes, config, attention_backend, gpus)
+
+
+def _whole(name: str, value: Any) -> int:
+    if not (plain := number(name, value)).is_integer():
+        raise HeterostepError(f"{name} must be a whole number, not {value}", name)
+    return int(plain)
+
+
+def _check_sizes(sizes: dict[str, Any]) -> None:
+    """Whether these are numbers that a model can have; None where one is not known."""
+    for name, value in sizes.items():
+        if value is None:
+            continue
+        if name == "guidance_scale":
+            if not 0 <= number(name, value) < math.inf:
+                raise HeterostepError(f"{name} must be a number of at least 0, not {value}", name)
+            continue
+        sizes[name] = _whole(name, value)
+    pixels = math.prod(sizes[name] or 1 for name in ("height", "width", "num_frames"))
+    if pixels > MOST_PIXELS:
+        raise HeterostepError(
+            f"height x width x frames can be {MOST_PIXELS:,} at the most, not {pixels:,}: give a smaller size"
+        )
 
 
 def _precision(name: str, pipeline: str, dtype: torch.dtype) -> torch.dtype:
