@@ -1,4 +1,7 @@
-"""heterostep: video diffusion in a fraction of the time, without training (HSA, arXiv 2605.06892)."""
+"""Faster video diffusion without training: transformer steps are skipped and predicted.
+
+HSA (arXiv 2605.06892) is included.
+"""
 
 from __future__ import annotations
 

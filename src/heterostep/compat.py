@@ -84,6 +84,28 @@ def blocks_compiled(model: torch.nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in model.modules())
 
 
+# Each guidance branch's plain, dense and sparse calls are graphs of their own; torch gives up after 8 of a function.
+RECOMPILE_LIMIT = 64
+# For each context of `more_graphs` that is open now: what torch allowed before the first of them.
+_limits_before: list[int] = []
+
+
+@contextlib.contextmanager
+def more_graphs() -> Iterator[None]:
+    """Let torch compile up to `RECOMPILE_LIMIT` graphs of a function, until the last of such contexts has ended."""
+    dynamo = torch._dynamo.config
+    first = not _limits_before
+    _limits_before.append(dynamo.recompile_limit if first else _limits_before[0])
+    if first:
+        dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
+    try:
+        yield
+    finally:
+        before = _limits_before.pop()
+        if not _limits_before:
+            dynamo.recompile_limit = before
+
+
 def split_inputs(model: torch.nn.Module) -> dict[str, Any]:
     """Which of a forward's inputs context parallelism splits before it is called, by name, and how
     (`ContextParallelInput`)."""

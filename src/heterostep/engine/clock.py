@@ -73,7 +73,7 @@ class StepCost:
         plain: seconds of a dense step of the pipeline without heterostep.
         fixed: the part of a sparse step that does not shrink with its tokens.
         settled: whether more sparse steps have been timed than those that may be first calls.
-        empty: seconds of a step without any.
+        skipped: seconds of a skipped step, which evaluates no token.
         steady: the timed seconds, less the warm-up in them.
         warmup: seconds that compilation and other first calls took, of the first two dense steps and the first sparse
             ones.
@@ -100,8 +100,8 @@ class StepCost:
         most = NEAR if set(plain) == {0} else SLOW
         usual = [seconds for seconds in plain.values() if self.dense / most <= seconds <= most * self.dense]
         self.plain = statistics.median_low(usual or [self.dense])
-        empty = [seconds for share, seconds in timed if share == 0]
-        self.empty = statistics.median(empty) if empty else 0.0
+        skipped = [seconds for share, seconds in timed if share == 0]
+        self.skipped = statistics.median(skipped) if skipped else 0.0
         # The line goes through the dense median: it is the best known point, and the target is measured in it.
         fixed = [(seconds - share * self.dense) / (1 - share) for share, seconds in timed if 0 < share < 0.95]
         # A first call says nothing unless it was quick.
@@ -122,7 +122,7 @@ class StepCost:
     def seconds(self, share: float) -> float:
         """Predicted seconds of a step with this active share, 0..1."""
         if share == 0:
-            return self.empty
+            return self.skipped
         return self.fixed + (self.dense - self.fixed) * share
 
     def dense_run(self, num_steps: int) -> float:

@@ -7,7 +7,7 @@ inside the pipeline's own `__call__`, in its thread, are the runner's: others pa
     plain    every token, nothing kept: exactly the model as it was
     dense    every token, K/V kept for a sparse step that follows
     sparse   the active tokens only; the others' velocities are extrapolated
-    empty    no token: all velocities are extrapolated
+    skipped  no token: all velocities are extrapolated
 
 How many tokens a step evaluates, which, and how far the others' velocities follow their last change over log(1 - sigma)
 is the policy's (`heterostep.policy`). Holding a velocity over k steps is one Euler step over all of them.
@@ -21,7 +21,8 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,12 +41,37 @@ from heterostep.kernels import gather_rows
 from heterostep.models.base import Adapter, Call
 from heterostep.policy import Run, Tokens
 
-# Each guidance branch's plain, dense and sparse calls are graphs of their own; torch gives up after 8 of a function.
-RECOMPILE_LIMIT = 64
+
+@dataclass(eq=False)
+class _TransformerCall:
+    """One call of a transformer, from its arguments to its answer.
+
+    Attributes:
+        expert: the transformer.
+        generation: the run that asks.
+        branch: the guidance branch that the call is of.
+        inputs: the forward's arguments by name.
+        stale: whether what the branch has kept is too old to be read: the call is dense then.
+        active: tokens whose velocities are to be kept, int64 [b, n]; None where all are.
+        collected: where the output projection's rows go in place of the branch, if anywhere.
+    """
+
+    expert: Expert
+    generation: Generation
+    branch: Branch
+    inputs: dict[str, Any]
+    stale: bool
+    active: torch.Tensor | None = None
+    collected: list[torch.Tensor] | None = None
+
+    def for_batch(self, x: torch.Tensor | None) -> torch.Tensor | None:
+        """What is one row a sample [B, ...], for a call [b, ...] that has several guidance branches in its batch."""
+        copies = self.inputs["hidden_states"].shape[0] // self.generation.samples
+        return x if x is None or copies == 1 else x.repeat(copies, 1)
 
 
 class Runner:
-    """Heterogeneous step allocation on a pipeline's transformer, or on its two experts.
+    """Runs one pipeline call: decides for each transformer call what is evaluated.
 
     Args:
         pipeline: returns the pipeline; asked at every call, for a user may replace its scheduler.
@@ -54,10 +80,6 @@ class Runner:
         config: the dial and options.
         on_step: called with a `StepInfo` after each denoising step.
     """
-
-    # The runners that need more graphs than torch allows, and what it allowed before the first of them.
-    _compiled: ClassVar[set[int]] = set()
-    _recompile_limit: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -70,12 +92,8 @@ class Runner:
         self.pipeline, self.adapter, self.config = pipeline, adapter, config
         self.on_step = on_step
         self.generation: Generation | None = None
-        self._call = Call()
-        self._branch: Branch | None = None
-        self._active: torch.Tensor | None = None  # tokens whose velocities are to be taken; None where all are
-        self._keep_scores = False
-        self._stale = False
-        self._taken: list[torch.Tensor] | None = None  # where velocities go in place of the branch
+        self._call: _TransformerCall | None = None  # the one under way
+        self._hooks_call = Call()  # the same, as the adapter's hooks and processors see it
         # Pipelines in other threads may share the transformer: one call at a time, for hooks see the call under way.
         self._lock = threading.RLock()
         self._thread: int | None = None  # whose pipeline call is under way
@@ -83,6 +101,8 @@ class Runner:
         self._correction = Correction.NONE
         self._kind: Hashable = None  # of the generation's run, see `Expert.kind_of_run`
         self._compiling: threading.Thread | None = None
+        self._has_compiled_blocks = False
+        self._more_graphs = contextlib.ExitStack()  # what torch allows for those
         self.experts = [self._wrap(position, model) for position, model in enumerate(models)]
 
     def check_idle(self) -> None:
@@ -120,7 +140,7 @@ class Runner:
         return Expert(
             model,
             lambda *args, **kwargs: self._forward(position, args, kwargs),
-            lambda model: self.adapter.install(model, self._call, self._on_velocity),
+            lambda model: self.adapter.install(model, self._hooks_call, self._on_velocity),
         )
 
     def uninstall(self) -> None:
@@ -129,10 +149,7 @@ class Runner:
             expert.undo()
             expert.wrapped.restore()
         self.experts = []
-        if id(self) in self._compiled:
-            self._compiled.remove(id(self))
-            if not self._compiled:
-                torch._dynamo.config.recompile_limit = self._recompile_limit
+        self._more_graphs.close()
         if self.generation is not None:
             self.generation.over = True
             self.generation.release()
@@ -170,57 +187,62 @@ class Runner:
         if changed or (guided and branch.is_of_another(inputs.get("encoder_hidden_states"))):
             # Guidance that comes and goes changes the order of the calls.
             branch.expert, branch.kind, branch.last_step = position, kind, -1
+        # A branch that missed a step (guidance switched off for a while) has stale K/V: it starts again, dense.
+        stale = branch.last_step < 0 or branch.last_step < step - 1
+        branch.last_step, branch.batch = step, inputs["hidden_states"].shape[0]
+        call = self._call = _TransformerCall(expert, generation, branch, inputs, stale)
         try:
-            return self._run(expert, generation, branch, inputs)
+            return self._skip(call) if generation.counts[step] == 0 and not stale else self._evaluate(call)
         except BaseException:
             generation.free_kv()
             raise
         finally:
-            self._call.index = self._branch = self._active = self._taken = None
+            self._call = self._hooks_call.index = None
             for _, processor in expert.patches.attentions:
                 processor.kv = None
 
-    def _run(self, expert: Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]):
-        step, total, count = generation.step, generation.total, generation.counts[generation.step]
-        # A branch that missed a step (guidance switched off for a while) has stale K/V: it starts again, dense.
-        self._stale = branch.last_step < 0 or branch.last_step < step - 1
-        branch.last_step, branch.batch = step, inputs["hidden_states"].shape[0]
-        if count == 0 and not self._stale:
-            output = self._held_output(expert, generation, branch)
-        else:
-            if self.config.score == "oracle" and generation.calls == 1 and 0 < count < total and not self._stale:
-                self._rank_by_truth(expert, generation, branch, inputs)
-            active = None if self._stale else self._rows(generation.index, generation, inputs)
-            # Without K/V (they went with a store that failed) everyone runs, and the active tokens count.
-            index = active if self.config.sync != "fresh" and branch.stores else None
-            keep = self.config.sync != "fresh" and generation.wants_kv(self.config.sync == "drift")
-            if self._stale:
-                branch.free_kv()
-            branch.follow_text(inputs.get("encoder_hidden_states"), compat.adapter_state(expert.adapters))
-            self._branch, self._active = branch, active
-            self._keep_scores = generation.sparse_follows
-            try:
-                output = self._call_model(expert, generation, branch, inputs, index, keep)
-            except torch.OutOfMemoryError:
-                if not stores.can_fall_back(generation):
-                    raise
-                output = None
-            if output is None:
-                # Out of the handler, so that nothing of the failed call is kept alive by its error.
-                stores.fall_back(generation)
-                output = self._call_model(expert, generation, branch, inputs, None, keep)
-            branch.output = output
-            if step < 2 and generation.calls == 1:
-                self._prepare(expert, generation, inputs)
-            generation.note_kv()
-            if not keep:
-                branch.free_kv()
-                if not any(each.kv_bytes or each.kv_host_bytes for each in generation.branches):
-                    generation.workspace.reset()
+    def _skip(self, call: _TransformerCall) -> Any:
+        """The transformer's last output, with the velocities that the tokens are held at."""
+        if call.branch.slope is None:
+            return call.branch.output
+        return self._with_velocities(call, call.branch.output, held(call.generation, call.branch))
+
+    def _evaluate(self, call: _TransformerCall) -> Any:
+        """The transformer's output, of the active tokens or of all, with the others' velocities in it."""
+        generation, branch, sync = call.generation, call.branch, self.config.sync
+        sparse = 0 < generation.counts[generation.step] < generation.total
+        if self.config.score == "oracle" and generation.calls == 1 and sparse and not call.stale:
+            self._rank_by_truth(call)
+        call.active = None if call.stale else call.for_batch(generation.index)
+        # Without K/V (they went with a store that failed) everyone runs, and the active tokens count.
+        index = call.active if sync != "fresh" and branch.stores else None
+        keep = sync != "fresh" and generation.wants_kv(sync == "drift")
+        if call.stale:
+            branch.free_kv()
+        branch.follow_text(call.inputs.get("encoder_hidden_states"), compat.adapter_state(call.expert.adapters))
+        try:
+            output = self._call_model(call, index, keep)
+        except torch.OutOfMemoryError:
+            if not stores.can_fall_back(generation):
+                raise
+            output = None
+        if output is None:
+            # Out of the handler, so that nothing of the failed call is kept alive by its error.
+            stores.fall_back(generation)
+            output = self._call_model(call, None, keep)
+        branch.output = output
+        if generation.step < 2 and generation.calls == 1:
+            self._prepare(call)
+        generation.note_kv()
+        if not keep:
+            branch.free_kv()
+            if not any(each.kv_bytes or each.kv_host_bytes for each in generation.branches):
+                generation.workspace.reset()
         return output
 
-    def _prepare(self, expert: Expert, generation: Generation, inputs: dict[str, Any]) -> None:
+    def _prepare(self, call: _TransformerCall) -> None:
         """Do what the first step that keeps K and V would wait for while the GPU has other calls to make."""
+        expert, generation, inputs = call.expert, call.generation, call.inputs
         if self.config.sync == "fresh" or not generation.sparse_follows:
             return
         if generation.step == 0:
@@ -234,21 +256,15 @@ class Runner:
             # By now all guidance branches are known.
             stores.place_for(expert, generation, inputs)
 
-    def _call_model(
-        self,
-        expert: Expert,
-        generation: Generation,
-        branch: Branch,
-        inputs: dict[str, Any],
-        index: torch.Tensor | None,
-        keep: bool,
-    ) -> Any:
+    def _call_model(self, call: _TransformerCall, index: torch.Tensor | None, keep: bool) -> Any:
         """The model's forward, of the tokens of `index` or of all; with K/V kept or read, or neither."""
+        expert, generation, branch, inputs = call.expert, call.generation, call.branch, call.inputs
         if keep:
             generation.kept.add(generation.step)
         if keep and not branch.stores:
             branch.stores = stores.make_stores(expert, generation, branch, inputs)
-        self._call.index, self._call.num_tokens, self._call.grid = index, generation.total, generation.grid
+        hooks = self._hooks_call
+        hooks.index, hooks.num_tokens, hooks.grid = index, generation.total, generation.grid
         if index is not None or keep:
             if index is None:
                 # A dense call decodes nothing, or little, and needs the room.
@@ -258,7 +274,7 @@ class Runner:
             generation.workspace.write_back = keep
             if self.config.sync == "drift":
                 far = generation.elapsed_log_alpha / generation.interval.clamp_min(1e-6)
-                generation.workspace.extrapolation = self._rows(far, generation, inputs)
+                generation.workspace.extrapolation = call.for_batch(far)
             for (_, processor), store in zip(expert.patches.attentions, branch.stores, strict=True):
                 processor.kv = store
         else:
@@ -268,24 +284,23 @@ class Runner:
         inputs = self.adapter.select_tokens(expert.model, inputs, expert.ranks.pad_to_ranks(index))
         few = index.numel() <= MOST_ROWS
         if few and self.config.cuda_graphs and generation.stores is not None and generation.stores.all_on_device:
-            return self._replayed(expert, generation, branch, inputs, index)
+            return self._replayed(call, inputs, index)
         return expert.call(inputs)
 
-    def _replayed(
-        self, expert: Expert, generation: Generation, branch: Branch, inputs: dict[str, Any], index: torch.Tensor
-    ) -> Any:
-        """A sparse call, recorded where it can be. What is made of its velocities is not part of the recording."""
+    def _replayed(self, call: _TransformerCall, inputs: dict[str, Any], index: torch.Tensor) -> Any:
+        """A sparse call, recorded where it can be. What is made of its velocities is not part of the recording.
+
+        Args:
+            call: the call under way.
+            inputs: of the forward, for the tokens of `index` alone.
+            index: int64 [b, n].
+        """
+        expert, generation, branch = call.expert, call.generation, call.branch
         workspace = generation.workspace
 
-        def call(given: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-            self._call.index, workspace.extrapolation = given["index"], given["extrapolation"]
-            rows: list[torch.Tensor] = []
-            self._taken = rows
-            try:
-                output = expert.call(given["inputs"])
-            finally:
-                self._taken = None
-            return rows[0], output
+        def forward(given: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+            self._hooks_call.index, workspace.extrapolation = given["index"], given["extrapolation"]
+            return self._collected(given["inputs"])
 
         if self._compiling is not None:
             # What another thread launches meanwhile would end a recording.
@@ -302,7 +317,7 @@ class Runner:
                 at_once=expert.has_made(recording),
             )
         rows, output = branch.replays[few](
-            call,
+            forward,
             {"inputs": inputs, "index": index, "extrapolation": workspace.extrapolation},
             [t for kept in (*branch.stores, workspace) for t in kept.tensors or ()],
         )
@@ -310,40 +325,42 @@ class Runner:
             expert.note_made(recording)
         velocities = self._on_velocity(rows)
         assert velocities is not None
-        return self._with_velocities(expert, generation, output, velocities)
+        return self._with_velocities(call, output, velocities)
 
-    def _held_output(self, expert: Expert, generation: Generation, branch: Branch) -> Any:
-        """The transformer's last output, with the velocities that the tokens are held at."""
-        if branch.slope is None:
-            return branch.output
-        return self._with_velocities(expert, generation, branch.output, held(generation, branch))
+    def _collected(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        """The output projection's rows of the active tokens [b, n, C], which are not kept, and the model's output."""
+        call = self._call
+        assert call is not None
+        call.collected = []
+        try:
+            output = call.expert.call(inputs)
+            (rows,) = call.collected
+        finally:
+            call.collected = None
+        return rows, output
 
-    def _with_velocities(self, expert: Expert, generation: Generation, output: Any, velocities: torch.Tensor) -> Any:
+    def _with_velocities(self, call: _TransformerCall, output: Any, velocities: torch.Tensor) -> Any:
         """The transformer's output with the velocities of all tokens [b, N, C] in place of its own."""
-        sample = self.adapter.unpatchify(expert.model, generation.grid, velocities)
+        sample = self.adapter.unpatchify(call.expert.model, call.generation.grid, velocities)
         return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(**{**output, "sample": sample})
 
-    @staticmethod
-    def _rows(x: torch.Tensor | None, generation: Generation, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """What is one row a sample [B, ...], for a call [b, ...] that has several guidance branches in its batch."""
-        copies = inputs["hidden_states"].shape[0] // generation.samples
-        return x if x is None or copies == 1 else x.repeat(copies, 1)
-
     def _on_velocity(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """The output projection's rows of the active tokens [b, n, C] -> everyone's velocities [b, N, C]."""
-        rows = self._call.active_rows(rows)
-        if self._taken is not None:
-            self._taken.append(rows)
-            # What the model does with all tokens' values, it may do with these.
-            everyone = (rows.shape[0], self._call.num_tokens, rows.shape[2])
-            return None if self._call.index is None else rows.new_zeros(everyone)
-        branch, generation = self._branch, self.generation
-        if branch is None or generation is None:
+        """The output projection's rows of the active tokens [b, n, C] -> everyone's velocities [b, N, C].
+
+        None, so that the rows stay as they are, in calls that are not the runner's.
+        """
+        call, index = self._call, self._hooks_call.index
+        if call is None:
             return None
-        active = self._active
-        if active is not None and self._call.index is None:
-            rows = gather_rows(rows, active)
-        return record(generation, branch, rows, active, self._stale, self._keep_scores)
+        rows = self._hooks_call.active_rows(rows)
+        if call.collected is not None:
+            call.collected.append(rows)
+            # What the model does with all tokens' values, it may do with these.
+            everyone = (rows.shape[0], self._hooks_call.num_tokens, rows.shape[2])
+            return None if index is None else rows.new_zeros(everyone)
+        if call.active is not None and index is None:
+            rows = gather_rows(rows, call.active)
+        return record(call.generation, call.branch, rows, call.active, call.stale, call.generation.sparse_follows)
 
     def _current(self, expert: Expert, pipe: Any, inputs: dict[str, Any]) -> Generation:
         """The generation under way, or a new one: schedulers make new timesteps for each."""
@@ -357,7 +374,9 @@ class Runner:
             old.release()
         for each in self.experts:
             each.follow()
-            self._allow_recompiles(each.model)
+            if not self._has_compiled_blocks and compat.blocks_compiled(each.model):
+                self._has_compiled_blocks = True
+                self._more_graphs.enter_context(compat.more_graphs())
         samples = batch // self.adapter.cfg_batch_factor(pipe)
         first = compat.scheduler_step(pipe)
         num_steps = len(scheduler.timesteps) - first
@@ -407,14 +426,6 @@ class Runner:
         # Some pipelines leave given frames out of what they step.
         return generation.ignored if generation.ignored.shape == velocity.shape else None
 
-    def _allow_recompiles(self, model: torch.nn.Module) -> None:
-        if compat.blocks_compiled(model):
-            dynamo = torch._dynamo.config
-            if not self._compiled:
-                Runner._recompile_limit = dynamo.recompile_limit
-                dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
-            self._compiled.add(id(self))
-
     def end_step(self, velocity: torch.Tensor) -> SchedulerInput:
         """The scheduler is given a step's guided velocity [B, ...], in the layout of the latents.
 
@@ -457,12 +468,11 @@ class Runner:
 
         return called
 
-    def _rank_by_truth(self, expert: Expert, generation: Generation, branch: Branch, inputs: dict[str, Any]) -> None:
+    def _rank_by_truth(self, call: _TransformerCall) -> None:
         """Rank the tokens by how wrong their held velocities are, which costs a dense call. Decided by one branch."""
-        self._taken = []
-        expert.call(inputs)
-        (rows,), self._taken = self._taken, None
-        error = (rows.float() - held(generation, branch).float()).abs().sum(-1)
+        generation = call.generation
+        rows, _ = self._collected(call.inputs)
+        error = (rows.float() - held(generation, call.branch).float()).abs().sum(-1)
         error = error.view(-1, *generation.elapsed_sigma.shape).mean(0)
         unscaled = torch.ones_like(generation.elapsed_sigma)
         ranking.set_ranking(generation, generation.schedule.policy.rank(error, unscaled, generation.step))
