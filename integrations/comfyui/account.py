@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from heterostep.engine import account
 from heterostep.engine.generation import Generation
-from heterostep.engine.report import Report
+from heterostep.engine.report import Report, build_report
 
 if TYPE_CHECKING:
     from .run import Run
@@ -38,7 +37,7 @@ class Account:
     @classmethod
     def of(cls, run: Run, generation: Generation) -> Account:
         """A sampling's account."""
-        report = account.report(generation, run.model_name)
+        report = build_report(generation, run.model_name)
         changes = tuple((change.stop, change.value) for change in generation.changes)
         return cls(_text(run, generation, report), report, generation.schedule.run.sigmas, changes)
 

@@ -203,7 +203,7 @@ class Generation:
         self.workspace.reset()
 
     def release(self) -> None:
-        """Give everything but the account back."""
+        """Give everything back but what the report is made of."""
         self.free_kv()
         self.branches.clear()
         self.trajectory.restart()

@@ -28,11 +28,11 @@ import torch
 
 from heterostep import compat
 from heterostep.config import HSAConfig
-from heterostep.engine import account, ranking, steps, stores
+from heterostep.engine import ranking, steps, stores
 from heterostep.engine.cuda_graphs import MOST_ROWS, ReplayedCalls
 from heterostep.engine.expert import Expert, compile_kernels, in_background
 from heterostep.engine.generation import Branch, Generation
-from heterostep.engine.report import Report, StepInfo
+from heterostep.engine.report import Report, StepInfo, build_report, step_info
 from heterostep.engine.schedule import Schedule
 from heterostep.engine.trajectory import Correction, SchedulerInput
 from heterostep.engine.velocity import held, record
@@ -453,7 +453,7 @@ class Runner:
             for expert in self.experts:
                 expert.note_made(self._kind)
         if self.on_step is not None:
-            self.of_user(self.on_step)(account.step_info(generation))
+            self.of_user(self.on_step)(step_info(generation))
 
     def of_user(self, callback: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a user's callback: what it asks of transformer and scheduler is answered plainly, outside the run."""
@@ -479,11 +479,11 @@ class Runner:
         ranking.activate(generation)
 
     def report(self, pipeline: str) -> Report:
-        """The last generation's account.
+        """The last generation's report.
 
         Raises:
             HeterostepError: nothing has been generated yet.
         """
         if self.generation is None:
             raise HeterostepError("nothing to report yet: call the pipeline first")
-        return account.report(self.generation, pipeline)
+        return build_report(self.generation, pipeline)

@@ -21,9 +21,10 @@ from collections.abc import Callable
 
 import torch
 
-from heterostep.engine import account, budget, ranking
+from heterostep.engine import budget, ranking
 from heterostep.engine.clock import StepClock
 from heterostep.engine.generation import Generation
+from heterostep.engine.report import log_summary
 from heterostep.engine.schedule import Schedule
 from heterostep.engine.trajectory import Correction, SchedulerInput, Trajectory
 from heterostep.grid import TokenGrid
@@ -145,6 +146,6 @@ def stepped(generation: Generation) -> None:
         generation.finished = True
         generation.clock.agree()
         generation.release()
-        account.log_end(generation)
+        log_summary(generation)
     else:
         budget.plan_anew(generation)
