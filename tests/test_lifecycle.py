@@ -285,8 +285,11 @@ def test_foreign_attention_processors_go_with_whole_steps_alone():
             run(pipe)
     with heterostep.enabled(pipe, share=1.0):
         assert torch.equal(run(pipe), plain)
-    with heterostep.enabled(pipe, **WHOLE):
-        run(pipe)
+    # Also where single tokens would get what whole steps leave: here that is not spent.
+    for share in (WHOLE["share"], 0.56):
+        with heterostep.enabled(pipe, share=share):
+            run(pipe)
+        assert set(heterostep.report(pipe).active_share) == {0.0, 1.0}
     heterostep.disable(pipe)
     assert torch.equal(run(pipe), plain)
 

@@ -112,9 +112,11 @@ class HSAConfig:
             changes by equal amounts. "hsa": the paper's step divisors, with velocities held as they are. Or the name of
             one that `register_policy` has added. Default: "auto". Change it for the paper's method, or your own.
         sparse_share: the part of the evaluations, 0..1, that goes to single tokens at steps between the dense ones, to
-            those whose velocities change fastest; for "auto". Above 0 the K and V of all tokens are kept. At 0 what is
-            left of the budget, less than one dense step, is not spent (but on LTX-2, whose sound runs at every step).
-            Default: 0. Try 0.2 for videos that change in a small part of the picture alone.
+            those whose velocities change fastest; for "auto". Above 0 the K and V of all tokens are kept. At 0 what
+            whole steps leave of the budget is not spent (but on LTX-2, whose sound runs at every step). Default: as at
+            0, but in short runs single tokens get what whole steps leave of `share`: a twentieth of them or more, as
+            0.75 of 13 steps is 9.75. Try 0.2 for videos that change in a small part of the picture alone; 0 where
+            there is no memory to spare.
         divisors: the step divisors that tokens may get, ascending, each a multiple of the one before; a token of
             divisor d is evaluated at every d-th step. For "hsa", which they choose. Default: (1, 2, 4, 8) there. Change
             them to repeat the paper's experiments.
@@ -155,7 +157,7 @@ class HSAConfig:
     runtime: float | None = None
     share: float | Sequence[float] | None = None
     policy: str = "auto"
-    sparse_share: float = 0.0
+    sparse_share: float | None = None
     divisors: tuple[int, ...] | None = None
     round_robin: int | None = None
     dense_start: int | None = None
@@ -185,7 +187,7 @@ class HSAConfig:
                 raise HeterostepError(f"{name} must be above 0 and at most 1, not {target:g}", name)
             object.__setattr__(self, name, target)
         for name in ("sparse_share", "extrapolate"):
-            if name == "sparse_share" or self.extrapolate is not None:
+            if getattr(self, name) is not None:
                 value = number(name, getattr(self, name))
                 if not 0 <= value <= 1:
                     raise HeterostepError(f"{name} must be in 0..1, not {value:g}", name)

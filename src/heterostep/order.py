@@ -60,6 +60,7 @@ class Order:
 
     model: a diffusers folder or hub id; None is the bundled model.
     dial: "runtime" or "share", what `target` (0..1) is a ratio of.
+    sparse_share: None leaves it to the policy.
     height, width (pixels), frames, guidance: None is the model's.
     dense: make the dense video of the same noise, too.
     """
@@ -70,7 +71,7 @@ class Order:
     dial: str = "runtime"
     target: float = 0.5
     policy: str = "auto"
-    sparse_share: float = 0.0
+    sparse_share: float | None = None
     steps: int = DEFAULT_STEPS
     guidance: float | None = None
     height: int | None = None
@@ -102,7 +103,7 @@ class Order:
             dial=dial,
             target=_number(form, "target", float, 0.5, LEAST_TARGET, 1),
             policy=form.get("policy") or "auto",
-            sparse_share=_number(form, "sparse_share", float, 0.0, 0, 1),
+            sparse_share=_optional(form, "sparse_share", float, 0, 1),
             steps=_number(form, "steps", int, DEFAULT_STEPS, 1, 1000),
             guidance=_optional(form, "guidance", float, 0, 100),
             height=_optional(form, "height", int, 16, 8192),
@@ -215,7 +216,7 @@ class Order:
         options = {self.dial: f"{self.target:g}"}
         if self.policy != "auto":
             options["policy"] = f'"{self.policy}"'
-        if self.sparse_share:
+        if self.sparse_share is not None:
             options["sparse_share"] = f"{self.sparse_share:g}"
         return f"heterostep.enable(pipe, {', '.join(f'{name}={value}' for name, value in options.items())})"
 

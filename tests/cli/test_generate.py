@@ -448,9 +448,10 @@ def test_the_k_v_cache_needs_what_it_was_said_to(pipes):
 
 def test_whole_steps_alone_need_no_k_v_cache(pipes, capsys):
     arguments = ["generate", PROMPT, *SMALL, "--share", "0.72", "--report", "report.json", "--quiet"]
-    assert cli.main(arguments) == 0
-    report = json.loads(Path("report.json").read_text())
-    assert report["memory"]["kv_cache_bytes"] == 0 and set(report["active_share"]) == {0.0, 1.0}
+    for option in (["--no-kv"], ["--sparse-share", "0"]):
+        assert cli.main([*arguments, *option]) == 0
+        report = json.loads(Path("report.json").read_text())
+        assert report["memory"]["kv_cache_bytes"] == 0 and set(report["active_share"]) == {0.0, 1.0}
     assert "not both" in only_line(fails(capsys, *SMALL, "--no-kv", "--sparse-share", "0.2"))
 
 
@@ -465,7 +466,8 @@ def test_whole_steps_alone_need_no_k_v_cache(pipes, capsys):
     ],
 )
 def test_a_store_where_nothing_is_kept_is_told_of(pipes, capsys, arguments, told):
-    assert cli.main(["generate", PROMPT, *SMALL, "--share", "0.72", *arguments]) == 0
+    whole = [] if "--sparse-share" in arguments else ["--sparse-share", "0"]
+    assert cli.main(["generate", PROMPT, *SMALL, "--share", "0.72", *whole, *arguments]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("memory"))
     assert told in line and ("no effect" in line) == bool(told)
 

@@ -97,14 +97,14 @@ def test_held_velocities_go_along_their_last_slope(pipe, extrapolate):
 
 def test_whole_steps_keep_no_kv(pipe):
     """K and V are kept where a step between two dense steps reads them, and nowhere else."""
-    for sparse_share, achieved in ((0.0, 0.5), (0.2, 0.56)):
-        heterostep.enable(pipe, share=0.56, sparse_share=sparse_share)
+    for share, sparse_share, achieved in ((0.56, 0.0, 0.5), (0.52, None, 0.5), (0.56, 0.2, 0.56), (0.56, None, 0.56)):
+        heterostep.enable(pipe, share=share, sparse_share=sparse_share)
         run(pipe, steps=12)
         report = heterostep.report(pipe)
-        assert (report.memory.kv_cache_bytes > 0) == (sparse_share > 0)
-        # What whole steps leave of the budget is not spent, and the report says so.
+        assert (report.memory.kv_cache_bytes > 0) == (achieved == share)
+        # What is left of the budget is not spent, and the report says so.
         assert report.share.achieved == pytest.approx(achieved, abs=0.002)
-        assert report.share.unspent == pytest.approx(0.56 - achieved, abs=0.002)
+        assert report.share.unspent == pytest.approx(share - achieved, abs=0.002)
     heterostep.enable(pipe, share=[1, 1, 0, 0, 1, 0])
     run(pipe, steps=6)
     assert heterostep.report(pipe).memory.kv_cache_bytes == 0
@@ -147,12 +147,12 @@ def test_the_oracle_evaluates_the_most_wrong_tokens(pipe):
 
 
 @pytest.mark.parametrize("steps,share", list(itertools.product([10, 25, 40], [0.3, 0.5, 0.77])))
-@pytest.mark.parametrize("options", [{"sparse_share": 0.3}, {}, {"policy": "hsa", "dense_start": 1}])
+@pytest.mark.parametrize("options", [{"sparse_share": 0.3}, {"sparse_share": 0}, {"policy": "hsa", "dense_start": 1}])
 def test_share_is_spent_exactly_and_everyone_gets_the_dense_steps(pipe, steps, share, options):
     heterostep.enable(pipe, share=share, **options)
     run(pipe, steps=steps)
     report = heterostep.report(pipe)
-    unit = 1 if options else TOKENS
+    unit = TOKENS if options.get("sparse_share") == 0 else 1
     assert int(report.steps_map.sum()) == int(share * steps * TOKENS + 1e-6) // unit * unit
     assert report.steps_map.shape == (3, 4, 4)
     dense = sum(s == 1 for s in report.active_share)
@@ -393,7 +393,12 @@ def test_fresh_keys_are_those_of_a_dense_step(pipe):
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [({"share": 0.7, "sparse_share": 0.2}, 1), ({"runtime": 0.9, "sparse_share": 0.2}, 1), ({"share": 0.7}, 0)],
+    [
+        ({"share": 0.7, "sparse_share": 0.2}, 1),
+        ({"runtime": 0.9, "sparse_share": 0.2}, 1),
+        ({"share": 0.7}, 1),  # 5.6 of 8 steps
+        ({"share": 0.75}, 0),
+    ],
 )
 def test_kernels_are_prepared_once_where_single_tokens_may_come(pipe, monkeypatch, options, expected):
     """Before a store is in use, and for one layer: the layers are alike."""

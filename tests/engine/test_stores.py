@@ -185,6 +185,24 @@ def test_too_little_room_is_said_and_whole_steps_need_none(room):
         assert set(report.active_share) == {0.0, 1.0} and report.memory.kv_store == "none"
 
 
+@pytest.mark.parametrize("name", ["wan2.1-t2v", "wan2.2-i2v", "wan2.2-ti2v-i2v"])
+def test_what_whole_steps_leave_is_spent_where_there_is_room(name, room, caplog):
+    """And left elsewhere: nobody asked for single tokens."""
+    row = ROWS[name]
+    pipe = row.build()
+    with heterostep.enabled(pipe, share=0.56), caplog.at_level(logging.WARNING, "heterostep"):
+        row.run(pipe, steps=12)
+        spent = heterostep.report(pipe)
+        assert not caplog.text
+        room(1)
+        row.run(pipe, steps=12)
+    left = heterostep.report(pipe)
+    assert spent.share.unspent < 0.002 and spent.memory.kv_store == "device" and len(set(spent.active_share)) == 3
+    assert caplog.text.count("left out") == 1
+    assert set(left.active_share) == {0.0, 1.0} and left.memory.kv_cache_bytes == 0
+    assert left.share.unspent == pytest.approx(0.06)
+
+
 def test_memory_is_forecast_before_the_step_that_needs_it(room, monkeypatch):
     """In the second step, when all guidance branches are known, and once a run."""
     pipe, asked = small_pipeline(), []

@@ -268,8 +268,11 @@ def test_no_k_and_v_without_single_tokens_between(folder):
 @pytest.mark.parametrize(
     ("options", "store"),
     [
-        # What whole steps leave of the budget is not spent.
-        (dict(share=0.55), "none"),
+        # Of 12 steps 6.6 and 6.24: what whole steps leave is much, little, and not to be spent.
+        (dict(share=0.55), "device"),
+        (dict(share=0.52), "none"),
+        (dict(share=0.55, sparse_share=0), "none"),
+        (dict(share=0.55, vram=1e-4), "none"),
         (dict(runtime=0.5), "none"),
         (dict(share=0.55, sparse_share=0.2), "device"),
         (dict(runtime=0.5, sparse_share=0.2), "device"),

@@ -41,7 +41,7 @@ def test_in_seconds_there_are_whole_steps_alone(num_steps, share, shift, least):
 @steps_and_shares
 def test_every_budget_is_spent(num_steps, share, shift, least):
     """In whole steps, the most that fit; on LTX-2, where every step runs something, to the last evaluation."""
-    policy = auto(num_steps, shift, Tokens(TOTAL, least))
+    policy = auto(num_steps, shift, Tokens(TOTAL, least), sparse_share=0)
     budget = int(share * num_steps * TOTAL)
     counts, lowest = policy.plan(budget), sum(policy.plan(0))
     assert len(counts) == num_steps and counts[0] == TOTAL
@@ -51,6 +51,29 @@ def test_every_budget_is_spent(num_steps, share, shift, least):
     else:
         assert set(counts) <= {0, TOTAL}
         assert sum(counts) == max(budget // TOTAL * TOTAL, lowest)
+
+
+@given(num_steps=st.integers(2, 60), share=st.floats(0.1, 1.0), from_frames=st.booleans())
+def test_single_tokens_get_what_whole_steps_leave_where_that_is_much(num_steps, share, from_frames):
+    """A twentieth of them or more, and half of the steps or more dense; two dense steps come before, to rank tokens."""
+    run = Run(nominal_sigmas(num_steps, 5.0), Tokens(TOTAL), from_frames=from_frames)
+    schedule = Schedule(HSAConfig(share=share), run)
+    whole, left = divmod(schedule.budget, TOTAL)
+    if not whole:
+        return
+    much = whole >= max(2, num_steps / 2) and left >= TOTAL * max(whole * (1 / 20), 1 / 8)
+    assert schedule.policy.sparse is much
+    counts = schedule.plan()
+    for step in (0, *dense(counts)[1:]):
+        changes = [Change(a, b, 0.3) for a, b in zip(dense(counts[: step + 1]), dense(counts[: step + 1])[1:])]
+        if (begin := schedule.anew_from(counts, step)) is not None:
+            counts = schedule.within_share(counts, begin, changes)
+        some = [at for at, count in enumerate(counts) if 0 < count < TOTAL]
+        second = ([*dense(counts), num_steps, num_steps])[1]
+        room = 0 in counts[second:] or bool(some)
+        assert sum(counts) == (schedule.budget if much and room else whole * TOTAL)
+        assert len(some) == (much and room) and all(at > second for at in some)
+    assert schedule.keep_whole_steps() and set(schedule.plan()) <= {0, TOTAL}
 
 
 @given(num_steps=st.integers(4, 60), share=st.floats(0.2, 1.0), sparse_share=st.floats(0.05, 1.0))

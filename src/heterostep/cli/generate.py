@@ -71,12 +71,12 @@ def generate(
         float | None, typer.Option(help="Target: fraction of the dense evaluations. Reproducible.")
     ] = None,
     sparse_share: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Fraction of the evaluations spent on single tokens between dense steps."),
-    ] = 0.0,
+        float | None,
+        typer.Option(min=0, max=1, help="Fraction of evaluations for single tokens.  [default: the policy decides]"),
+    ] = None,
     policy: Annotated[str, typer.Option(help=POLICY_HELP)] = "auto",
     sync: Annotated[str, typer.Option(help=SYNC_HELP)] = "hold",
-    no_kv: Annotated[bool, typer.Option("--no-kv", hidden=True, help="The default now.")] = False,
+    no_kv: Annotated[bool, typer.Option("--no-kv", hidden=True, help="As --sparse-share 0.")] = False,
     kv_store: Annotated[
         str, typer.Option(help="Where K and V are kept: auto, device, fp8, offload or fp8-offload.")
     ] = "auto",
@@ -109,9 +109,11 @@ def generate(
     """Generate a video."""
     if no_kv and sparse_share:
         raise HeterostepError("give --sparse-share or --no-kv, not both of them")
+    sparse_share = 0.0 if no_kv else sparse_share
     check_prompt(prompt)
     check_guidance(guidance)
-    if dense and (both or (runtime, share, sparse_share, policy, sync) != (None, None, 0, "auto", "hold")):
+    given = (runtime, share, sparse_share or None, policy, sync)
+    if dense and (both or given != (None, None, None, "auto", "hold")):
         names = "--runtime, --share, --sparse-share, --policy, --sync and --both"
         raise HeterostepError(f"--dense skips nothing: leave out {names}")
     if runtime is not None and share is not None:

@@ -27,11 +27,11 @@ def plan(
         float | None, typer.Option(help="Target: fraction of the dense evaluations. Reproducible.")
     ] = None,
     sparse_share: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Fraction of the evaluations spent on single tokens between dense steps."),
-    ] = 0.0,
+        float | None,
+        typer.Option(min=0, max=1, help="Fraction of evaluations for single tokens.  [default: the policy decides]"),
+    ] = None,
     policy: Annotated[str, typer.Option(help=POLICY_HELP)] = "auto",
-    no_kv: Annotated[bool, typer.Option("--no-kv", hidden=True, help="The default now.")] = False,
+    no_kv: Annotated[bool, typer.Option("--no-kv", hidden=True, help="As --sparse-share 0.")] = False,
     vram: Annotated[
         float | None, typer.Option(help="Gigabytes of the device's memory to plan for.  [default: what is free]")
     ] = None,
@@ -69,6 +69,7 @@ def plan(
         raise HeterostepError("give --runtime or --share, not both of them")
     if no_kv and sparse_share:
         raise HeterostepError("give --sparse-share or --no-kv, not both of them")
+    sparse_share = 0.0 if no_kv else sparse_share
     runtime = 0.5 if runtime is None and share is None else runtime
     config = HSAConfig(
         runtime=runtime, share=share, policy=policy, sparse_share=sparse_share, kv_store=kv_store, vram=vram

@@ -209,6 +209,14 @@ class Generation:
         self.trajectory.restart()
         self.index = self.ranking = None
 
+    def keep_whole_steps(self) -> bool:
+        """Skip the sparse steps ahead, where the user did not ask for them; False where he did."""
+        if not self.schedule.keep_whole_steps():
+            return False
+        ahead = self.step + 1
+        self.counts[ahead:] = [count if count == self.total else 0 for count in self.counts[ahead:]]
+        return True
+
     def drop_stores(self) -> None:
         """Give the memory back, and let stores be chosen anew."""
         self.free_kv()

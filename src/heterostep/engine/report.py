@@ -51,7 +51,8 @@ class ShareReport:
     Attributes:
         target: asked for; None where a runtime was.
         achieved: spent.
-        unspent: what is left of the asked share: less than one dense step, or what `divisors` without 1 cannot spend.
+        unspent: what is left of the asked share, if anything: less than one dense step, or what `divisors` without 1
+            cannot spend.
     """
 
     target: float | None

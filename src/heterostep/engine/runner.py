@@ -217,6 +217,9 @@ class Runner:
         # Without K/V (they went with a store that failed) everyone runs, and the active tokens count.
         index = call.active if sync != "fresh" and branch.stores else None
         keep = sync != "fresh" and generation.wants_kv(sync == "drift")
+        if keep and generation.stores is None:
+            stores.place_for(call.expert, generation, call.inputs)
+            keep = generation.stores is not None
         if call.stale:
             branch.free_kv()
         branch.follow_text(call.inputs.get("encoder_hidden_states"), compat.adapter_state(call.expert.adapters))
@@ -391,7 +394,7 @@ class Runner:
         schedule = Schedule(self.config, Run(tuple(sigmas.tolist()), tokens, restarts, from_frames))
         schedule.check()
         foreign = next((each.foreign for each in self.experts if each.foreign), None)
-        if schedule.sparse and foreign is not None:
+        if schedule.sparse and foreign is not None and not schedule.keep_whole_steps():
             raise HeterostepError(
                 f"the attention processor {foreign} is not diffusers' own, so single tokens cannot run through it: "
                 "evaluate whole steps (policy='auto', sparse_share=0), or take it off"

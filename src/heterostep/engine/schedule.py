@@ -39,6 +39,13 @@ class Schedule:
         # A target of 1 is the dense run, however long a step takes.
         self.replans = not by_step and config.target < 1 and (config.runtime is not None or self.policy.adapts)
 
+    def keep_whole_steps(self) -> bool:
+        """Evaluate no single tokens from now on, where they are not what the user asked for; False where they are."""
+        if isinstance(self.config.share, tuple) or self.run.tokens.least or not self.policy.keep_whole_steps():
+            return False
+        self.sparse = False
+        return True
+
     @property
     def budget(self) -> int:
         """Token evaluations of the whole run by the asked share."""

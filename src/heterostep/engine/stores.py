@@ -102,7 +102,7 @@ def make_stores(
 
 
 def place_for(expert: Expert, generation: Generation, inputs: dict[str, Any]) -> None:
-    """Choose the stores.
+    """Choose the stores; where none fits and nobody asked for single tokens, there are to be none of those.
 
     Raises:
         HeterostepError: none fits.
@@ -116,6 +116,9 @@ def place_for(expert: Expert, generation: Generation, inputs: dict[str, Any]) ->
     try:
         generation.stores = place(generation.config, expert.model, inputs, batches, share, attentions, generation.ranks)
     except DoesNotFit as error:
+        if generation.keep_whole_steps():
+            _log.warning("%s: single tokens, for what whole steps leave of the share, are left out", error)
+            return
         advice = "make a smaller or shorter video or offload other models"
         if not generation.schedule.run.tokens.least:
             advice += ", or evaluate whole steps alone (policy='auto', sparse_share=0)"

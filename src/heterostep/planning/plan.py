@@ -283,6 +283,8 @@ def _plan(
     calls = [forecast.of_a_rank(forecast.call_memory(seen.model, call, active), gpus) for call in seen.calls]
     memory = _Memory(calls, sum(weights.values()), config, gpus)
     chosen = memory.chosen() if keeps else memory.without()
+    if (chosen is None or chosen.fits is False) and schedule.keep_whole_steps():
+        counts, chosen, keeps = schedule.plan(), memory.without(), False
     timed = _timed(seen, total, config, backend, gpus, keeps, chosen)
     seconds = dense_seconds = None
     if timed is not None:

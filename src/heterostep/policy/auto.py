@@ -54,17 +54,26 @@ EXPONENTS = np.linspace(0.6, 2.2, 33)
 EXTRAPOLATION_DAMPING = 1.8
 # A sparse step takes this part of the tokens, or more: each has its overhead. Chosen by hand.
 MIN_SPARSE_FRACTION = 1 / 8
+# Single tokens get what whole steps leave of a share where that is this part of them or more, and half of the steps or
+# more are dense: then the K and V that they attend to are of the step before. Elsewhere it gained nothing
+# (docs/background/tried.md).
+MIN_REMAINDER = 1 / 20
 
 
 class Auto(Policy):
-    """See the module's description. With `sparse_share` a part of the evaluations goes to single tokens in the gaps."""
+    """See the module's description.
+
+    With `sparse_share` a part of the evaluations goes to single tokens in the gaps. Without, they get what whole steps
+    leave of a share in short runs (`MIN_REMAINDER`), in the last gap.
+    """
 
     name = "auto"
     adapts = True
 
     def __init__(self, config: HSAConfig, run: Run) -> None:
         super().__init__(config, run)
-        self.sparse = bool(config.sparse_share)
+        self._spends_remainder = run.tokens.least > 0 or self._has_large_remainder()
+        self.sparse = bool(config.sparse_share) or (run.tokens.least == 0 and self._spends_remainder)
         self.corrects = config.extrapolate is None
         sigmas = np.asarray(run.sigmas)
         self._middles, self._widths = (sigmas[:-1] + sigmas[1:]) / 2, -np.diff(sigmas)
@@ -74,7 +83,7 @@ class Auto(Policy):
     def replan(
         self, evaluations: int, step: int, changes: Sequence[Change] = (), spend_remainder: bool = True
     ) -> list[int]:
-        tokens, num_steps, sparse_share = self.run.tokens, self.run.num_steps, self.config.sparse_share
+        tokens, num_steps, sparse_share = self.run.tokens, self.run.num_steps, self.config.sparse_share or 0.0
         each = max(tokens.total - tokens.least, 1)
         affordable = (evaluations - tokens.least * (num_steps - step)) / each
         number = math.floor(affordable * (1 - sparse_share) + 1e-9)
@@ -83,11 +92,26 @@ class Auto(Policy):
         dense = self.dense_steps(number, step, self.exponent(changes), fixed)
         counts = [tokens.total if at in dense else tokens.least for at in range(step, num_steps)]
         left = max(evaluations - sum(counts), 0)
-        # In seconds the rest is left: a call of a new size takes longer than its tokens do. And without a first change
-        # there is nothing to rank tokens by.
-        if (sparse_share or (tokens.least and spend_remainder)) and (step or 1 in dense):
-            self._spend_on_tokens(counts, left, [at - step for at in dense], spend_remainder)
+        # In seconds the rest is left: a call of a new size takes longer than its tokens do.
+        if sparse_share or (self._spends_remainder and spend_remainder):
+            # Without a first change there is nothing to rank tokens by.
+            ranked = [at - step for at in (dense if step else dense[1:])]
+            self._spend_on_tokens(counts, left, ranked, spend_remainder)
         return counts
+
+    def _has_large_remainder(self) -> bool:
+        """Whether whole steps leave much of the share beside them, and gaps are short, so that K and V are recent."""
+        share, total, num_steps = self.config.share, self.run.tokens.total, self.run.num_steps
+        if self.config.sparse_share is not None or not isinstance(share, float):
+            return False
+        whole, left = divmod(int(share * num_steps * total + 1e-6), total)
+        return whole >= max(2, num_steps / 2) and left >= total * max(whole * MIN_REMAINDER, MIN_SPARSE_FRACTION)
+
+    def keep_whole_steps(self) -> bool:
+        if self.config.sparse_share or self.run.tokens.least:
+            return False
+        self._spends_remainder = self.sparse = False
+        return True
 
     def _fixed(self, step: int, affordable: float) -> set[int]:
         """Steps from `step` on that are dense in any case, where about so many can be."""
@@ -97,7 +121,8 @@ class Auto(Policy):
         fixed |= set(range(max(step, num_steps - config.dense_end), num_steps))
         # Tokens are ranked by a first change, and K and V that every step reads are kept from the second step on.
         soon = fixed | set(range(step, min(2, num_steps)))
-        return soon if self.run.tokens.least or (self.sparse and len(soon) <= affordable + 1e-9) else fixed
+        wanted = config.sparse_share and len(soon) <= affordable + 1e-9
+        return soon if self.run.tokens.least or wanted else fixed
 
     def rates(self, exponent: float) -> np.ndarray:
         """Predicted change of the velocity from each step to the next, up to the level; float64 [num_steps]."""

@@ -149,6 +149,10 @@ class Policy(abc.ABC):
         """
         return torch.full_like(change, self.config.extrapolate or 0.0)
 
+    def keep_whole_steps(self) -> bool:
+        """Evaluate no single tokens from now on, where they are not what the user asked for; False where they are."""
+        return not self.sparse
+
     def describe_minimum(self) -> str:
         """The plan of the fewest evaluations in a few words, as in "dense steps: 3"; errors say it."""
         return f"dense steps: {sum(count == self.run.tokens.total for count in self.plan(0))}"
