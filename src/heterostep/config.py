@@ -115,8 +115,8 @@ class HSAConfig:
             those whose velocities change fastest; for "auto". Above 0 the K and V of all tokens are kept. At 0 what
             whole steps leave of the budget is not spent (but on LTX-2, whose sound runs at every step). Default: as at
             0, but in short runs single tokens get what whole steps leave of `share`: a twentieth of them or more, as
-            0.75 of 13 steps is 9.75. Try 0.2 for videos that change in a small part of the picture alone; 0 where
-            there is no memory to spare.
+            0.75 of 13 steps is 9.75, and where their K and V fit on the device. Try 0.2 for videos that change in a
+            small part of the picture alone.
         divisors: the step divisors that tokens may get, ascending, each a multiple of the one before; a token of
             divisor d is evaluated at every d-th step. For "hsa", which they choose. Default: (1, 2, 4, 8) there. Change
             them to repeat the paper's experiments.

@@ -96,15 +96,16 @@ class Order:
         dial = form.get("dial") or "runtime"
         if dial not in ("runtime", "share"):
             raise HeterostepError(f"a target is a runtime or a share, not {dial[:20]!r}", "target")
+        model = form.get("model", "").strip() or None
         order = cls(
             prompt=prompt,
-            model=form.get("model", "").strip() or None,
+            model=model,
             picture=picture,
             dial=dial,
             target=_number(form, "target", float, 0.5, LEAST_TARGET, 1),
             policy=form.get("policy") or "auto",
             sparse_share=_optional(form, "sparse_share", float, 0, 1),
-            steps=_number(form, "steps", int, DEFAULT_STEPS, 1, 1000),
+            steps=_number(form, "steps", int, making.usual_steps(model) or DEFAULT_STEPS, 1, 1000),
             guidance=_optional(form, "guidance", float, 0, 100),
             height=_optional(form, "height", int, 16, 8192),
             width=_optional(form, "width", int, 16, 8192),

@@ -269,10 +269,12 @@ def test_no_k_and_v_without_single_tokens_between(folder):
     ("options", "store"),
     [
         # Of 12 steps 6.6 and 6.24: what whole steps leave is much, little, and not to be spent.
-        (dict(share=0.55), "device"),
-        (dict(share=0.52), "none"),
-        (dict(share=0.55, sparse_share=0), "none"),
+        (dict(share=0.55, vram=8), "device"),
+        (dict(share=0.52, vram=8), "none"),
+        (dict(share=0.55, vram=8, sparse_share=0), "none"),
+        # Nobody asked for single tokens: not without the room for K and V on the device.
         (dict(share=0.55, vram=1e-4), "none"),
+        (dict(share=0.55), "none"),
         (dict(runtime=0.5), "none"),
         (dict(share=0.55, sparse_share=0.2), "device"),
         (dict(runtime=0.5, sparse_share=0.2), "device"),

@@ -33,7 +33,9 @@ def batch(
         float | None, typer.Option(help="Runtime target for lines that set none.  [default: 0.5]")
     ] = None,
     share: Annotated[float | None, typer.Option(help="Share target, in place of --runtime. Reproducible.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps for lines that set none.  [default: 40]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps for lines that set none.  [default: the model's, or 40]")
+    ] = None,
     size: Annotated[
         str | None, typer.Option(help="Size for lines that set none, such as 832x480.  [default: the model's]")
     ] = None,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 # To make so many and hold them takes a moment; a comparison of them takes weeks.
 MOST_CAPTIONS = 10_000
+USUAL_COUNT = 2
 
 
 def compare(
@@ -42,8 +43,9 @@ def compare(
         Path | None, typer.Option(help="File, a prompt a line.  [default: the model's held-out ones]")
     ] = None,
     count: Annotated[
-        int, typer.Option(min=1, max=MOST_CAPTIONS, help="Number of held-out captions, where there is no --prompts.")
-    ] = 2,
+        int | None,
+        typer.Option(min=1, max=MOST_CAPTIONS, help="Number of held-out captions, without --prompts.  [default: 2]"),
+    ] = None,
     image_to_video: Annotated[
         bool, typer.Option("--image-to-video", help="Start from first frames; in --prompts their paths follow a tab.")
     ] = False,
@@ -88,7 +90,7 @@ def compare(
 ) -> None:
     """Draw the quality-runtime frontier of heterostep and its peers on one model."""
     wanted = _runtimes(runtimes)
-    _check(out, prompts, model, regime, steps, guidance, batch, repeats, vbench)
+    _check(out, prompts, count, model, regime, steps, guidance, batch, repeats, vbench)
     making.check_known_sizes(model, height, width, frames)
     from heterostep.compare.methods import METHODS
     from heterostep.compare.run import Settings
@@ -96,13 +98,13 @@ def compare(
     task = "image" if image_to_video else "text"
     todo_regimes = [] if regime is None else _regimes(regime, task)
     chosen = _methods(methods, METHODS)
-    source = _Source(model, prompts, count, seed, seeds, image_to_video)
+    source = _Source(model, prompts, count or USUAL_COUNT, seed, seeds, image_to_video)
     source.check(quiet)
     asked = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance}
     with silence(), out_of_memory("lower the size or --batch, or take a smaller --dtype"):
         place = device_of(device)
         pipe, defaults = making.load(model, image_to_video, precision_of(dtype, place))
-        options = _options(pipe, defaults, asked, steps)
+        options = _options(pipe, defaults, asked, steps or making.usual_steps(model) or DEFAULT_STEPS)
         todo = source.read(options["width"], options["height"])
         pipe.to(place)
         settings = Settings(
@@ -131,6 +133,7 @@ def compare(
 def _check(
     out: Path,
     prompts: Path | None,
+    count: int | None,
     model: str | None,
     regime: str | None,
     steps: int | None,
@@ -142,14 +145,17 @@ def _check(
     """Whether the options go together, and what they name is there."""
     if batch > 1 and repeats > 1:
         raise HeterostepError("--repeats is for timings, and a batch is not timed: leave out --repeats or --batch")
-    if regime is not None and (steps is not None or guidance is not None or vbench):
-        raise HeterostepError("--regime sets steps and guidance: leave out --steps, --guidance and --vbench")
+    set_by_regime = {"--steps": steps is not None, "--guidance": guidance is not None, "--vbench": vbench}
+    if regime is not None and (given := [name for name, is_given in set_by_regime.items() if is_given]):
+        raise HeterostepError(f"--regime has settings of its own: leave out {' and '.join(given)}")
     check_guidance(guidance)
     check_folder(out)
     if prompts is not None and prompts.is_dir():
         raise HeterostepError(f"{prompts} is a folder, not a file of prompts")
     if prompts is not None and not prompts.is_file():
-        raise HeterostepError(f"{prompts} does not exist")
+        raise HeterostepError(f"{prompts} {'is not a file of prompts' if prompts.exists() else 'does not exist'}")
+    if prompts is not None and count is not None:
+        raise HeterostepError("--count is of held-out captions: leave out --count or --prompts")
     check_model(model)
     if missing := [name for name in ("torchmetrics", "jinja2") if importlib.util.find_spec(name) is None]:
         raise HeterostepError(
@@ -196,13 +202,13 @@ class _Source:
         return prompts.with_seeds(found, self.seeds)
 
 
-def _options(pipe: Any, defaults: dict[str, Any], asked: dict[str, Any], steps: int | None) -> dict[str, Any]:
+def _options(pipe: Any, defaults: dict[str, Any], asked: dict[str, Any], steps: int) -> dict[str, Any]:
     """The dense call's options; None is the model's."""
     from heterostep import checkpoints
 
     options = {name: defaults[name] if value is None else value for name, value in asked.items()}
     checkpoints.check_sizes(pipe, **{name: options[name] for name in making.SIZES})
-    return options | {"num_inference_steps": steps or DEFAULT_STEPS}
+    return options | {"num_inference_steps": steps}
 
 
 @dataclass(frozen=True)

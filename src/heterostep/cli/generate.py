@@ -112,10 +112,16 @@ def generate(
     sparse_share = 0.0 if no_kv else sparse_share
     check_prompt(prompt)
     check_guidance(guidance)
-    given = (runtime, share, sparse_share or None, policy, sync)
-    if dense and (both or given != (None, None, None, "auto", "hold")):
-        names = "--runtime, --share, --sparse-share, --policy, --sync and --both"
-        raise HeterostepError(f"--dense skips nothing: leave out {names}")
+    of_a_faster_run = {
+        "--runtime": runtime is not None,
+        "--share": share is not None,
+        "--sparse-share": bool(sparse_share),
+        "--policy": policy != "auto",
+        "--sync": sync != "hold",
+        "--both": both,
+    }
+    if dense and (given := [name for name, is_given in of_a_faster_run.items() if is_given]):
+        raise HeterostepError(f"--dense skips nothing: leave out {' and '.join(given)}")
     if runtime is not None and share is not None:
         raise HeterostepError("give --runtime or --share, not both of them")
     if dense:

@@ -130,6 +130,8 @@ def _show_plan(made: Plan, config: HSAConfig, asked: int | None) -> None:
         table.add_row(store.store, *sizes, fits)
     if keeps:
         Console().print(table)
+        if made.limit_bytes is None:
+            typer.echo("fits         unknown without a GPU: give the gigabytes of one as --vram")
     else:
         unused = "" if config.kv_store == "auto" else "; --kv-store has no effect"
         typer.echo(f"K and V      none are kept: a step evaluates all tokens or none{unused}")

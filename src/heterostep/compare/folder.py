@@ -97,7 +97,7 @@ class Folder:
 def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
     """What a folder's comparison has that another one has not, for people: such as "steps 40, not 20"."""
     (old, new) = ({**each["settings"], **each["settings"]["options"]} for each in (theirs, mine))
-    names = [name for name in {**new, **old} if name != "options" and old.get(name) != new.get(name)]
+    names = [name for name in {**new, **old} if name not in ("options", "judged") and old.get(name) != new.get(name)]
     out = [f"{_OPTIONS.get(name, name)} {_plain(old.get(name))}, not {_plain(new.get(name))}" for name in names]
     if len(theirs["prompts"]) != len(mine["prompts"]):
         out.append(f"{len(theirs['prompts'])} prompts, not {len(mine['prompts'])}")

@@ -85,6 +85,8 @@ def read_prompts(path: Path, seed: int, size: tuple[int, int] | None) -> list[Pr
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise HeterostepError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if any(line.lstrip().startswith(("{", "[{")) for line in lines):
+        raise HeterostepError(f"{path} holds JSON, as for `heterostep batch`: compare reads a prompt a line")
     prompts = []
     for number, line in enumerate(lines, 1):
         text, _, name = (part.strip() for part in line.partition("\t"))

@@ -88,7 +88,8 @@ def load(model: str | os.PathLike[str]) -> Configuration:
     if os.path.isdir(wanted):
         return _read_folder(Path(wanted))
     raise HeterostepError(
-        f"{wanted} is neither a diffusers folder nor a bundled configuration; bundled are {', '.join(names())}"
+        f"{wanted} is neither a diffusers folder nor a bundled configuration, and nothing is downloaded: give its "
+        f"folder, or one of {', '.join(names())}"
     )
 
 

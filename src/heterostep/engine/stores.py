@@ -102,7 +102,7 @@ def make_stores(
 
 
 def place_for(expert: Expert, generation: Generation, inputs: dict[str, Any]) -> None:
-    """Choose the stores; where none fits and nobody asked for single tokens, there are to be none of those.
+    """Choose the stores. Single tokens that nobody asked for are left out where K and V have no room on the device.
 
     Raises:
         HeterostepError: none fits.
@@ -114,10 +114,15 @@ def place_for(expert: Expert, generation: Generation, inputs: dict[str, Any]) ->
     attentions = sum(processor.keeps_tokens for _, processor in expert.patches.attentions)
     batches = [branch.batch for branch in generation.branches]
     try:
-        generation.stores = place(generation.config, expert.model, inputs, batches, share, attentions, generation.ranks)
+        chosen = place(generation.config, expert.model, inputs, batches, share, attentions, generation.ranks)
+        exact = chosen.all_on_device or generation.config.kv_store != "auto"
+        if exact or not generation.keep_whole_steps():
+            generation.stores = chosen
+        else:
+            _log.info("what whole steps leave of the share is not spent: K and V do not fit on the device")
     except DoesNotFit as error:
         if generation.keep_whole_steps():
-            _log.warning("%s: single tokens, for what whole steps leave of the share, are left out", error)
+            _log.info("what whole steps leave of the share is not spent: %s", error)
             return
         advice = "make a smaller or shorter video or offload other models"
         if not generation.schedule.run.tokens.least:

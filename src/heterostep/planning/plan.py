@@ -32,6 +32,11 @@ from heterostep.precision import name_of
 from heterostep.sigmas import nominal_sigmas
 
 OFFLOADS = ("none", "model")
+# What `plan` takes beside the fields of a config.
+PLAN_OPTIONS = (
+    "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "image_to_video", "offload",
+    "attention_backend", "gpus", "dtype",
+)  # fmt: skip
 UNLIMITED = sys.maxsize
 # Pixels of all frames together that a dry run is made of: Wan's rotary tables of so many take a gigabyte. 121 frames of
 # 3840 x 2160 have fewer.
@@ -175,10 +180,10 @@ def plan(
         raise HeterostepError(f"gpus must be at least 1, not {gpus}")
     if offload not in OFFLOADS:
         raise HeterostepError(f"offload must be one of {', '.join(OFFLOADS)}, not {offload!r}", "offload")
-    config = HSAConfig.of(config, options)
     loaded = hasattr(model, "components")
     if not loaded and not isinstance(model, str | os.PathLike):
         raise HeterostepError(f"plan expects a name, a folder or a pipeline, not {model!r:.60}")
+    config = HSAConfig.of(config, options, beside=PLAN_OPTIONS)
     found = None if loaded else configs.load(model)
     if not found and "Modular" in type(model).__name__:
         raise HeterostepError(
@@ -283,7 +288,8 @@ def _plan(
     calls = [forecast.of_a_rank(forecast.call_memory(seen.model, call, active), gpus) for call in seen.calls]
     memory = _Memory(calls, sum(weights.values()), config, gpus)
     chosen = memory.chosen() if keeps else memory.without()
-    if (chosen is None or chosen.fits is False) and schedule.keep_whole_steps():
+    roomy = chosen is not None and chosen.fits and (chosen.store == "device" or config.kv_store != "auto")
+    if keeps and not roomy and schedule.keep_whole_steps():
         counts, chosen, keeps = schedule.plan(), memory.without(), False
     timed = _timed(seen, total, config, backend, gpus, keeps, chosen)
     seconds = dense_seconds = None

@@ -37,7 +37,9 @@ def find(name: str) -> type[Policy]:
         HeterostepError: there is none.
     """
     if name not in POLICIES:
-        raise HeterostepError(f"policy must be one of {', '.join(POLICIES)}, not {name!r}")
+        # A round-robin is asked for by its number of steps.
+        names = ", ".join(each for each in POLICIES if each != "round-robin")
+        raise HeterostepError(f"policy must be one of {names}, not {name!r}")
     return POLICIES[name]
 
 
