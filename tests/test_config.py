@@ -46,6 +46,11 @@ from heterostep.errors import HeterostepError
         {"share": 0.5, "vram": "16"},
         {"share": 0.5, "kv_store": ["disk"]},
         {"share": 0.5, "kv_store": []},
+        {"share": 0.5, "kv_store": ["auto", "device"]},
+        {"share": 0.5, "kv_store": [["device"]]},
+        {"share": 0.5, "policy": ["auto"]},
+        {"share": 10**400},
+        {"share": 0.5, "dense_start": 10**400},
     ],
 )
 def test_wrong_options_are_refused_in_one_line(options):

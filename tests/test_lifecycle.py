@@ -1,5 +1,6 @@
 """Life with a pipeline: whatever was done with heterostep, the plain result is there again, bit for bit."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -10,6 +11,7 @@ import weakref
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.hooks import MagCacheConfig, PyramidAttentionBroadcastConfig, apply_mag_cache
 from peft import LoraConfig
 
@@ -20,6 +22,7 @@ from heterostep.engine.expert import Expert
 from heterostep.engine.runner import Runner
 from heterostep.engine.trajectory import Trajectory
 from heterostep.errors import HeterostepError
+from heterostep.models.wan import WanAdapter
 from heterostep.pipeline import inspect
 from rows import REPRESENTATIVE, ROWS, equal, quickly, transformers
 from small import run, small_pipeline
@@ -777,3 +780,125 @@ def test_guidance_of_another_kind_that_ends_in_a_callback_takes_no_state_of_othe
     ended, faded = made(0.0), made(1e-30)
     error = (ended[0] - faded[0]).pow(2).mean().sqrt() / faded[0].std()
     assert error < 0.2
+
+
+def test_whole_steps_with_foreign_processors_are_replayed():
+    pipe = small_pipeline()
+    for block in pipe.transformer.blocks:
+        block.attn2.set_processor(Scaled(block.attn2.processor))
+    with heterostep.enabled(pipe, share=0.5):
+        first, replay = run(pipe), heterostep.report(pipe).replay
+    with heterostep.enabled(pipe, **replay):
+        assert torch.equal(run(pipe), first)
+
+
+class Asks(PipelineCallback):
+    """diffusers' kind of callback, which asks the transformer for something of its own."""
+
+    tensor_inputs = ["latents"]
+
+    def __init__(self, ask):
+        super().__init__()
+        self.ask, self.got = ask, []
+
+    def callback_fn(self, pipe, step, timestep, callback_kwargs):
+        if step in (3, 5):
+            self.got.append(self.ask())
+        return callback_kwargs
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_diffusers_callbacks_ask_for_is_none_of_the_run(several):
+    pipe, inputs = small_pipeline(), []
+    hook = pipe.transformer.register_forward_pre_hook(lambda m, a, k: inputs.append(k), with_kwargs=True)
+    run(pipe, steps=2)
+    hook.remove()
+    expected = pipe.transformer(**inputs[0])[0]
+    callback = Asks(lambda: pipe.transformer(**inputs[0])[0])
+    with heterostep.enabled(pipe, **WHOLE):
+        right = run(pipe)
+        given = MultiPipelineCallbacks([callback]) if several else callback
+        assert torch.equal(run(pipe, callback_on_step_end=given), right)
+    assert len(callback.got) == 2 and all(torch.equal(each, expected) for each in callback.got)
+
+
+def test_a_pipeline_called_in_another_ones_callback_may_share_its_scheduler():
+    first, second = small_pipeline(), small_pipeline(seed=1)
+    second.scheduler = first.scheduler
+    with heterostep.enabled(first, **WHOLE), heterostep.enabled(second, **WHOLE):
+        alone, made = (run(first), run(second)), []
+
+        def callback(pipe, step, timestep, callback_kwargs):
+            if step == 11:
+                made.append(run(second))
+            return {}
+
+        assert torch.equal(run(first, callback_on_step_end=callback), alone[0])
+        assert torch.equal(made[0], alone[1])
+        assert heterostep.report(second).finished and heterostep.report(second).active_share
+    assert "step" not in first.scheduler.__dict__
+
+
+@pytest.mark.parametrize("way", ["enable", "leave"])
+def test_what_cannot_be_enabled_again_leaves_another_ones_transformer_alone(way):
+    first, second = small_pipeline(), small_pipeline(seed=1)
+    plain = run(first)
+    heterostep.enable(first, **WHOLE)
+    right = run(first)
+    with contextlib.suppress(HeterostepError):
+        if way == "enable":
+            heterostep.enable(second, share=0.5)
+            second.transformer = first.transformer
+            heterostep.enable(second, share=0.75)
+        else:
+            heterostep.enable(second, share=0.5)
+            with heterostep.enabled(second, share=0.75):
+                second.transformer = first.transformer
+    assert torch.equal(run(first), right)
+    for pipe in (first, second):
+        heterostep.disable(pipe)
+    assert torch.equal(run(first), plain)
+
+
+def test_an_enable_that_is_interrupted_leaves_both_experts_as_they_were(monkeypatch):
+    row = ROWS["wan2.2-t2v"]
+    pipe, install, models = row.build(), WanAdapter.install, []
+    plain = row.run(pipe, steps=4)[0]
+
+    def interrupted(self, model, *rest):
+        models.append(model)
+        if len(models) == 2:
+            raise KeyboardInterrupt
+        return install(self, model, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WanAdapter, "install", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            heterostep.enable(pipe, share=0.5)
+    assert torch.equal(row.run(pipe, steps=4)[0], plain)
+    with heterostep.enabled(pipe, share=1.0):
+        assert torch.equal(row.run(pipe, steps=4)[0], plain)
+
+
+def test_a_refused_call_leaves_the_users_scheduler_where_the_temporary_one_was():
+    """solver="euler" sets a scheduler of its own for the time of a call; another thread's call is refused meanwhile."""
+    pipe = small_pipeline()
+    scheduler, refused = pipe.scheduler, []
+
+    def other(*args):
+        thread = threading.Thread(target=lambda: refused.append(isinstance(_outcome(pipe), HeterostepError)))
+        thread.start()
+        thread.join()
+        return {}
+
+    with heterostep.enabled(pipe, share=0.5, solver="euler"):
+        run(pipe, callback_on_step_end=other)
+        assert pipe.scheduler is scheduler
+    assert refused and all(refused)
+
+
+def _outcome(pipe):
+    try:
+        return run(pipe)
+    except Exception as error:
+        return error

@@ -88,3 +88,12 @@ def test_each_sample_has_its_own_weight_and_correction():
 def test_what_is_not_possible_is_refused(sigmas, share, message):
     with pytest.raises(HeterostepError, match=message):
         sample(lambda x, sigma: x, torch.ones(1, 2), sigmas, share)
+
+
+def test_a_velocity_of_zero_and_sigmas_that_are_no_numbers():
+    x, only_first = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([[1.0], [0.0]])
+    sigmas = [1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0]
+    made = sample(lambda x, sigma: (x * 0.1 + sigma) * only_first, x, sigmas, 0.5)
+    assert made.isfinite().all() and torch.equal(made[1], x[1])
+    with pytest.raises(HeterostepError, match="must fall"):
+        sample(lambda x, sigma: x, x, [1.0, math.nan, 0.5, 0.0], 0.7)

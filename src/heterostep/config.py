@@ -39,7 +39,10 @@ def number(name: str, value: Any) -> float:
     plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
     if isinstance(plain, bool) or not isinstance(plain, int | float):
         raise HeterostepError(f"{name} must be a number, not {value!r}", name)
-    return float(plain)
+    try:
+        return float(plain)
+    except OverflowError:
+        raise HeterostepError(f"{name} is too large", name) from None
 
 
 def _whole(name: str, value: Any, least: int) -> int:
@@ -77,7 +80,8 @@ def _with_old_names(config: _Config) -> _Config:
             value = options.pop(old)
             if value is not None:
                 options[new] = value
-        if (policy := options.get("policy")) in _RENAMED_POLICIES:
+        policy = options.get("policy")
+        if isinstance(policy, str) and policy in _RENAMED_POLICIES:
             options["policy"] = _RENAMED_POLICIES[policy]
             _warn_of_old_name(f"policy={policy!r} is called {options['policy']!r} now")
         init(self, *args, **options)
@@ -208,7 +212,7 @@ class HSAConfig:
             raise HeterostepError("round_robin chooses each step's tokens: leave out divisors")
         if _is_sequence(self.kv_store):
             object.__setattr__(self, "kv_store", tuple(self.kv_store))
-            if not self.kv_store or not set(self.kv_store) < set(KV_STORES):
+            if not self.kv_store or not all(name in KV_STORES[1:] for name in self.kv_store):
                 raise HeterostepError(f"kv_store as a sequence names one of {', '.join(KV_STORES[1:])} for each layer")
         choices = {"solver": SOLVERS, "score": SCORES, "sync": SYNCS}
         if not isinstance(self.kv_store, tuple):

@@ -52,6 +52,15 @@ class _Session:
     @contextlib.contextmanager
     def call(self, pipe: Any) -> Iterator[None]:
         """What is around one call of the pipeline: inside of it, in this thread, transformer and scheduler are ours."""
+        self.runner.claim()
+        try:
+            with self._claimed(pipe):
+                yield
+        finally:
+            self.runner.end()
+
+    @contextlib.contextmanager
+    def _claimed(self, pipe: Any) -> Iterator[None]:
         check_pipeline(pipe)
         models, known = transformers(pipe), [expert.model for expert in self.runner.experts]
         if len(models) != len(known) or any(a is not b for a, b in zip(models, known)):
@@ -64,7 +73,6 @@ class _Session:
         scheduler = first_order(original) if self.config.solver == "euler" else original
         local = [attn for model in models for attn in self.runner.adapter.local_attentions(model)]
         step = None
-        self.runner.check_idle()
         try:
             self.runner.begin(Correction.VELOCITY if euler else Correction.SAMPLE)
             _last[pipe] = self
@@ -78,7 +86,6 @@ class _Session:
             # A scheduler that the user has set meanwhile is theirs to keep.
             if pipe.scheduler is scheduler:
                 pipe.scheduler = original
-            self.runner.end()
 
     def close(self, pipe: Pipeline) -> None:
         self._abandoned.detach()
@@ -95,6 +102,17 @@ def _tell(pipe: weakref.ref[Pipeline], info: StepInfo) -> None:
     on_step = getattr(pipe(), _ON_STEP, None)
     if on_step is not None:
         on_step(info)
+
+
+class _OfUser(MultiPipelineCallbacks):
+    """diffusers' own callbacks, whose calls are the user's; diffusers asks for their type and `tensor_inputs`."""
+
+    def __init__(self, callback: PipelineCallback | MultiPipelineCallbacks, runner: Runner) -> None:
+        super().__init__([callback])
+        self._call = runner.of_user(lambda *args: callback(*args))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
 
 
 class _Enabled:
@@ -116,7 +134,9 @@ def _enabled_class(cls: Any) -> Any:
             )
         callback = kwargs.get("callback_on_step_end")
         # diffusers asks its own callbacks for their type.
-        if callable(callback) and not isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            kwargs["callback_on_step_end"] = _OfUser(callback, session.runner)
+        elif callable(callback):
             kwargs["callback_on_step_end"] = session.runner.of_user(callback)
         with session.call(self), parallel.readable_errors():
             return cls.__call__(self, *args, **kwargs)
@@ -276,7 +296,7 @@ def _restoring(pipe: Pipeline) -> Callable[[], None]:
     on_step = getattr(pipe, _ON_STEP, None)
 
     def restore() -> None:
-        if session is not None:
+        if session is not None and not any(is_wrapped(model) for model in transformers(pipe)):
             _open[pipe] = _Session(pipe, session.config, on_step)
 
     return restore

@@ -50,7 +50,7 @@ def sample(
         HeterostepError: the share is out of its range or less than one step, or the noise levels do not fall.
     """
     num_steps = len(sigmas) - 1
-    if num_steps < 1 or any(later >= earlier for earlier, later in zip(sigmas, sigmas[1:])):
+    if num_steps < 1 or not all(later < earlier for earlier, later in zip(sigmas, sigmas[1:])):
         raise HeterostepError("sigmas must fall from step to step, and be two or more")
     # A step is evaluated as a whole, so all tokens are as one.
     policy = Auto(HSAConfig(share=share), Run(tuple(sigmas), Tokens(1), from_frames=from_frames))
@@ -76,7 +76,8 @@ def sample(
         if evaluated[k]:
             new = velocity(x, sigmas[k])
             # Measure: D = |v_new - v_old|_1 / |v_new|_1. The larger it is, the less the slope tells of what follows.
-            change = (new - v).abs().flatten(1).sum(1) / new.abs().flatten(1).sum(1)
+            size = new.abs().flatten(1).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+            change = (new - v).abs().flatten(1).sum(1) / size
             changes.append(Change(last, k, float(change.mean()), guided))
             slope, weight = (new - v) / (t[k] - t[last]), per_sample(policy.weight(change))
             # Correct: had v gone along the line between its two known values, x would have been moved by `line`. What

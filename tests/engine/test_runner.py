@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
 import heterostep
+from heterostep.engine.clock import StepClock
 from heterostep.errors import HeterostepError
 from heterostep.kernels import reference
 from heterostep.models.wan import SelfAttention
@@ -164,6 +165,14 @@ def test_share_is_spent_exactly_and_everyone_gets_the_dense_steps(pipe, steps, s
 def test_same_seed_and_share_repeat_bit_for_bit(pipe):
     heterostep.enable(pipe, share=0.5, sparse_share=0.3)
     assert torch.equal(run(pipe, seed=5), run(pipe, seed=5))
+
+
+def test_a_timed_round_robin_takes_the_same_turns_in_its_replay(pipe, monkeypatch):
+    monkeypatch.setattr(StepClock, "durations", lambda clock: [1.0] * (len(clock._marks) - 1))
+    with heterostep.enabled(pipe, runtime=0.97, round_robin=2):
+        first, replay = run(pipe, steps=12), heterostep.report(pipe).replay
+    with heterostep.enabled(pipe, **replay):
+        assert torch.equal(run(pipe, steps=12), first)
 
 
 def test_a_runtime_run_is_replayed_by_its_active_shares(pipe):

@@ -233,6 +233,7 @@ def _replay_options(generation: Generation, shares: list[float]) -> dict[str, An
         for name, value in changed.items()
         if value != fields[name].default and name not in ("runtime", "share", "kv_store", "vram")
     }
+    options |= generation.schedule.policy.replay_options()
     names = generation.store_names
     if names:
         options["kv_store"] = names[0] if len(set(names)) == 1 else names

@@ -96,6 +96,7 @@ class Runner:
         self._hooks_call = Call()  # the same, as the adapter's hooks and processors see it
         # Pipelines in other threads may share the transformer: one call at a time, for hooks see the call under way.
         self._lock = threading.RLock()
+        self._claiming = threading.Lock()
         self._thread: int | None = None  # whose pipeline call is under way
         self._in_users_code = False  # a callback is running
         self._correction = Correction.NONE
@@ -103,18 +104,26 @@ class Runner:
         self._compiling: threading.Thread | None = None
         self._has_compiled_blocks = False
         self._more_graphs = contextlib.ExitStack()  # what torch allows for those
-        self.experts = [self._wrap(position, model) for position, model in enumerate(models)]
+        self.experts: list[Expert] = []
+        try:
+            for position, model in enumerate(models):
+                self.experts.append(self._wrap(position, model))
+        except BaseException:
+            self.uninstall()
+            raise
 
-    def check_idle(self) -> None:
-        """Whether a call may begin.
+    def claim(self) -> None:
+        """Let a call begin in this thread, if none is under way.
 
         Raises:
             HeterostepError: one is under way already.
         """
-        if self._thread is not None:
-            raise HeterostepError(
-                "the pipeline is already running: use a separate pipeline for each thread or nested call"
-            )
+        with self._claiming:
+            if self._thread is not None:
+                raise HeterostepError(
+                    "the pipeline is already running: use a separate pipeline for each thread or nested call"
+                )
+            self._thread, self._in_users_code, self.generation = threading.get_ident(), False, None
 
     def begin(self, correction: Correction) -> None:
         """The pipeline is being called: what the transformers are asked for in this thread is its generation.
@@ -122,7 +131,7 @@ class Runner:
         Args:
             correction: how its scheduler can be told what a gap has missed.
         """
-        self._thread, self._correction, self.generation = threading.get_ident(), correction, None
+        self._correction = correction
 
     def end(self) -> None:
         """The pipeline's call has ended, as it should or by an exception: nothing but the report is kept."""
@@ -137,11 +146,12 @@ class Runner:
         return self._thread == threading.get_ident() and not self._in_users_code
 
     def _wrap(self, position: int, model: torch.nn.Module) -> Expert:
-        return Expert(
+        expert = Expert(
             model,
-            lambda *args, **kwargs: self._forward(position, args, kwargs),
+            lambda *args, **kwargs: self._forward(position, expert, args, kwargs),
             lambda model: self.adapter.install(model, self._hooks_call, self._on_velocity),
         )
+        return expert
 
     def uninstall(self) -> None:
         """Give the models back as they were, and the memory. The report stays."""
@@ -154,8 +164,7 @@ class Runner:
             self.generation.over = True
             self.generation.release()
 
-    def _forward(self, position: int, args: tuple, kwargs: dict[str, Any]):
-        expert = self.experts[position]
+    def _forward(self, position: int, expert: Expert, args: tuple, kwargs: dict[str, Any]):
         with self._lock:
             if not self._is_ours:
                 return expert.wrapped.inner(*args, **kwargs)

@@ -35,7 +35,8 @@ class Schedule:
         self.config, self.run = config, run
         self.policy = make(config, run)
         by_step = isinstance(config.share, tuple)
-        self.sparse = by_step or self.policy.sparse or run.tokens.least > 0
+        single = any(0 < s < 1 for s in config.share) if isinstance(config.share, tuple) else self.policy.sparse
+        self.sparse = single or run.tokens.least > 0
         # A target of 1 is the dense run, however long a step takes.
         self.replans = not by_step and config.target < 1 and (config.runtime is not None or self.policy.adapts)
 

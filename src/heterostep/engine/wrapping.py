@@ -41,7 +41,8 @@ class WrappedForward:
         holder, name = next(own, places[-2] if "_old_forward" in model.__dict__ else (model, "forward"))
         self._was_in_class = holder is model and name not in model.__dict__
         self.inner: Callable[..., Any] = getattr(holder, name)
-        functools.update_wrapper(self, self.inner)
+        # Without its attributes: those of another wrapper would take the place of ours.
+        functools.update_wrapper(self, self.inner, updated=())
         setattr(holder, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,15 +89,17 @@ class WrappedStep:
     def __init__(
         self, scheduler: Any, before: Callable[[torch.Tensor], SchedulerInput], after: Callable[[], None]
     ) -> None:
-        self._scheduler, self._before, self._after = scheduler, before, after
+        self._scheduler, self._before, self._after, self._active = scheduler, before, after, True
         self._inner = scheduler.step
         self._was_in_class = "step" not in scheduler.__dict__
-        functools.update_wrapper(self, self._inner)
+        functools.update_wrapper(self, self._inner, updated=())
         scheduler.step = self
 
     def __call__(
         self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
+        if not self._active:
+            return self._inner(model_output, timestep, sample, *args, **kwargs)
         given = self._before(model_output)
         if given.sample_shift is not None:
             shift = given.sample_shift.to(sample.dtype)
@@ -109,7 +112,8 @@ class WrappedStep:
         return stepped
 
     def restore(self) -> None:
-        """Put the scheduler's own step back."""
+        """Put the scheduler's own step back; where another wrapper hides this one, it passes everything on from now."""
+        self._active = False
         if self._scheduler.__dict__.get("step") is not self:
             return
         if self._was_in_class:

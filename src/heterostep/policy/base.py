@@ -12,7 +12,7 @@ import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -152,6 +152,10 @@ class Policy(abc.ABC):
     def keep_whole_steps(self) -> bool:
         """Evaluate no single tokens from now on, where they are not what the user asked for; False where they are."""
         return not self.sparse
+
+    def replay_options(self) -> dict[str, Any]:
+        """Options that a replay by shares needs beside the run's own: what was made of the target."""
+        return {}
 
     def describe_minimum(self) -> str:
         """The plan of the fewest evaluations in a few words, as in "dense steps: 3"; errors say it."""

@@ -9,6 +9,7 @@ skipped for longer; beside these probes run the tokens whose velocity is predict
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -46,6 +47,10 @@ class RoundRobin(Windowed):
     def weight(self, change: torch.Tensor) -> torch.Tensor:
         # There is no change of all tokens to judge by.
         return torch.full_like(change, SLOPE_WEIGHT if self.config.extrapolate is None else self.config.extrapolate)
+
+    def replay_options(self) -> dict[str, Any]:
+        # Turns are counted from the window's first step.
+        return {"dense_start": self.window[0]}
 
     def describe_minimum(self) -> str:
         start, stop = self.window

@@ -122,7 +122,7 @@ def _cropped(picture: Picture, width: int, height: int) -> Picture:
 def _seconds(text: Any) -> float:
     try:
         value = math.nan if isinstance(text, bool) else float(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not 0 < value <= MOST_SECONDS:
         message = f"seconds should be a number above 0 and at most {MOST_SECONDS}, not {text!r:.20}"
