@@ -21,8 +21,8 @@ def main(
 ):
     pipe = LTX2Pipeline.from_pretrained(model, dtype=torch.bfloat16)
     pipe.enable_model_cpu_offload()
-    # The sound attends to the video's keys and values, so these are kept: 16 GB at the
-    # default size, in proportion to frames and pixels.
+    # The sound attends to the video's keys and values, so these are kept: 16 GB with
+    # these settings (two evaluations a step), in proportion to frames and pixels.
     heterostep.enable(pipe, runtime=runtime)
     video, audio = pipe(
         prompt=prompt,

@@ -275,7 +275,7 @@ def test_the_lines_to_copy_say_what_was_ordered():
     ]
     # Without them it would take the model's own.
     published = Order.of({"prompt": "a cat", "model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}).command()
-    assert "--steps 40" in published
+    assert "--steps 50" in published
 
 
 def test_seconds_are_found_by_the_next_session(cache):
