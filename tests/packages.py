@@ -57,7 +57,8 @@ def run(*command: object, cwd: Path) -> str:
 
 def check_sdist(sdist: Path, folder: Path) -> None:
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        # Our own archive; Python before 3.11.4 knows no filter.
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (source,) = folder.glob("heterostep-*")
     tracked = set(run("git", "ls-files", "-z", cwd=ROOT).split("\0")) - {""} - NOT_IN_SDIST
     missing = sorted(name for name in tracked if not name.startswith(WEIGHTS) and not (source / name).is_file())
