@@ -261,7 +261,8 @@ def enable(
 
     Enabling again replaces the earlier options; where that fails, the earlier ones stay. Works before and after offload
     is enabled, and LoRA may be put on and taken off in between. Of pipelines that share a transformer only this one's
-    calls are changed, also in other threads. K/V are given back when a call ends, as it should or by an exception.
+    calls are changed, also in other threads; enable and disable while none is in the middle of one. K/V are given back
+    when a call ends, as it should or by an exception.
 
     Args:
         pipe: a diffusers pipeline of one of the supported families (`heterostep.pipeline.supported()`).
