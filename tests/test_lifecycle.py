@@ -16,7 +16,7 @@ from diffusers.hooks import MagCacheConfig, PyramidAttentionBroadcastConfig, app
 from peft import LoraConfig
 
 import heterostep
-from heterostep import compat
+from heterostep import compat, pipeline
 from heterostep.engine.clock import StepClock
 from heterostep.engine.expert import Expert
 from heterostep.engine.runner import Runner
@@ -880,21 +880,32 @@ def test_an_enable_that_is_interrupted_leaves_both_experts_as_they_were(monkeypa
         assert torch.equal(row.run(pipe, steps=4)[0], plain)
 
 
-def test_a_refused_call_leaves_the_users_scheduler_where_the_temporary_one_was():
-    """solver="euler" sets a scheduler of its own for the time of a call; another thread's call is refused meanwhile."""
-    pipe = small_pipeline()
-    scheduler, refused = pipe.scheduler, []
+def test_a_call_that_comes_too_early_does_not_keep_the_temporary_scheduler(monkeypatch):
+    """solver="euler" sets one of its own for the time of a call: another thread's call must not take it for the
+    user's, however long it takes until it begins."""
+    pipe, over, threads, outcomes = small_pipeline(), threading.Event(), [], []
+    scheduler, first_order = pipe.scheduler, pipeline.first_order
 
-    def other(*args):
-        thread = threading.Thread(target=lambda: refused.append(isinstance(_outcome(pipe), HeterostepError)))
-        thread.start()
-        thread.join()
+    def slowly(original):
+        if threading.current_thread() in threads:
+            assert over.wait(60)
+        return first_order(original)
+
+    def other(pipe, step, timestep, callback_kwargs):
+        if step == 0:
+            threads.append(threading.Thread(target=lambda: outcomes.append(_outcome(pipe))))
+            threads[0].start()
+            # As far as it comes by itself: it is refused, or waits for the end of this run.
+            threads[0].join(1)
         return {}
 
+    monkeypatch.setattr(pipeline, "first_order", slowly)
     with heterostep.enabled(pipe, share=0.5, solver="euler"):
         run(pipe, callback_on_step_end=other)
+        over.set()
+        threads[0].join(60)
         assert pipe.scheduler is scheduler
-    assert refused and all(refused)
+        assert isinstance(outcomes[0], HeterostepError) and "already running" in str(outcomes[0])
 
 
 def _outcome(pipe):

@@ -183,26 +183,22 @@ class SizeRules:
             if value % self.multiple:
                 message = f"{name} must be a multiple of {self.multiple} for this model, not {value}"
                 raise HeterostepError(message, name)
-        if num_frames != self.frames(num_frames) and num_frames <= self._most()[0]:
+        for name, limit, value in zip(("frames", "height", "width"), self._most(), (num_frames, height, width)):
+            if value > limit:
+                raise HeterostepError(f"{name} can be {limit} at the most for this model, not {value}", name)
+        if num_frames != self.frames(num_frames):
             raise HeterostepError(
                 f"frames must be a multiple of {self.stride} plus 1 for this model, such as "
                 f"{num_frames // self.stride * self.stride + 1}, not {num_frames}",
                 "frames",
             )
-        for name, limit, value in zip(("frames", "height", "width"), self._most(), (num_frames, height, width)):
-            if value > limit:
-                raise HeterostepError(f"{name} can be {limit} at the most for this model, not {value}", name)
 
     def _most(self) -> tuple[float, float, float]:
         """Frames, height and width (pixels) of the largest video; infinite where that is not known."""
         if self.token is None or self.longest is None:
             return (math.inf,) * 3
         frames, pixels_high, pixels_wide = self.token
-        return (
-            self.stride * (self.longest * frames - 1) + 1,
-            self.longest * pixels_high,
-            self.longest * pixels_wide,
-        )
+        return self.stride * (self.longest * frames - 1) + 1, self.longest * pixels_high, self.longest * pixels_wide
 
     def token_grid(self, height: int, width: int, num_frames: int) -> tuple[int, int, int] | None:
         """Frames, height and width in tokens of a video of this size (pixels, frames); None where that is not known."""

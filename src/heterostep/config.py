@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -45,15 +44,16 @@ def number(name: str, value: Any) -> float:
         raise HeterostepError(f"{name} is too large", name) from None
 
 
-def _whole(name: str, value: Any, least: int) -> int:
-    """A whole number of any kind as an int.
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """A whole number of any kind as an int; `least` is the smallest that may be.
 
     Raises:
         HeterostepError: it is none, or too small.
     """
     plain = number(name, value)
-    if not math.isfinite(plain) or plain != int(plain) or plain < least:
-        raise HeterostepError(f"{name} must be a whole number, at least {least}, not {plain:g}", name)
+    if not plain.is_integer() or (least is not None and plain < least):
+        bound = "" if least is None else f" at least {least},"
+        raise HeterostepError(f"{name} must be a whole number,{bound} not {plain:g}", name)
     return int(plain)
 
 
@@ -199,7 +199,7 @@ class HSAConfig:
         if self.divisors is not None:
             if not _is_sequence(self.divisors):
                 raise HeterostepError(f"divisors must be whole numbers, as in (1, 2, 4, 8), not {self.divisors!r}")
-            divisors = tuple(_whole("divisors", divisor, 1) for divisor in self.divisors)
+            divisors = tuple(whole("divisors", divisor, 1) for divisor in self.divisors)
             object.__setattr__(self, "divisors", divisors)
             if not divisors or any(b <= a or b % a for a, b in zip(divisors, divisors[1:])):
                 raise HeterostepError(
@@ -207,7 +207,7 @@ class HSAConfig:
                 )
         for name, least in (("round_robin", 1), ("dense_start", 1), ("dense_end", 0), ("regroup_every", 1)):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _whole(name, getattr(self, name), least))
+                object.__setattr__(self, name, whole(name, getattr(self, name), least))
         if self.round_robin is not None and self.divisors is not None:
             raise HeterostepError("round_robin chooses each step's tokens: leave out divisors")
         if _is_sequence(self.kv_store):

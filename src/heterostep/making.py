@@ -314,12 +314,10 @@ def summary(result: Result, reference: Result | None) -> dict[str, str]:
         lines["seconds"] += f", {result.seconds / reference.seconds:.2f} of the dense run's {reference.seconds:.1f}"
         if runtime.dense_seconds is not None:
             off = round(100 * (runtime.dense_seconds / reference.seconds - 1))
-            lines["estimate"] = (
-                f"of the dense run's seconds by this run's steps: {runtime.dense_seconds:.1f} ({off:+d} %)"
-            )
+            lines["estimate"] = f"{runtime.dense_seconds:.1f} for the dense run ({off:+d} %), by this run's own steps"
             if abs(off) >= SPEED_DIFFERS:
-                took = "longer" if off < 0 else "less long"
-                lines["estimate"] += f"; the dense run's steps took {took} than this run's, as on a busy machine"
+                when = "the dense run" if off < 0 else "this one"
+                lines["estimate"] += f": the machine was slower during {when}"
         lines["psnr"] = f"{result.psnr(reference):.1f} dB against dense"
     lines["steps"] = (
         f"mean {steps.mean:.1f} per token, min {steps.min}, max {steps.max}, of {report.num_inference_steps}"

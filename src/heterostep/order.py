@@ -105,7 +105,7 @@ class Order:
             target=_number(form, "target", float, 0.5, LEAST_TARGET, 1),
             policy=form.get("policy") or "auto",
             sparse_share=_optional(form, "sparse_share", float, 0, 1),
-            steps=_number(form, "steps", int, making.usual_steps(model) or DEFAULT_STEPS, 1, 1000),
+            steps=_number(form, "steps", int, default_steps(model), 1, 1000),
             guidance=_optional(form, "guidance", float, 0, 100),
             height=_optional(form, "height", int, 16, 8192),
             width=_optional(form, "width", int, 16, 8192),
@@ -281,6 +281,11 @@ def check_prompt(prompt: str) -> None:
     """
     if not prompt.strip():
         raise HeterostepError("the prompt is empty: say what the video should show", "prompt")
+
+
+def default_steps(model: str | None) -> int:
+    """The denoising steps of a video that names none: the model's own where they are known."""
+    return making.usual_steps(model) or DEFAULT_STEPS
 
 
 def check_model(model: str | None) -> None:

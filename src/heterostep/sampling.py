@@ -53,8 +53,8 @@ def sample(
     if num_steps < 1 or not all(later < earlier for earlier, later in zip(sigmas, sigmas[1:])):
         raise HeterostepError("sigmas must fall from step to step, and be two or more")
     # A step is evaluated as a whole, so all tokens are as one.
-    policy = Auto(HSAConfig(share=share), Run(tuple(sigmas), Tokens(1), from_frames=from_frames))
-    budget = int(share * num_steps + 1e-6)
+    run = Run(tuple(sigmas), Tokens(1), from_frames=from_frames)
+    policy, budget = Auto(HSAConfig(share=share), run), run.evaluations(share)
     if budget < 1:
         raise HeterostepError(f"share={share:g} of {num_steps} steps is less than one")
     t = log_alpha(torch.tensor(sigmas)).tolist()

@@ -168,10 +168,10 @@ def test_the_summary_says_how_far_the_estimate_was_off(pipes, capsys):
     estimate, measured = report["runtime"]["dense_seconds"], report["dense_measured_seconds"]
     off = round(100 * (estimate / measured - 1))
     (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("estimate"))
-    assert f"by this run's steps: {estimate:.1f} ({off:+d} %)" in said
+    assert f"{estimate:.1f} for the dense run ({off:+d} %), by this run's own steps" in said
     # A ratio that is not what was achieved is explained.
-    word = "longer" if off < 0 else "less long"
-    assert (f"steps took {word} than this run's" in said) == (abs(off) >= making.SPEED_DIFFERS)
+    when = "the dense run" if off < 0 else "this one"
+    assert (f"the machine was slower during {when}" in said) == (abs(off) >= making.SPEED_DIFFERS)
 
 
 def test_the_pipeline_is_restored_and_the_dtype_followed(pipes):

@@ -73,7 +73,7 @@ def test_single_tokens_get_what_whole_steps_leave_where_that_is_much(num_steps, 
         room = 0 in counts[second:] or bool(some)
         assert sum(counts) == (schedule.budget if much and room else whole * TOTAL)
         assert len(some) == (much and room) and all(at > second for at in some)
-    assert schedule.keep_whole_steps() and set(schedule.plan()) <= {0, TOTAL}
+    assert schedule.leave_out_single_tokens() and set(schedule.plan()) <= {0, TOTAL}
 
 
 @given(num_steps=st.integers(4, 60), share=st.floats(0.2, 1.0), sparse_share=st.floats(0.05, 1.0))

@@ -21,12 +21,13 @@ from heterostep.cli.options import (
     check_guidance,
     out_of_memory,
     silence,
+    those_given,
     why_foreign,
 )
 from heterostep.devices import Dtype, device_of, precision_of
 from heterostep.errors import HeterostepError
 from heterostep.files import writing
-from heterostep.order import DEFAULT_STEPS, check_model
+from heterostep.order import check_model, default_steps
 
 if TYPE_CHECKING:
     from heterostep.compare.measure import Prompt
@@ -104,7 +105,7 @@ def compare(
     with silence(), out_of_memory("lower the size or --batch, or take a smaller --dtype"):
         place = device_of(device)
         pipe, defaults = making.load(model, image_to_video, precision_of(dtype, place))
-        options = _options(pipe, defaults, asked, steps or making.usual_steps(model) or DEFAULT_STEPS)
+        options = _options(pipe, defaults, asked, steps or default_steps(model))
         todo = source.read(options["width"], options["height"])
         pipe.to(place)
         settings = Settings(
@@ -145,9 +146,9 @@ def _check(
     """Whether the options go together, and what they name is there."""
     if batch > 1 and repeats > 1:
         raise HeterostepError("--repeats is for timings, and a batch is not timed: leave out --repeats or --batch")
-    set_by_regime = {"--steps": steps is not None, "--guidance": guidance is not None, "--vbench": vbench}
-    if regime is not None and (given := [name for name, is_given in set_by_regime.items() if is_given]):
-        raise HeterostepError(f"--regime has settings of its own: leave out {' and '.join(given)}")
+    given = those_given({"--steps": steps is not None, "--guidance": guidance is not None, "--vbench": vbench})
+    if regime is not None and given:
+        raise HeterostepError(f"--regime has settings of its own: leave out {given}")
     check_guidance(guidance)
     check_folder(out)
     if prompts is not None and prompts.is_dir():

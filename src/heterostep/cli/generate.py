@@ -25,13 +25,14 @@ from heterostep.cli.options import (
     on_device,
     silence,
     start_ranks,
+    those_given,
     why_foreign,
 )
 from heterostep.config import HSAConfig
 from heterostep.devices import Dtype, precision_of
 from heterostep.errors import HeterostepError
 from heterostep.files import replacing
-from heterostep.order import DEFAULT_STEPS, check_model, check_prompt
+from heterostep.order import check_model, check_prompt, default_steps
 
 STEPS_HELP = "Denoising steps.  [default: the model's, as in plan, or 40 where they are not known]"
 
@@ -112,16 +113,18 @@ def generate(
     sparse_share = 0.0 if no_kv else sparse_share
     check_prompt(prompt)
     check_guidance(guidance)
-    of_a_faster_run = {
-        "--runtime": runtime is not None,
-        "--share": share is not None,
-        "--sparse-share": bool(sparse_share),
-        "--policy": policy != "auto",
-        "--sync": sync != "hold",
-        "--both": both,
-    }
-    if dense and (given := [name for name, is_given in of_a_faster_run.items() if is_given]):
-        raise HeterostepError(f"--dense skips nothing: leave out {' and '.join(given)}")
+    given = those_given(
+        {
+            "--runtime": runtime is not None,
+            "--share": share is not None,
+            "--sparse-share": bool(sparse_share),
+            "--policy": policy != "auto",
+            "--sync": sync != "hold",
+            "--both": both,
+        }
+    )
+    if dense and given:
+        raise HeterostepError(f"--dense skips nothing: leave out {given}")
     if runtime is not None and share is not None:
         raise HeterostepError("give --runtime or --share, not both of them")
     if dense:
@@ -139,7 +142,7 @@ def generate(
         solver=solver.value,
     )
     check_model(model)
-    steps = steps or making.usual_steps(model) or DEFAULT_STEPS
+    steps = steps or default_steps(model)
     making.check_target(config, steps)
     check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
     picture = making.open_image(image) if image is not None else None

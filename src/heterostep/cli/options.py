@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,11 @@ def silence() -> Iterator[None]:
 
 
 GPUS_HELP = "GPUs of this machine that make one video together."
+
+
+def those_given(options: Mapping[str, bool]) -> str:
+    """The names of the options that were given, for "leave out ..."; empty where none was."""
+    return " and ".join(name for name, given in options.items() if given)
 
 
 def start_ranks(gpus: int, device: str, arguments: Sequence[str]) -> None:

@@ -209,9 +209,9 @@ class Generation:
         self.trajectory.restart()
         self.index = self.ranking = None
 
-    def keep_whole_steps(self) -> bool:
-        """Skip the sparse steps ahead, where the user did not ask for them; False where he did."""
-        if not self.schedule.keep_whole_steps():
+    def leave_out_single_tokens(self) -> bool:
+        """Skip the sparse steps ahead; False, and nothing changes, where single tokens have to be."""
+        if not self.schedule.leave_out_single_tokens():
             return False
         ahead = self.step + 1
         self.counts[ahead:] = [count if count == self.total else 0 for count in self.counts[ahead:]]

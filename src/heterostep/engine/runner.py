@@ -96,7 +96,7 @@ class Runner:
         self._hooks_call = Call()  # the same, as the adapter's hooks and processors see it
         # Pipelines in other threads may share the transformer: one call at a time, for hooks see the call under way.
         self._lock = threading.RLock()
-        self._claiming = threading.Lock()
+        self._claiming = threading.Lock()  # a lock of its own: who is refused does not wait for a forward
         self._thread: int | None = None  # whose pipeline call is under way
         self._in_users_code = False  # a callback is running
         self._correction = Correction.NONE
@@ -403,7 +403,7 @@ class Runner:
         schedule = Schedule(self.config, Run(tuple(sigmas.tolist()), tokens, restarts, from_frames))
         schedule.check()
         foreign = next((each.foreign for each in self.experts if each.foreign), None)
-        if schedule.sparse and foreign is not None and not schedule.keep_whole_steps():
+        if schedule.sparse and foreign is not None and not schedule.leave_out_single_tokens():
             raise HeterostepError(
                 f"the attention processor {foreign} is not diffusers' own, so single tokens cannot run through it: "
                 "evaluate whole steps (policy='auto', sparse_share=0), or take it off"

@@ -34,15 +34,15 @@ class Schedule:
     def __init__(self, config: HSAConfig, run: Run) -> None:
         self.config, self.run = config, run
         self.policy = make(config, run)
-        by_step = isinstance(config.share, tuple)
-        single = any(0 < s < 1 for s in config.share) if isinstance(config.share, tuple) else self.policy.sparse
+        shares = config.share if isinstance(config.share, tuple) else None
+        single = self.policy.sparse if shares is None else any(0 < share < 1 for share in shares)
         self.sparse = single or run.tokens.least > 0
         # A target of 1 is the dense run, however long a step takes.
-        self.replans = not by_step and config.target < 1 and (config.runtime is not None or self.policy.adapts)
+        self.replans = shares is None and config.target < 1 and (config.runtime is not None or self.policy.adapts)
 
-    def keep_whole_steps(self) -> bool:
-        """Evaluate no single tokens from now on, where they are not what the user asked for; False where they are."""
-        if isinstance(self.config.share, tuple) or self.run.tokens.least or not self.policy.keep_whole_steps():
+    def leave_out_single_tokens(self) -> bool:
+        """Evaluate whole steps alone from now on; False, and nothing changes, where single tokens have to be."""
+        if isinstance(self.config.share, tuple) or self.run.tokens.least or not self.policy.leave_out_single_tokens():
             return False
         self.sparse = False
         return True
@@ -50,7 +50,7 @@ class Schedule:
     @property
     def budget(self) -> int:
         """Token evaluations of the whole run by the asked share."""
-        return int(self.config.target * self.run.num_steps * self.run.tokens.total + 1e-6)
+        return self.run.evaluations(self.config.target)
 
     @property
     def advice(self) -> str | None:

@@ -116,12 +116,12 @@ def place_for(expert: Expert, generation: Generation, inputs: dict[str, Any]) ->
     try:
         chosen = place(generation.config, expert.model, inputs, batches, share, attentions, generation.ranks)
         exact = chosen.all_on_device or generation.config.kv_store != "auto"
-        if exact or not generation.keep_whole_steps():
+        if exact or not generation.leave_out_single_tokens():
             generation.stores = chosen
         else:
             _log.info("what whole steps leave of the share is not spent: K and V do not fit on the device")
     except DoesNotFit as error:
-        if generation.keep_whole_steps():
+        if generation.leave_out_single_tokens():
             _log.info("what whole steps leave of the share is not spent: %s", error)
             return
         advice = "make a smaller or shorter video or offload other models"

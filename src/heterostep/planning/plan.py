@@ -6,6 +6,7 @@ device (`dry_run`, `heterostep.engine.forecast`); seconds from what `heterostep 
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import torch
 from heterostep import configs, parallel
 from heterostep.checkpoints import size_rules
 from heterostep.compat import use_backend
-from heterostep.config import HSAConfig, number
+from heterostep.config import HSAConfig, number, whole
 from heterostep.engine import forecast
 from heterostep.engine.schedule import Schedule
 from heterostep.errors import HeterostepError
@@ -32,11 +33,6 @@ from heterostep.precision import name_of
 from heterostep.sigmas import nominal_sigmas
 
 OFFLOADS = ("none", "model")
-# What `plan` takes beside the fields of a config.
-PLAN_OPTIONS = (
-    "height", "width", "num_frames", "num_inference_steps", "guidance_scale", "image_to_video", "offload",
-    "attention_backend", "gpus", "dtype",
-)  # fmt: skip
 UNLIMITED = sys.maxsize
 # Pixels of all frames together that a dry run is made of: Wan's rotary tables of so many take a gigabyte. 121 frames of
 # 3840 x 2160 have fewer.
@@ -175,7 +171,7 @@ def plan(
     Raises:
         HeterostepError: the model or an option is not known, the pipeline refuses the size, or the target is too low.
     """
-    gpus = _whole("gpus", gpus)
+    gpus = whole("gpus", gpus)
     if gpus < 1:
         raise HeterostepError(f"gpus must be at least 1, not {gpus}")
     if offload not in OFFLOADS:
@@ -183,7 +179,8 @@ def plan(
     loaded = hasattr(model, "components")
     if not loaded and not isinstance(model, str | os.PathLike):
         raise HeterostepError(f"plan expects a name, a folder or a pipeline, not {model!r:.60}")
-    config = HSAConfig.of(config, options, beside=PLAN_OPTIONS)
+    own = tuple(name for name, each in inspect.signature(plan).parameters.items() if each.kind is each.KEYWORD_ONLY)
+    config = HSAConfig.of(config, options, beside=own)
     found = None if loaded else configs.load(model)
     if not found and "Modular" in type(model).__name__:
         raise HeterostepError(
@@ -228,12 +225,6 @@ def plan(
     return _plan(str(model) if found else type(model).__name__, seen, weights, sizes, config, attention_backend, gpus)
 
 
-def _whole(name: str, value: Any) -> int:
-    if not (plain := number(name, value)).is_integer():
-        raise HeterostepError(f"{name} must be a whole number, not {value}", name)
-    return int(plain)
-
-
 def _check_sizes(sizes: dict[str, Any]) -> None:
     """Whether these are numbers that a model can have; None where one is not known."""
     for name, value in sizes.items():
@@ -243,7 +234,7 @@ def _check_sizes(sizes: dict[str, Any]) -> None:
             if not 0 <= number(name, value) < math.inf:
                 raise HeterostepError(f"{name} must be a number of at least 0, not {value}", name)
             continue
-        sizes[name] = _whole(name, value)
+        sizes[name] = whole(name, value)
     pixels = math.prod(sizes[name] or 1 for name in ("height", "width", "num_frames"))
     if pixels > MOST_PIXELS:
         raise HeterostepError(
@@ -289,7 +280,7 @@ def _plan(
     memory = _Memory(calls, sum(weights.values()), config, gpus)
     chosen = memory.chosen() if keeps else memory.without()
     roomy = chosen is not None and chosen.fits and (chosen.store == "device" or config.kv_store != "auto")
-    if keeps and not roomy and schedule.keep_whole_steps():
+    if keeps and not roomy and schedule.leave_out_single_tokens():
         counts, chosen, keeps = schedule.plan(), memory.without(), False
     timed = _timed(seen, total, config, backend, gpus, keeps, chosen)
     seconds = dense_seconds = None

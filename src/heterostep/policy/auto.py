@@ -72,8 +72,7 @@ class Auto(Policy):
 
     def __init__(self, config: HSAConfig, run: Run) -> None:
         super().__init__(config, run)
-        self._spends_remainder = run.tokens.least > 0 or self._has_large_remainder()
-        self.sparse = bool(config.sparse_share) or (run.tokens.least == 0 and self._spends_remainder)
+        self.sparse = bool(config.sparse_share) or self._has_large_remainder()
         self.corrects = config.extrapolate is None
         sigmas = np.asarray(run.sigmas)
         self._middles, self._widths = (sigmas[:-1] + sigmas[1:]) / 2, -np.diff(sigmas)
@@ -93,7 +92,7 @@ class Auto(Policy):
         counts = [tokens.total if at in dense else tokens.least for at in range(step, num_steps)]
         left = max(evaluations - sum(counts), 0)
         # In seconds the rest is left: a call of a new size takes longer than its tokens do.
-        if sparse_share or (self._spends_remainder and spend_remainder):
+        if sparse_share or (spend_remainder and (self.sparse or tokens.least)):
             # Without a first change there is nothing to rank tokens by.
             ranked = [at - step for at in (dense if step else dense[1:])]
             self._spend_on_tokens(counts, left, ranked, spend_remainder)
@@ -101,17 +100,18 @@ class Auto(Policy):
 
     def _has_large_remainder(self) -> bool:
         """Whether whole steps leave much of the share beside them, and gaps are short, so that K and V are recent."""
-        share, total, num_steps = self.config.share, self.run.tokens.total, self.run.num_steps
-        if self.config.sparse_share is not None or not isinstance(share, float):
+        share, tokens = self.config.share, self.run.tokens
+        if self.config.sparse_share is not None or tokens.least or not isinstance(share, float):
             return False
-        whole, left = divmod(int(share * num_steps * total + 1e-6), total)
-        return whole >= max(2, num_steps / 2) and left >= total * max(whole * MIN_REMAINDER, MIN_SPARSE_FRACTION)
+        whole, left = divmod(self.run.evaluations(share), tokens.total)
+        return whole >= max(2, self.run.num_steps / 2) and left >= tokens.total * max(
+            whole * MIN_REMAINDER, MIN_SPARSE_FRACTION
+        )
 
-    def keep_whole_steps(self) -> bool:
-        if self.config.sparse_share or self.run.tokens.least:
-            return False
-        self._spends_remainder = self.sparse = False
-        return True
+    def leave_out_single_tokens(self) -> bool:
+        if not self.config.sparse_share:
+            self.sparse = False
+        return not self.sparse
 
     def _fixed(self, step: int, affordable: float) -> set[int]:
         """Steps from `step` on that are dense in any case, where about so many can be."""

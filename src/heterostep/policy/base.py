@@ -61,6 +61,10 @@ class Run:
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
 
+    def evaluations(self, share: float) -> int:
+        """Token evaluations that a share (0..1) of the dense run's pays for."""
+        return int(share * self.num_steps * self.tokens.total + 1e-6)
+
 
 @dataclass(frozen=True)
 class Change:
@@ -149,8 +153,8 @@ class Policy(abc.ABC):
         """
         return torch.full_like(change, self.config.extrapolate or 0.0)
 
-    def keep_whole_steps(self) -> bool:
-        """Evaluate no single tokens from now on, where they are not what the user asked for; False where they are."""
+    def leave_out_single_tokens(self) -> bool:
+        """Evaluate whole steps alone from now on; False, and nothing changes, where single tokens were asked for."""
         return not self.sparse
 
     def replay_options(self) -> dict[str, Any]:
