@@ -319,9 +319,11 @@ def summary(result: Result, reference: Result | None) -> dict[str, str]:
                 when = "the dense run" if off < 0 else "this one"
                 lines["estimate"] += f": the machine was slower during {when}"
         lines["psnr"] = f"{result.psnr(reference):.1f} dB against dense"
-    lines["steps"] = (
-        f"mean {steps.mean:.1f} per token, min {steps.min}, max {steps.max}, of {report.num_inference_steps}"
-    )
+    of = f"of {report.num_inference_steps} evaluated"
+    if steps.min == steps.max:
+        lines["steps"] = f"{steps.min} {of}, each for all tokens"
+    else:
+        lines["steps"] = f"mean {steps.mean:.1f} per token, min {steps.min}, max {steps.max}, {of}"
     where = "" if memory.kv_store in ("none", "device") else f" ({memory.kv_store})"
     where += f", {filesize.decimal(memory.kv_host_bytes)} of it in host memory" if memory.kv_host_bytes else ""
     where += "" if memory.kv_cache_bytes else " (none is kept)"

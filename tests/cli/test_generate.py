@@ -161,6 +161,16 @@ def test_the_cpu_is_taken_on_a_machine_with_cuda(pipes, monkeypatch):
     assert cli.main(["generate", PROMPT, *SMALL, "--share", "0.75", "--quiet"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("sparse_share", "said"), [("0", "6 of 12 evaluated, each for all tokens"), ("0.4", "mean 6.0 per token, min ")]
+)
+def test_the_summary_says_whether_tokens_were_told_apart(pipes, capsys, sparse_share, said):
+    arguments = [*SMALL, "--steps", "12", "--share", "0.5", "--sparse-share", sparse_share]
+    assert cli.main(["generate", PROMPT, *arguments]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("steps"))
+    assert said in line
+
+
 def test_the_summary_says_how_far_the_estimate_was_off(pipes, capsys):
     arguments = ["--runtime", "0.6", "--both", "--report", "report.json"]
     assert cli.main(["generate", PROMPT, *SMALL, *arguments]) == 0
