@@ -77,7 +77,7 @@ def test_generate_writes_a_video(pipes, capsys, dial):
     assert frames.shape == (9, 64, 64, 3) and fps == 8
     assert files() == ["video.mp4"]
     out, err = capsys.readouterr()
-    for word in ("asked", "spent" if "share" in out else "achieved", "mean", "K/V cache", "peak", "video.mp4"):
+    for word in ("asked", "spent" if "share" in out else "achieved", "12 evaluated", "K/V cache", "peak", "video.mp4"):
         assert word in out
     assert "12/12, evaluated, " in err or "12/12, skipped, " in err
     assert "K/V cache 0 bytes (none is kept), peak" in out
