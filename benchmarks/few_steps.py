@@ -8,8 +8,8 @@ SNR in dB of the final latents to the dense run's, without given frames: nothing
 from __future__ import annotations
 
 import argparse
+import statistics
 import warnings
-from typing import Any
 
 import torch
 
@@ -19,6 +19,7 @@ from heterostep.compare.measure import generate
 from heterostep.compare.methods import METHODS
 from heterostep.compare.prompts import held_out
 from heterostep.compare.regimes import Regime, in_regime
+from made import Made
 
 
 def main() -> None:
@@ -35,26 +36,18 @@ def main() -> None:
     image = args.task == "image"
     pipe = tiny.load(image_to_video=image).to(args.device)
     prompts = held_out(args.count, args.first, with_image=image)
-    kept: list[torch.Tensor] = []
-
-    def keep(latents: torch.Tensor, return_dict: bool = True) -> Any:
-        kept.append(latents.float())
-        return (latents[:, :3],)
-
-    pipe.vae.decode = keep
+    made = Made(pipe, latents=True, given=int(image))
     regime = Regime("few", "few steps", "euler", args.steps, args.shift, 1)
     with in_regime(pipe, regime) as options:
         options = {name: tiny.DEFAULTS[name] for name in ("height", "width", "num_frames")} | options
         generate(pipe, prompts, None, 1.0, options)
-        dense = kept[-1]
-        power = dense.var(dim=(0, 2, 3, 4), keepdim=True)
+        dense = made.last()
         print(f"| share | {' | '.join(('heterostep', 'fewer steps', 'evaluated steps'))} |\n|---|---|---|---|")
         for share in args.shares:
             cells = []
             for name in ("heterostep", "steps"):
                 generate(pipe, prompts, METHODS[name], share, options)
-                error = ((kept.pop() - dense) ** 2 / power)[:, :, int(image) :]
-                cells.append(f"{(-10 * error.flatten(1).mean(1).clamp_min(1e-9).log10()).mean():.1f}")
+                cells.append(f"{statistics.mean(made.decibels(dense)):.1f}")
                 if name == "heterostep":
                     evaluated = [step for step, part in enumerate(heterostep.report(pipe).active_share) if part == 1]
             print(f"| {share:g} | {' | '.join(cells)} | {', '.join(map(str, evaluated))} |", flush=True)

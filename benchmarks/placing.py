@@ -29,6 +29,7 @@ from heterostep.engine.trajectory import Trajectory
 from heterostep.policy import Change, Run
 from heterostep.policy.auto import LEVEL, LEVEL_STD, LOG_CHANGE_STD, Auto
 from heterostep.sigmas import MARGIN
+from made import Made
 
 ABOVE = 1.3  # a change of so many times its forecast is a surprise
 
@@ -288,25 +289,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     image, policies = args.task == "image", ["auto", *args.policies]
     pipe = tiny.load(image_to_video=image).to(args.device)
-    kept: list[torch.Tensor] = []
-    decode = pipe.vae.decode
-
-    def keep(latents: torch.Tensor, return_dict: bool = True) -> Any:
-        if args.latents:
-            kept.append(latents.float())
-            return (latents[:, :3],)
-        # One by one, as each alone would be.
-        videos = torch.cat([decode(each[None], return_dict=False)[0] for each in latents])
-        kept.append(videos.float().clamp(-1, 1))
-        return (videos,)
-
-    def decibels(dense: torch.Tensor) -> list[float]:
-        """Of the last videos, to the dense ones."""
-        error = (kept.pop() - dense) ** 2 / (dense.var(dim=(0, 2, 3, 4), keepdim=True) if args.latents else 4)
-        error = error[:, :, int(image and args.latents) :].flatten(1).mean(1)
-        return (-10 * error.clamp_min(1e-9).log10()).tolist()
-
-    pipe.vae.decode = keep
+    made = Made(pipe, latents=args.latents, given=int(image))
     SLOPES.watch()
     found: dict[tuple[float, str], list[float]] = {(share, policy): [] for share in args.shares for policy in policies}
     with in_regime(pipe, REGIMES[args.regime]) as options:
@@ -315,11 +298,11 @@ def main() -> None:
         for at in range(0, args.count, args.batch):
             some = prompts[at : at + args.batch]
             generate(pipe, some, None, 1.0, options)
-            dense = kept.pop()
+            dense = made.last()
             for share, policy in found:
                 with enabled(pipe, share=share, policy=policy):
                     generate(pipe, some, None, 1.0, options)
-                found[share, policy] += decibels(dense)
+                found[share, policy] += made.decibels(dense)
             print(f"{at + len(some)}/{args.count}", file=sys.stderr)
     print(f"| share | policy | {' | '.join(str(args.first + i) for i in range(args.count))} | mean | worst |")
     print("|---" * (args.count + 4) + "|")
