@@ -29,6 +29,7 @@ from heterostep import tiny
 from heterostep.compare.measure import generate
 from heterostep.compare.prompts import held_out
 from heterostep.compare.regimes import in_regime, named
+from heterostep.precision import use_tf32
 from made import Made
 
 OLDER = "heterostep_older"
@@ -84,12 +85,13 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first caption")
     parser.add_argument("--batch", type=int, default=1, help="captions made in one call, with one plan")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25])
-    parser.add_argument("--tf32", action="store_true", help="float32 whose products have TF32's ten bits")
+    parser.add_argument("--tf32", action="store_true", help="as heterostep compare --dtype tf32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="a line for each regime is added here")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    if args.tf32:
+        use_tf32()
     pipe = tiny.load(image_to_video=args.task == "image").to(args.device)
     made = Made(pipe)
     machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"

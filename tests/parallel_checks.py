@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,13 @@ from diffusers.hooks import context_parallel
 
 import heterostep
 from heterostep import HeterostepError, compat, parallel
-from heterostep.engine import ranking
+from heterostep.engine import cuda_graphs, ranking
 from heterostep.models import FAMILIES
 from ranks import DEVICE
 from rows import ROWS, transformers
 
 STEPS = 12
+GPU = torch.device("cuda")
 
 
 def _build(name: str) -> Any:
@@ -94,6 +96,33 @@ def fp8_offload() -> Any:
 
 def oracle() -> Any:
     return _beside("wan2.1-t2v", share=0.6, policy="hsa", score="oracle")
+
+
+def replayed() -> Any:
+    """Single tokens with recorded calls and without, and the calls that were replayed.
+
+    On a CPU a recording calls again, and what would forbid one is asked as of a GPU.
+    """
+    capture, why_not, made = cuda_graphs.capture, cuda_graphs.why_not, []
+
+    def counted(call: Any, pool: Any) -> Any:
+        replay = capture(call, pool) if DEVICE == "cuda" else call
+        return lambda: (made.append(1), replay())[1]
+
+    results = {}
+    with (
+        mock.patch.object(cuda_graphs, "capture", counted),
+        mock.patch.object(cuda_graphs, "why_not", lambda model, ours, _, ranks: why_not(model, ours, GPU, ranks)),
+    ):
+        for name in ("wan2.1-t2v", "ltx2.3-t2v"):
+            _, pipe = _pair(name)
+            options = {"share": 0.5, "dense_start": 2, "round_robin": 4}
+            called, _ = _run(name, pipe, **options, cuda_graphs=False)
+            assert not made
+            again, _ = _run(name, pipe, **options)
+            results[name] = _error(called, again), len(made)
+            made.clear()
+    return results
 
 
 def ltx2() -> Any:

@@ -195,9 +195,10 @@ def test_a_device_that_is_not_the_current_one(options):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_gpus_make_the_video_of_one():
-    beside = ["whole_steps", "two_experts", "single_tokens", "drift", "fp8_offload", "ltx2", "hunyuan15"]
-    results = together("parallel_checks", [*beside, "seconds", "rankings"], device="cuda")
+    beside = ["whole_steps", "two_experts", "single_tokens", "drift", "fp8_offload", "ltx2_whole_steps", "hunyuan15"]
+    results = together("parallel_checks", [*beside, "seconds", "rankings", "replayed"], device="cuda")
     for name in beside:
         assert all(not isinstance(each, str) and each["error"] < 0.05 for each in results[name]), (name, results[name])
-    for name in ("seconds", "rankings"):
+    for name in ("seconds", "rankings", "replayed"):
         assert results[name][0] == results[name][1] and not isinstance(results[name][0], str), results[name]
+    assert all(error == 0 and count > 2 for error, count in results["replayed"][0].values()), results["replayed"]

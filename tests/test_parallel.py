@@ -57,6 +57,12 @@ def small(results):
     assert all(error < SAME for error in results)
 
 
+def replayed(results):
+    """Recorded calls are the same, bit for bit, and as many on both ranks."""
+    alike(results)
+    assert all(error == 0 and count > 2 for error, count in results[0].values())
+
+
 def refused_or_uneven(results):
     for refusal, errors in results:
         assert "cannot be split evenly over the GPUs" in refusal and "\n" not in refusal
@@ -96,6 +102,7 @@ QUICK = {
     "drift": single_tokens,
     "ltx2": halved,
     "hunyuan15": halved,
+    "replayed": replayed,
     "seconds": alike,
     "rankings": alike,
     "enabled_first": small,

@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_map
 from heterostep import configs, launch, parallel
 from heterostep.compat import use_backend
 from heterostep.engine.calls import DirectCalls
-from heterostep.engine.cuda_graphs import MOST_ROWS
 from heterostep.errors import HeterostepError
 from heterostep.kv.cache import STORES
 from heterostep.models import FAMILIES, cp_plan
@@ -257,7 +256,7 @@ def _variants(
 
         variants[store, 1.0] = _Variant(calls.dense, prepare)
         for share, index in indices.items():
-            if replayed is None or store != "device" or index.numel() > MOST_ROWS:
+            if replayed is None or store != "device" or not calls.may_be_replayed(index):
                 variants[store, share] = _Variant(functools.partial(calls.sparse, index))
                 continue
 

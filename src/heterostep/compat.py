@@ -106,6 +106,18 @@ def more_graphs() -> Iterator[None]:
             dynamo.recompile_limit = before
 
 
+def exchanges_tokens(hook: Any) -> bool:
+    """Whether a hook of diffusers' is one that splits a model's tokens over processes, or gathers them."""
+    return type(hook).__name__ in ("ContextParallelSplitHook", "ContextParallelGatherHook")
+
+
+def received(x: Any) -> Any:
+    """The value, once the exchange between processes that it comes from has ended: torch lets it go on until then."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    return x.wait() if isinstance(x, AsyncCollectiveTensor) else x
+
+
 def split_inputs(model: torch.nn.Module) -> dict[str, Any]:
     """Which of a forward's inputs context parallelism splits before it is called, by name, and how
     (`ContextParallelInput`)."""

@@ -45,9 +45,11 @@ class Ranks:
     Attributes:
         size: P.
         rank: which of them this is, from 0.
+        anything: whether tokens may be split unevenly.
     """
 
     size, rank = 1, 0
+    anything = False
 
     def pad_to_ranks(self, index: torch.Tensor) -> torch.Tensor:
         """Repeats the last token until the count is divisible by P: int64 [B, n] -> [B, P * b]."""
@@ -98,6 +100,10 @@ class Ranks:
     def all_reduce_min(self, values: Sequence[int]) -> list[int]:
         """The least of each number over all ranks."""
         return list(values)
+
+    def agree(self, value: bool) -> bool:
+        """Whether it is so on all ranks."""
+        return bool(self.all_reduce_min([int(value)])[0])
 
     def check_same(self, noise: torch.Tensor) -> None:
         """Whether all ranks were given the same noise.

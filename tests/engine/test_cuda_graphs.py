@@ -10,6 +10,7 @@ from peft import LoraConfig
 import heterostep
 from heterostep.engine import cuda_graphs
 from heterostep.engine.cuda_graphs import ReplayedCalls
+from heterostep.parallel import Ranks
 from heterostep.pipeline import inspect
 from rows import ROWS, equal, quickly
 
@@ -34,7 +35,7 @@ def double(inputs):
 
 
 def calls(at_once=False):
-    return ReplayedCalls(torch.nn.Linear(1, 1), [], CPU, lambda: None, at_once)
+    return ReplayedCalls(torch.nn.Linear(1, 1), [], CPU, lambda: None, at_once=at_once)
 
 
 def test_from_the_second_call_alike_on_it_is_replayed(replays):
@@ -69,6 +70,35 @@ def test_where_recording_at_once_fails_the_second_call_is_recorded(replays, monk
         x = torch.full((2,), float(number))
         assert torch.equal(ask(double, {"x": x, "name": "a"}, [])["twice"], x * 2)
         assert ask.recorded == (number > 0)
+
+
+class Two(Ranks):
+    """One of two ranks; `other` is what the other one says, each time it is asked."""
+
+    size = 2
+
+    def __init__(self, other):
+        self.other = other
+
+    def all_reduce_min(self, values):
+        return [min(value, int(next(self.other))) for value in values]
+
+
+# What another rank says in turn (is the call alike, was it recorded), and how many calls were replayed after each.
+OTHERS = {
+    "as this one": ([False, True, True, True, True], [0, 1, 2, 3]),
+    "with tensors in another place": ([False, True, True, False, True, True], [0, 1, 1, 2]),
+    "that could not record": ([False, True, False], [0, 0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize(("says", "expected"), OTHERS.values(), ids=list(OTHERS))
+def test_ranks_record_and_replay_together(replays, says, expected):
+    ask = ReplayedCalls(torch.nn.Linear(1, 1), [], CPU, lambda: None, Two(iter(says)))
+    for number, count in enumerate(expected):
+        x = torch.full((2,), float(number))
+        assert torch.equal(ask(double, {"x": x, "name": "a"}, [])["twice"], x * 2)
+        assert len(replays) == count
 
 
 def test_what_it_returns_is_not_overwritten(replays):
@@ -145,6 +175,9 @@ def test_what_cannot_be_recorded_says_why():
         assert cuda_graphs.why_not(model, [model[0]], cuda) == ""
         assert cuda_graphs.why_not(model, [], cuda) == "Linear has a hook"
         handle.remove()
+        ranks = Ranks()
+        ranks.anything = True
+        assert "split unevenly" in cuda_graphs.why_not(model, [], cuda, ranks)
         model[1]._hf_hook = object()
         assert "accelerate" in cuda_graphs.why_not(model, [], cuda)
 
@@ -186,7 +219,7 @@ def test_recordings_outlive_dense_steps(name, replays):
 def test_only_calls_of_few_tokens_are_replayed(replays, monkeypatch):
     row = ROWS["wan2.1-t2v"]
     pipe = row.build()
-    monkeypatch.setattr("heterostep.engine.runner.MOST_ROWS", 8)
+    monkeypatch.setattr("heterostep.engine.cuda_graphs.MOST_ROWS", 8)
     with heterostep.enabled(pipe, share=0.5, dense_start=2, round_robin=4):
         row.run(pipe, steps=12)
     assert not replays

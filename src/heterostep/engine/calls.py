@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from heterostep.engine.cuda_graphs import ReplayedCalls
+from heterostep.engine.cuda_graphs import ReplayedCalls, pays
 from heterostep.errors import HeterostepError
 from heterostep.kv.cache import KVCache, StaticKV, Workspace
 from heterostep.models import FAMILIES, Call
@@ -41,6 +41,7 @@ class DirectCalls:
         self.held: torch.Tensor | None = None
         self._patches = self.adapter.install(model, self.call, self._velocity)
         self._replays: dict[int, ReplayedCalls] = {}
+        self._ranks = ranks_of(getattr(model, "_parallel_config", None))
         self.use(store)
 
     def use(self, store: str, drift: bool = False) -> None:
@@ -69,10 +70,14 @@ class DirectCalls:
         count = index.shape[1]
         if count not in self._replays:
             self._replays[count] = ReplayedCalls(
-                self.model, self._patches.hooked, index.device, torch.cuda.graph_pool_handle
+                self.model, self._patches.hooked, index.device, torch.cuda.graph_pool_handle, self._ranks
             )
         reads = [t for kept in (*self.stores, self.workspace) for t in kept.tensors or ()]
         return self._replays[count](self._run, index, reads if self.held is None else [*reads, self.held])
+
+    def may_be_replayed(self, index: torch.Tensor) -> bool:
+        """Whether a run would replay such a call."""
+        return pays(index, self._ranks)
 
     def is_recorded(self, count: int) -> bool:
         """Whether `replayed` replays calls of as many tokens."""
@@ -112,8 +117,7 @@ class DirectCalls:
             processor.kv = store if keep else None
         inputs = self.inputs
         if index is not None:
-            ranks = ranks_of(getattr(self.model, "_parallel_config", None))
-            inputs = self.adapter.select_tokens(self.model, inputs, ranks.pad_to_ranks(index))
+            inputs = self.adapter.select_tokens(self.model, inputs, self._ranks.pad_to_ranks(index))
         try:
             return self.model(**inputs)
         finally:

@@ -2,7 +2,7 @@
 
 A call is run as it is the first time, recorded the second (or at once, where this process has recorded such a call
 before), and replayed from then on: for as long as its inputs keep their shapes and everything else that it reads stays
-in its place.
+in its place. Several processes at one video record and replay together, what they exchange in the call included.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from heterostep import compat
 from heterostep.errors import first_line
+from heterostep.parallel import ALONE, Ranks
 
-# Rows of a call (samples times active tokens) up to which recording pays. Above, the GPU is busy for longer than the
+# Rows of a call (samples times active tokens, on each GPU) up to which recording pays. Above, the GPU is busy for longer than the
 # host, and a recorded call would keep its activations for nothing. Chosen by hand; what it gains: benchmarks/h200.
 MOST_ROWS = 4096
 
@@ -33,6 +34,7 @@ class ReplayedCalls:
         ours: its modules that carry hooks of heterostep's own, which may be recorded with it.
         device: where it runs.
         pool: the memory of recorded calls, shared with others that come one after another; asked when it is needed.
+        ranks: the processes that make this call together.
         at_once: record the first call already: such calls were recorded in this process, so all is compiled.
     """
 
@@ -42,10 +44,11 @@ class ReplayedCalls:
         ours: Collection[torch.nn.Module],
         device: torch.device,
         pool: Callable[[], Any],
+        ranks: Ranks = ALONE,
         at_once: bool = False,
     ) -> None:
-        self._device, self._pool, self._at_once = device, pool, at_once
-        self._refused = why_not(model, ours, device)
+        self._device, self._pool, self._ranks, self._at_once = device, pool, ranks, at_once
+        self._refused = why_not(model, ours, device, ranks)
         # A user may turn a LoRA up or down between two steps.
         self._loras = compat.adapter_layers(model)
         self._kind: Any = None  # of the last call
@@ -72,7 +75,7 @@ class ReplayedCalls:
             return call(inputs)
         loras = compat.adapter_state(self._loras)
         kind = [spec, [_kind(leaf) for leaf in leaves], [t.data_ptr() for t in reads], loras]
-        if kind != self._kind:
+        if not self._ranks.agree(kind == self._kind):
             self.reset()
             # Kernels are compiled and libraries make their plans in a call that is not recorded. It may put something
             # in another place: that is for the next one to see.
@@ -89,23 +92,36 @@ class ReplayedCalls:
 
     def _record(self, call: Callable[[Any], Any], leaves: list[Any], spec: Any) -> bool:
         static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        replay, failure = None, ""
+
+        def whole_call() -> Any:
+            outputs = call(tree_unflatten(static, spec))
+            return outputs if self._ranks.size == 1 else tree_map(compat.received, outputs)
+
         try:
-            self._replay = capture(lambda: call(tree_unflatten(static, spec)), self._pool)
+            replay = capture(whole_call, self._pool)
         except RuntimeError as error:
+            failure = first_line(error)
+        if not self._ranks.agree(replay is not None):
             if self._at_once:
                 # Something had to be compiled after all: as if it were the first time.
                 self._at_once = False
                 return False
-            self._refused = f"the call cannot be recorded ({first_line(error)})"
+            self._refused = f"the call cannot be recorded ({failure or 'on another GPU'})"
             _log(f"CUDA graphs are not used: {self._refused}")
             return False
-        self._static = static
+        self._static, self._replay = static, replay
         _log("calls of few tokens are replayed as CUDA graphs")
         return True
 
     def reset(self) -> None:
         """Forget the recorded call, and free its memory."""
         self._kind, self._static, self._replay = None, [], None
+
+
+def pays(index: torch.Tensor, ranks: Ranks) -> bool:
+    """Whether a call of the tokens of `index`, int64 [b, n], that these processes make together is worth recording."""
+    return index.numel() <= MOST_ROWS * ranks.size
 
 
 def capture(call: Callable[[], Any], pool: Callable[[], Any]) -> Callable[[], Any]:
@@ -126,7 +142,9 @@ def capture(call: Callable[[], Any], pool: Callable[[], Any]) -> Callable[[], An
     return replay
 
 
-def why_not(model: torch.nn.Module, ours: Collection[torch.nn.Module], device: torch.device) -> str:
+def why_not(
+    model: torch.nn.Module, ours: Collection[torch.nn.Module], device: torch.device, ranks: Ranks = ALONE
+) -> str:
     """What forbids to record this model's forward; empty where nothing does."""
     if device.type != "cuda":
         return f"the device is {device.type}"
@@ -134,9 +152,12 @@ def why_not(model: torch.nn.Module, ours: Collection[torch.nn.Module], device: t
         return "gradients are recorded"
     if torch.is_autocast_enabled("cuda"):
         return "autocast keeps cast weights for as long as it likes"
+    if ranks.anything:
+        return "tokens that are split unevenly are counted by the host"
     for module in model.modules():
         # Offloading moves weights; another's hook would run once and never again.
-        hooked = hasattr(module, "_hf_hook") or compat.diffusers_hooks(module)
+        others = [hook for hook in compat.diffusers_hooks(module) if not compat.exchanges_tokens(hook)]
+        hooked = hasattr(module, "_hf_hook") or others
         if module is not model and hooked:
             return f"{type(module).__name__} has a hook of accelerate or diffusers"
         if (module._forward_hooks or module._forward_pre_hooks) and module not in ours:

@@ -29,7 +29,7 @@ import torch
 from heterostep import compat
 from heterostep.config import HSAConfig
 from heterostep.engine import ranking, steps, stores
-from heterostep.engine.cuda_graphs import MOST_ROWS, ReplayedCalls
+from heterostep.engine.cuda_graphs import ReplayedCalls, pays
 from heterostep.engine.expert import Expert, compile_kernels, in_background
 from heterostep.engine.generation import Branch, Generation
 from heterostep.engine.report import Report, StepInfo, build_report, step_info
@@ -294,7 +294,7 @@ class Runner:
         if index is None:
             return expert.call(inputs)
         inputs = self.adapter.select_tokens(expert.model, inputs, expert.ranks.pad_to_ranks(index))
-        few = index.numel() <= MOST_ROWS
+        few = pays(index, expert.ranks)
         if few and self.config.cuda_graphs and generation.stores is not None and generation.stores.all_on_device:
             return self._replayed(call, inputs, index)
         return expert.call(inputs)
@@ -326,6 +326,7 @@ class Runner:
                 expert.patches.hooked,
                 index.device,
                 lambda: generation.graph_pool,
+                expert.ranks,
                 at_once=expert.has_made(recording),
             )
         rows, output = branch.replays[few](
