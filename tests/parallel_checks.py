@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -123,6 +125,30 @@ def replayed() -> Any:
             results[name] = _error(called, again), len(made)
             made.clear()
     return results
+
+
+def another_life() -> Any:
+    """One rank has made runs before the other, and has a hook of its own: both go on together, by the same plan."""
+    pipe = _build("wan2.1-t2v")
+    options = [{"share": 0.5, "dense_start": 2, "round_robin": 4}, {"runtime": 0.6}]
+    why_not, shares, calls = cuda_graphs.why_not, [], itertools.count()
+    with (
+        mock.patch.object(cuda_graphs, "capture", lambda call, pool: call),
+        mock.patch.object(cuda_graphs, "why_not", lambda model, ours, _, *ranks: why_not(model, ours, GPU, *ranks)),
+    ):
+        if dist.get_rank() == 0:
+            for each in options:
+                _run("wan2.1-t2v", pipe, **each)
+        parallel.enable_context_parallel(pipe.transformer, 2, None)
+        slow = pipe.transformer.patch_embedding.register_forward_pre_hook(
+            lambda *_: time.sleep(0.5 if next(calls) < 4 else 0.05)
+        )
+        shares += [_run("wan2.1-t2v", pipe, **each)[1].active_share for each in options]
+        slow.remove()
+        if dist.get_rank() == 0:
+            pipe.transformer.blocks[0].register_forward_hook(lambda *_: None)
+        shares.append(_run("wan2.1-t2v", pipe, **options[0])[1].active_share)
+    return shares
 
 
 def ltx2() -> Any:

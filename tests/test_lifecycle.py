@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.hooks import MagCacheConfig, PyramidAttentionBroadcastConfig, apply_mag_cache
 from peft import LoraConfig
@@ -176,20 +176,29 @@ def test_a_lora_put_on_and_taken_off_while_enabled(row, options):
     assert equal(row.run(pipe, steps=STEPS), dense) and not equal(dense, plain)
 
 
-def test_a_lora_turned_down_in_mid_run_is_noticed_by_what_is_kept_of_the_text():
+@pytest.mark.parametrize("how", ["its weight", "attention_kwargs"])
+def test_a_lora_turned_down_in_mid_run_is_noticed_by_what_is_kept_of_the_text(how):
     row = ROWS["wan2.1-t2v"]
     pipe = row.build()
     torch.manual_seed(3)
     config = LoraConfig(r=4, lora_alpha=24, target_modules=r".*attn2\.(to_k|to_v)", init_lora_weights=False)
     pipe.transformer.add_adapter(config)
+    scale = {"scale": 1.0}
+
+    def turn(to):
+        if how == "attention_kwargs":
+            scale["scale"] = to
+        else:
+            pipe.transformer.set_adapters("default", to)
 
     def switch(pipe, step, timestep, tensors):
-        pipe.transformer.set_adapters("default", float(step < 4))
+        turn(float(step < 4))
         return {}
 
     def go(**options):
-        pipe.transformer.set_adapters("default", 1.0)
-        (video,) = row.run(pipe, steps=12, **options)
+        turn(1.0)
+        kwargs = {"attention_kwargs": scale} if how == "attention_kwargs" else {}
+        (video,) = row.run(pipe, steps=12, **kwargs, **options)
         return video
 
     def off(a, b):
@@ -362,6 +371,45 @@ def test_the_euler_solver_is_there_in_the_pipelines_calls_alone(tmp_path):
     pipe.save_pretrained(tmp_path)
     assert type(pipe).from_pipe(pipe).scheduler.config.solver_order == 2
     assert UniPCMultistepScheduler.from_pretrained(tmp_path, subfolder="scheduler").config.solver_order == 2
+
+
+def test_a_scheduler_is_not_replaced_in_the_middle_of_a_run():
+    """Its noise levels are what the run was planned by. Between two calls, or once the last step is made, it may be."""
+    pipe = small_pipeline()
+
+    def replace(at):
+        def callback(pipe, step, timestep, tensors):
+            if step == at:
+                pipe.scheduler = copy.deepcopy(pipe.scheduler)
+            return {}
+
+        return callback
+
+    heterostep.enable(pipe, **WHOLE)
+    expected = run(pipe, steps=STEPS)
+    with pytest.raises(HeterostepError, match="the scheduler was replaced in the middle of a run: set another one"):
+        run(pipe, callback_on_step_end=replace(3))
+    before = pipe.scheduler
+    assert torch.equal(run(pipe, steps=STEPS, callback_on_step_end=replace(STEPS - 1)), expected)
+    assert pipe.scheduler is not before and torch.equal(run(pipe, steps=STEPS), expected)
+
+
+@pytest.mark.parametrize("cls", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_video_to_video_begins_where_the_scheduler_does(cls):
+    """Also at high shifts, where the timesteps of neighbouring steps round to the same number."""
+    row = ROWS["wan2.1-v2v"]
+    pipe = row.build()
+    options = {"flow_shift": 16.0, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    pipe.scheduler = cls.from_config(pipe.scheduler.config, **options)
+    # The first step that is made is the second of two alike.
+    pipe.scheduler.set_timesteps(80)
+    times = pipe.scheduler.timesteps.tolist()
+    alike = next(at for at in range(1, 80) if times[at] == times[at - 1])
+    strength, seen = (80 - alike + 0.5) / 80, []
+    plain = row.run(pipe, steps=80, strength=strength)
+    with heterostep.enabled(pipe, share=1.0, on_step=lambda info: seen.append(info.step)):
+        assert equal(row.run(pipe, steps=80, strength=strength), plain)
+    assert seen == list(range(80 - alike)) and len(heterostep.report(pipe).active_share) == 80 - alike
 
 
 def test_copies_of_an_enabled_pipeline_say_what_to_do():

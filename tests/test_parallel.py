@@ -103,6 +103,7 @@ QUICK = {
     "ltx2": halved,
     "hunyuan15": halved,
     "replayed": replayed,
+    "another_life": alike,
     "seconds": alike,
     "rankings": alike,
     "enabled_first": small,
@@ -166,8 +167,8 @@ def test_what_is_refused():
 class Threads(Ulysses):
     """Ranks that are threads: `meeting` is what they have brought, and where they wait for each other."""
 
-    def __init__(self, rank, size, anything, meeting):
-        self.rank, self.size, self.anything, self.meeting = rank, size, anything, meeting
+    def __init__(self, rank, size, uneven, meeting):
+        self.rank, self.size, self.uneven, self.meeting = rank, size, uneven, meeting
 
     def _brought(self, x):
         parts, barrier = self.meeting
@@ -184,9 +185,9 @@ class Threads(Ulysses):
         return torch.cat(self._brought(x), dim=dim)
 
 
-def on_threads(size, work, anything=False):
+def on_threads(size, work, uneven=False):
     meeting = [None] * size, threading.Barrier(size)
-    ranks = [Threads(rank, size, anything, meeting) for rank in range(size)]
+    ranks = [Threads(rank, size, uneven, meeting) for rank in range(size)]
     with ThreadPoolExecutor(size) as pool:
         list(pool.map(work, ranks))
 
@@ -227,7 +228,7 @@ def test_all_tokens_go_to_heads_and_back(size, tokens):
         assert torch.equal(ranks.heads_to_tokens(split, inside.flatten(2)), mine.flatten(2))
         assert torch.equal(ranks.gather_heads(inside.flatten(2)), value.flatten(2))
 
-    on_threads(size, work, anything=uneven)
+    on_threads(size, work, uneven=uneven)
 
 
 def test_one_process_is_whole():

@@ -49,17 +49,17 @@ def is_own_processor(processor: Any) -> bool:
     return _is_of(type(processor), "diffusers")
 
 
-def adapter_layers(model: torch.nn.Module) -> list[Any]:
+def lora_layers(model: torch.nn.Module) -> list[Any]:
     """PEFT's layers in a model (LoRA and its kin)."""
     return [each for each in model.modules() if hasattr(each, "scaling") and hasattr(each, "active_adapters")]
 
 
-def loaded_adapters(model: torch.nn.Module) -> dict[str, Any]:
+def loaded_loras(model: torch.nn.Module) -> dict[str, Any]:
     """The names of the PEFT adapters that a model has, with their configurations."""
     return dict(getattr(model, "peft_config", {}))
 
 
-def adapter_state(layers: Iterable[Any]) -> list[Any]:
+def lora_state(layers: Iterable[Any]) -> list[Any]:
     """What tells whether adapters were turned up, down, on, off or fused since."""
     return [(dict(x.scaling), list(x.active_adapters), x.disable_adapters, x.merged) for x in layers]
 
@@ -72,11 +72,10 @@ def scheduler_step(pipe: Any) -> int:
     scheduler, now = pipe.scheduler, getattr(pipe, "_current_timestep", None)
     if scheduler.step_index is not None:
         return scheduler.step_index
-    if now is None:
-        # A modular pipeline, whose runs begin where they tell the scheduler to.
+    if scheduler.begin_index is not None or now is None:
         return scheduler.begin_index or 0
-    # Not every pipeline tells where it begins; video-to-video does so later than at the first step.
-    return 0 if scheduler.timesteps.is_meta else int((scheduler.timesteps - now).abs().argmin())
+    # Not every pipeline tells where it begins. Of timesteps that round to the same number the scheduler knows which.
+    return 0 if scheduler.timesteps.is_meta else int(scheduler.index_for_timestep(now))
 
 
 def blocks_compiled(model: torch.nn.Module) -> bool:
@@ -106,12 +105,16 @@ def more_graphs() -> Iterator[None]:
             dynamo.recompile_limit = before
 
 
+# diffusers' hooks that split a model's tokens over processes and gather them.
+_SPLIT, _GATHER = "ContextParallelSplitHook", "ContextParallelGatherHook"
+
+
 def exchanges_tokens(hook: Any) -> bool:
     """Whether a hook of diffusers' is one that splits a model's tokens over processes, or gathers them."""
-    return type(hook).__name__ in ("ContextParallelSplitHook", "ContextParallelGatherHook")
+    return type(hook).__name__ in (_SPLIT, _GATHER)
 
 
-def received(x: Any) -> Any:
+def waited_for(x: Any) -> Any:
     """The value, once the exchange between processes that it comes from has ended: torch lets it go on until then."""
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
@@ -121,7 +124,7 @@ def received(x: Any) -> Any:
 def split_inputs(model: torch.nn.Module) -> dict[str, Any]:
     """Which of a forward's inputs context parallelism splits before it is called, by name, and how
     (`ContextParallelInput`)."""
-    splits = (hook.metadata for hook in diffusers_hooks(model) if type(hook).__name__ == "ContextParallelSplitHook")
+    splits = (hook.metadata for hook in diffusers_hooks(model) if type(hook).__name__ == _SPLIT)
     return {name: how for split in splits for name, how in split.items() if not how.split_output}
 
 
@@ -130,9 +133,9 @@ def split_plan(model: torch.nn.Module) -> dict[str, Any]:
     plan = {}
     for name, module in model.named_modules():
         for hook in diffusers_hooks(module):
-            if type(hook).__name__ == "ContextParallelSplitHook":
+            if type(hook).__name__ == _SPLIT:
                 plan[name] = hook.metadata
-            elif type(hook).__name__ == "ContextParallelGatherHook":
+            elif type(hook).__name__ == _GATHER:
                 (plan[name],) = hook.metadata
     return plan
 

@@ -45,11 +45,10 @@ class Ranks:
     Attributes:
         size: P.
         rank: which of them this is, from 0.
-        anything: whether tokens may be split unevenly.
+        uneven: whether tokens may be split unevenly.
     """
 
-    size, rank = 1, 0
-    anything = False
+    size, rank, uneven = 1, 0, False
 
     def pad_to_ranks(self, index: torch.Tensor) -> torch.Tensor:
         """Repeats the last token until the count is divisible by P: int64 [B, n] -> [B, P * b]."""
@@ -101,8 +100,8 @@ class Ranks:
         """The least of each number over all ranks."""
         return list(values)
 
-    def agree(self, value: bool) -> bool:
-        """Whether it is so on all ranks."""
+    def true_on_all(self, value: bool) -> bool:
+        """Whether a value is True on every rank."""
         return bool(self.all_reduce_min([int(value)])[0])
 
     def check_same(self, noise: torch.Tensor) -> None:
@@ -121,13 +120,13 @@ class Ulysses(Ranks):
 
     Args:
         group: of torch.distributed.
-        anything: whether tokens may be split unevenly (`ulysses_anything`).
+        uneven: whether tokens may be split unevenly (`ulysses_anything`).
     """
 
-    def __init__(self, group: Any, anything: bool = False) -> None:
+    def __init__(self, group: Any, uneven: bool = False) -> None:
         import torch.distributed as dist
 
-        self.group, self.anything = group, anything
+        self.group, self.uneven = group, uneven
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
     def pad_to_ranks(self, index: torch.Tensor) -> torch.Tensor:
@@ -141,7 +140,7 @@ class Ulysses(Ranks):
 
     def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """See `Ranks`."""
-        if not self.anything:
+        if not self.uneven:
             return self._all_gather_even(x, dim)
         sizes = self._all_gather_even(torch.tensor([x.shape[dim]], device=x.device), 0).tolist()
         x = x.movedim(dim, 0)
@@ -153,7 +152,7 @@ class Ulysses(Ranks):
         if index is not None:
             count = index.shape[1]
             return Split(rows, tuple(min(max(count - rank * rows, 0), rows) for rank in range(self.size)))
-        if not self.anything:
+        if not self.uneven:
             return Split(rows, (rows,) * self.size)
         each, more = divmod(num_tokens, self.size)
         return Split(rows, tuple(each + (rank < more) for rank in range(self.size)))

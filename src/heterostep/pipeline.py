@@ -74,7 +74,7 @@ class _Session:
         local = [attn for model in models for attn in self.runner.adapter.local_attentions(model)]
         step = None
         try:
-            self.runner.begin(Correction.VELOCITY if euler else Correction.SAMPLE)
+            self.runner.step_by(scheduler, Correction.VELOCITY if euler else Correction.SAMPLE)
             _last[pipe] = self
             step = WrappedStep(scheduler, self.runner.end_step, self.runner.stepped)
             pipe.scheduler = scheduler

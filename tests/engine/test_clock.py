@@ -1,4 +1,6 @@
+import contextlib
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +98,20 @@ def test_steps_count_by_the_calls_that_guidance_makes():
 def test_cost_never_falls_with_the_share():
     cost = StepCost([1.0, 1.0, 3.0], [1.0, 1.0, 0.5])
     assert 0 <= cost.seconds(0.1) <= cost.seconds(0.5) <= cost.seconds(1)
+
+
+def test_on_a_gpu_the_first_step_begins_when_all_before_it_is_done(monkeypatch):
+    """Else a part of it would be hidden behind that, where the host is slower than the GPU."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: done.append("waited"))
+    )
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: SimpleNamespace(record=lambda: done.append("mark")))
+    clock = StepClock(torch.device("cuda"))
+    clock.mark()
+    clock.mark()
+    assert done == ["waited", "mark", "mark"]
 
 
 def test_clock_measures_between_marks():

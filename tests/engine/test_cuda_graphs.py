@@ -3,6 +3,8 @@
 The recording itself is CUDA's (tests/test_gpu.py); here it is one that calls again, on the recorded inputs.
 """
 
+import contextlib
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -84,11 +86,14 @@ class Two(Ranks):
         return [min(value, int(next(self.other))) for value in values]
 
 
-# What another rank says in turn (is the call alike, was it recorded), and how many calls were replayed after each.
+# What another rank says in turn, and how many calls were replayed after each: can calls be recorded, at once; then of
+# each call whether it is alike, and once whether it was recorded.
 OTHERS = {
-    "as this one": ([False, True, True, True, True], [0, 1, 2, 3]),
-    "with tensors in another place": ([False, True, True, False, True, True], [0, 1, 1, 2]),
-    "that could not record": ([False, True, False], [0, 0, 0, 0]),
+    "as this one": ([True, False, False, True, True, True, True], [0, 1, 2, 3]),
+    "with tensors in another place": ([True, False, False, True, True, False, True, True], [0, 1, 1, 2]),
+    "that could not record": ([True, False, False, True, False], [0, 0, 0, 0]),
+    "that has a hook": ([False, False], [0, 0, 0, 0]),
+    "that has recorded such calls before": ([True, True, False, True, True, True], [0, 1, 2]),
 }
 
 
@@ -164,6 +169,29 @@ def test_where_recording_fails_calls_go_on_as_they_are(monkeypatch, caplog):
     assert caplog.text.count("operation not permitted when stream is capturing") == 1
 
 
+def test_a_call_is_recorded_on_a_stream_of_its_own_gpu(monkeypatch):
+    """Without one torch takes the stream of the GPU that it recorded on first, and nothing is recorded."""
+    used = []
+
+    class Graph:
+        def replay(self):
+            used.append("replayed")
+
+    def graph(made, pool, stream, capture_error_mode):
+        used.append(stream)
+        return contextlib.nullcontext()
+
+    cuda_graphs._capture_stream.cache_clear()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    for device in (0, 1, 0):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        assert cuda_graphs.capture(lambda: "outputs", lambda: None)() == "outputs"
+    assert used[::2] == ["a stream of 0", "a stream of 1", "a stream of 0"] and used[1::2] == ["replayed"] * 3
+    cuda_graphs._capture_stream.cache_clear()
+
+
 def test_what_cannot_be_recorded_says_why():
     cuda = torch.device("cuda")
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
@@ -176,7 +204,7 @@ def test_what_cannot_be_recorded_says_why():
         assert cuda_graphs.why_not(model, [], cuda) == "Linear has a hook"
         handle.remove()
         ranks = Ranks()
-        ranks.anything = True
+        ranks.uneven = True
         assert "split unevenly" in cuda_graphs.why_not(model, [], cuda, ranks)
         model[1]._hf_hook = object()
         assert "accelerate" in cuda_graphs.why_not(model, [], cuda)

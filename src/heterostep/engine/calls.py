@@ -76,7 +76,7 @@ class DirectCalls:
         return self._replays[count](self._run, index, reads if self.held is None else [*reads, self.held])
 
     def may_be_replayed(self, index: torch.Tensor) -> bool:
-        """Whether a run would replay such a call."""
+        """Whether so small a call is recorded in a run that keeps all K and V on the device."""
         return pays(index, self._ranks)
 
     def is_recorded(self, count: int) -> bool:

@@ -29,6 +29,9 @@ class StepClock:
         """A step begins, or the last one has ended."""
         if self._cuda:
             with torch.cuda.device(self._device):
+                if not self._marks:
+                    # What is still to be done from before would hide a part of the first step.
+                    torch.cuda.current_stream().synchronize()
                 event = torch.cuda.Event(enable_timing=True)
                 event.record()
             self._marks.append(event)

@@ -19,8 +19,9 @@ from heterostep import compat
 from heterostep.errors import first_line
 from heterostep.parallel import ALONE, Ranks
 
-# Rows of a call (samples times active tokens, on each GPU) up to which recording pays. Above, the GPU is busy for longer than the
-# host, and a recorded call would keep its activations for nothing. Chosen by hand; what it gains: benchmarks/h200.
+# Rows of a call (samples times active tokens, on each GPU) up to which recording pays. Above, the GPU is busy for
+# longer than the host, and a recorded call would keep its activations for nothing. Chosen by hand; what it gains:
+# benchmarks/h200.
 MOST_ROWS = 4096
 
 _logger = logging.getLogger("heterostep")
@@ -47,10 +48,14 @@ class ReplayedCalls:
         ranks: Ranks = ALONE,
         at_once: bool = False,
     ) -> None:
-        self._device, self._pool, self._ranks, self._at_once = device, pool, ranks, at_once
+        self._device, self._pool, self._ranks = device, pool, ranks
         self._refused = why_not(model, ours, device, ranks)
+        # A hook, or an earlier run, may be one rank's alone, and one that does something else waits for ever.
+        if not ranks.true_on_all(not self._refused):
+            self._refused = self._refused or "another GPU cannot"
+        self._at_once = ranks.true_on_all(at_once)
         # A user may turn a LoRA up or down between two steps.
-        self._loras = compat.adapter_layers(model)
+        self._loras = compat.lora_layers(model)
         self._kind: Any = None  # of the last call
         self._static: list[Any] = []
         self._replay: Callable[[], Any] | None = None
@@ -73,9 +78,9 @@ class ReplayedCalls:
         leaves, spec = tree_flatten(inputs)
         if self._refused or any(_elsewhere(leaf, self._device) for leaf in leaves):
             return call(inputs)
-        loras = compat.adapter_state(self._loras)
+        loras = compat.lora_state(self._loras)
         kind = [spec, [_kind(leaf) for leaf in leaves], [t.data_ptr() for t in reads], loras]
-        if not self._ranks.agree(kind == self._kind):
+        if not self._ranks.true_on_all(kind == self._kind):
             self.reset()
             # Kernels are compiled and libraries make their plans in a call that is not recorded. It may put something
             # in another place: that is for the next one to see.
@@ -96,13 +101,13 @@ class ReplayedCalls:
 
         def whole_call() -> Any:
             outputs = call(tree_unflatten(static, spec))
-            return outputs if self._ranks.size == 1 else tree_map(compat.received, outputs)
+            return outputs if self._ranks.size == 1 else tree_map(compat.waited_for, outputs)
 
         try:
             replay = capture(whole_call, self._pool)
         except RuntimeError as error:
             failure = first_line(error)
-        if not self._ranks.agree(replay is not None):
+        if not self._ranks.true_on_all(replay is not None):
             if self._at_once:
                 # Something had to be compiled after all: as if it were the first time.
                 self._at_once = False
@@ -130,9 +135,9 @@ def capture(call: Callable[[], Any], pool: Callable[[], Any]) -> Callable[[], An
     Raises:
         RuntimeError: the call needs the host, or memory that is not there.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
     # Other threads may allocate meanwhile.
-    with torch.cuda.graph(graph, pool=pool(), capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool(), stream=stream, capture_error_mode="thread_local"):
         outputs = call()
 
     def replay() -> Any:
@@ -140,6 +145,12 @@ def capture(call: Callable[[], Any], pool: Callable[[], Any]) -> Callable[[], An
         return outputs
 
     return replay
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """Where calls on this GPU are recorded: without one, torch takes a stream of the GPU that it recorded on first."""
+    return torch.cuda.Stream(device)
 
 
 def why_not(
@@ -152,7 +163,7 @@ def why_not(
         return "gradients are recorded"
     if torch.is_autocast_enabled("cuda"):
         return "autocast keeps cast weights for as long as it likes"
-    if ranks.anything:
+    if ranks.uneven:
         return "tokens that are split unevenly are counted by the host"
     for module in model.modules():
         # Offloading moves weights; another's hook would run once and never again.

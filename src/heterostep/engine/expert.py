@@ -72,8 +72,8 @@ class Expert:
         self._places = [
             (modules[parent], leaf, self._names[name]) for name, (parent, _, leaf) in places.items() if leaf
         ]
-        self.adapters = compat.adapter_layers(self.model)
-        self._loaded = compat.loaded_adapters(self.model)
+        self.loras = compat.lora_layers(self.model)
+        self._loaded = compat.loaded_loras(self.model)
 
     @property
     def was_changed(self) -> bool:
@@ -81,7 +81,7 @@ class Expert:
 
         Asked at every step, so it does not go through all modules, as `follow` does: LTX-2 has 3,674 of them.
         """
-        if compat.loaded_adapters(self.model) != self._loaded:
+        if compat.loaded_loras(self.model) != self._loaded:
             return True
         return any(getattr(parent, leaf, None) is not module for parent, leaf, module in self._places)
 
@@ -103,8 +103,8 @@ class Expert:
     def kind_of_run(self, inputs: dict[str, Any], how: Hashable) -> Hashable:
         """What runs have in common that compile the same: the calls' shape and place, the model's state, and `how`."""
         x = inputs["hidden_states"]
-        state = compat.blocks_compiled(self.model), repr(compat.adapter_state(self.adapters))
-        return tuple(x.shape), x.dtype, str(x.device), state, how
+        state = compat.blocks_compiled(self.model), repr(compat.lora_state(self.loras))
+        return tuple(x.shape), x.dtype, str(x.device), self.ranks.size, state, how
 
     def has_made(self, kind: Hashable) -> bool:
         """Whether this process has made a run of this kind to its end, or recorded such a call, under any runner."""

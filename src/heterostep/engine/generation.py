@@ -67,12 +67,12 @@ class Branch:
         for store in self.stores:
             store.reset()
 
-    def follow_text(self, text: Any, adapters: Any) -> None:
+    def follow_text(self, text: Any, loras: Any) -> None:
         """Drop the K/V that come from the text where it is another tensor than before, or has been written to; or where
-        adapters (LoRA) are not as they were."""
+        LoRAs are not as they were."""
         version = None if text is None or text.is_inference() else text._version
-        if text is not self.text or (version, adapters) != self.text_version:
-            self.text, self.text_version = text, (version, adapters)
+        if text is not self.text or (version, loras) != self.text_version:
+            self.text, self.text_version = text, (version, loras)
             for store in self.stores:
                 if isinstance(store, StaticKV):
                     store.reset()

@@ -99,6 +99,7 @@ class Runner:
         self._claiming = threading.Lock()  # a lock of its own: who is refused does not wait for a forward
         self._thread: int | None = None  # whose pipeline call is under way
         self._in_users_code = False  # a callback is running
+        self._scheduler: Any = None  # of the pipeline's call under way
         self._correction = Correction.NONE
         self._kind: Hashable = None  # of the generation's run, see `Expert.kind_of_run`
         self._compiling: threading.Thread | None = None
@@ -113,7 +114,7 @@ class Runner:
             raise
 
     def claim(self) -> None:
-        """Let a call begin in this thread, if none is under way.
+        """Let a call begin in this thread, if none is under way: its generation is what is asked of the transformers.
 
         Raises:
             HeterostepError: one is under way already.
@@ -125,17 +126,13 @@ class Runner:
                 )
             self._thread, self._in_users_code, self.generation = threading.get_ident(), False, None
 
-    def begin(self, correction: Correction) -> None:
-        """The pipeline is being called: what the transformers are asked for in this thread is its generation.
-
-        Args:
-            correction: how its scheduler can be told what a gap has missed.
-        """
-        self._correction = correction
+    def step_by(self, scheduler: Any, correction: Correction) -> None:
+        """The scheduler of the pipeline's call, and how it can be told what a gap has missed."""
+        self._scheduler, self._correction = scheduler, correction
 
     def end(self) -> None:
         """The pipeline's call has ended, as it should or by an exception: nothing but the report is kept."""
-        self._thread = None
+        self._thread = self._scheduler = None
         if self.generation is not None:
             self.generation.over = True
             self.generation.release()
@@ -176,6 +173,10 @@ class Runner:
 
     def _answer(self, position: int, expert: Expert, inputs: dict[str, Any]) -> Any:
         pipe = self.pipeline()
+        if pipe.scheduler is not self._scheduler:
+            raise HeterostepError(
+                "the scheduler was replaced in the middle of a run: set another one between two calls of the pipeline"
+            )
         generation = self._current(expert, pipe, inputs)
         step = compat.scheduler_step(pipe) - generation.first
         if step != generation.step:
@@ -231,7 +232,10 @@ class Runner:
             keep = generation.stores is not None
         if call.stale:
             branch.free_kv()
-        branch.follow_text(call.inputs.get("encoder_hidden_states"), compat.adapter_state(call.expert.adapters))
+        # diffusers applies the scale of `attention_kwargs` within the forward.
+        scale = (call.inputs.get("attention_kwargs") or {}).get("scale")
+        loras = compat.lora_state(call.expert.loras), scale
+        branch.follow_text(call.inputs.get("encoder_hidden_states"), loras)
         try:
             output = self._call_model(call, index, keep)
         except torch.OutOfMemoryError:
@@ -318,10 +322,10 @@ class Runner:
             # What another thread launches meanwhile would end a recording.
             self._compiling.join()
             self._compiling = None
-        few = index.shape[1]
+        count = index.shape[1]
         recording = (self._kind, tuple(index.shape))
-        if few not in branch.replays:
-            branch.replays[few] = ReplayedCalls(
+        if count not in branch.replays:
+            branch.replays[count] = ReplayedCalls(
                 expert.model,
                 expert.patches.hooked,
                 index.device,
@@ -329,12 +333,12 @@ class Runner:
                 expert.ranks,
                 at_once=expert.has_made(recording),
             )
-        rows, output = branch.replays[few](
+        rows, output = branch.replays[count](
             forward,
             {"inputs": inputs, "index": index, "extrapolation": workspace.extrapolation},
             [t for kept in (*branch.stores, workspace) for t in kept.tensors or ()],
         )
-        if branch.replays[few].recorded:
+        if branch.replays[count].recorded:
             expert.note_made(recording)
         velocities = self._on_velocity(rows)
         assert velocities is not None
@@ -423,7 +427,7 @@ class Runner:
         expert.ranks.check_same(inputs["hidden_states"])
         how = (schedule.sparse, self.config.sync, self.config.kv_store, self.config.cuda_graphs)
         self._kind = expert.kind_of_run(inputs, how)
-        generation.warm = expert.has_made(self._kind)
+        generation.warm = expert.ranks.true_on_all(expert.has_made(self._kind))
         return generation
 
     def _ignored(self, generation: Generation, velocity: torch.Tensor) -> torch.Tensor | None:
