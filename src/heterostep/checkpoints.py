@@ -131,7 +131,7 @@ def about(model: str) -> dict[str, Any]:
 
 
 def check_gpus(model: str, gpus: int) -> None:
-    """Whether so many GPUs can share a model's videos, as far as its configuration tells: no weights are loaded.
+    """Check that so many GPUs can share a model's videos, as far as its configuration tells: no weights are loaded.
 
     Raises:
         HeterostepError: they cannot.
@@ -174,7 +174,7 @@ class SizeRules:
     longest: int | None = None
 
     def check(self, height: int, width: int, num_frames: int) -> None:
-        """Whether the model makes videos of this size (pixels, frames).
+        """Check that the model makes videos of this size (pixels, frames).
 
         Raises:
             HeterostepError: it does not; says which sizes it makes.
@@ -224,7 +224,7 @@ def size_rules(pipe: Any) -> SizeRules:
 
 
 def check_sizes(pipe: Any, height: int, width: int, num_frames: int) -> None:
-    """Whether the pipeline makes videos of this size (pixels, frames).
+    """Check that the pipeline makes videos of this size (pixels, frames).
 
     Raises:
         HeterostepError: it does not; says which sizes it makes.

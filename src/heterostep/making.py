@@ -169,7 +169,7 @@ def usual_steps(model: str | None) -> int | None:
 
 
 def check_known_sizes(model: str | None, height: int | None, width: int | None, num_frames: int | None) -> None:
-    """Whether a model makes videos of this size, as far as its configuration tells: no weights are loaded.
+    """Check that a model makes videos of this size, as far as its configuration tells: no weights are loaded.
 
     Args:
         model: as `load` takes it; of hub ids those are known that `heterostep.configs` has.
@@ -199,7 +199,7 @@ def ignores_negative(pipe: Any, options: dict[str, Any]) -> bool:
 
 
 def check_target(config: HSAConfig, num_steps: int) -> float:
-    """Whether a run of so many steps can meet its target.
+    """Check that a run of so many steps can meet its target.
 
     Returns:
         the share of the token evaluations that is planned before anything is measured.

@@ -274,7 +274,7 @@ def check_shape(image: Image.Image, width: int, height: int) -> str | None:
 
 
 def check_prompt(prompt: str) -> None:
-    """Whether a prompt says anything.
+    """Check that a prompt says something.
 
     Raises:
         HeterostepError: it does not.
@@ -289,7 +289,7 @@ def default_steps(model: str | None) -> int:
 
 
 def check_model(model: str | None) -> None:
-    """Whether a model that can only be a folder is there; hub ids are known when they are loaded.
+    """Check that a model that can only be a folder is there; hub ids are known when they are loaded.
 
     Raises:
         HeterostepError: it is not.

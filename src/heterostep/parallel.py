@@ -105,7 +105,7 @@ class Ranks:
         return bool(self.all_reduce_min([int(value)])[0])
 
     def check_same(self, noise: torch.Tensor) -> None:
-        """Whether all ranks were given the same noise.
+        """Check that all ranks were given the same noise.
 
         Raises:
             HeterostepError: they were not.
@@ -261,7 +261,7 @@ def ranks_of(config: Any) -> Ranks:
 
 
 def check(model: Any, supported: bool, plan: dict[str, Any] | None) -> None:
-    """Whether tokens can be skipped in a model as it is spread over processes.
+    """Check that tokens can be skipped in a model as it is spread over processes.
 
     Args:
         supported: whether its family is known to work.
@@ -294,7 +294,7 @@ def check(model: Any, supported: bool, plan: dict[str, Any] | None) -> None:
 
 
 def check_heads(model: Any, ranks: int) -> None:
-    """Whether so many ranks can share a model's heads.
+    """Check that so many ranks can share a model's heads.
 
     Raises:
         HeterostepError: they cannot.

@@ -214,7 +214,7 @@ def enable_context_parallel(pipe: Any, ranks: int) -> None:
 
 
 def check_pipeline(pipe: Any) -> None:
-    """Whether heterostep runs on this pipeline as it is.
+    """Check that heterostep runs on this pipeline as it is.
 
     Raises:
         HeterostepError: it does not; one line says why and what to do.

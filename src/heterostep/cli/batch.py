@@ -103,7 +103,7 @@ def batch(
 
 
 def check_ray(module: str, what: str) -> None:
-    """Whether Ray is there.
+    """Check that Ray is there.
 
     Raises:
         HeterostepError: it is not; says how to get it.

@@ -143,7 +143,7 @@ def _check(
     repeats: int,
     vbench: bool,
 ) -> None:
-    """Whether the options go together, and what they name is there."""
+    """Check that the options go together, and what they name is there."""
     if batch > 1 and repeats > 1:
         raise HeterostepError("--repeats is for timings, and a batch is not timed: leave out --repeats or --batch")
     given = those_given({"--steps": steps is not None, "--guidance": guidance is not None, "--vbench": vbench})
@@ -284,7 +284,7 @@ def _tell(line: str) -> None:
 
 
 def _check_compared(results: list[dict[str, Any]], out: Path) -> None:
-    """Whether any method could be run anywhere."""
+    """Check that any method could be run anywhere."""
     if not any(each["curves"] for each in results):
         reasons = dict.fromkeys(f"{each['name']}: {each['reason']}" for made in results for each in made["methods"])
         raise HeterostepError(f"nothing could be compared ({'; '.join(reasons)}); the dense videos are in {out}")

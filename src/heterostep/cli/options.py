@@ -41,7 +41,7 @@ def check_guidance(guidance: float | None) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Whether the folder is there or can be made, before any work."""
+    """Check that the folder is there or can be made, before any work."""
     there = next(each for each in (path, *path.parents) if each.exists())
     if not there.is_dir():
         raise HeterostepError(f"{there} is not a folder")
@@ -57,7 +57,7 @@ def _try_to_write(folder: Path) -> None:
 
 
 def check_outputs(*outputs: tuple[Path | None, tuple[str, ...]]) -> None:
-    """Whether each (path, suffixes) can be written, before any work."""
+    """Check that each (path, suffixes) can be written, before any work."""
     given = [(path, suffixes) for path, suffixes in outputs if path is not None]
     for path, suffixes in given:
         if path.name and name_is_too_long(path):

@@ -1,4 +1,4 @@
-"""Which tokens a sparse step evaluates: the policy's order of the scores, given frames last.
+"""Which tokens a sparse step evaluates: those of the policy's highest scores, given frames last.
 
 Shapes: B samples, N tokens, n active tokens.
 """

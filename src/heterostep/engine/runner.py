@@ -9,6 +9,9 @@ inside the pipeline's own `__call__`, in its thread, are the runner's: others pa
     sparse   the active tokens only; the others' velocities are extrapolated
     skipped  no token: all velocities are extrapolated
 
+A dense *step*, which evaluates all tokens, makes dense calls where a later step reads its K/V, and plain ones
+elsewhere: by default nearly all are plain.
+
 How many tokens a step evaluates, which, and how far the others' velocities follow their last change over log(1 - sigma)
 is the policy's (`heterostep.policy`). Holding a velocity over k steps is one Euler step over all of them.
 

@@ -68,7 +68,7 @@ class Schedule:
         return sum(self.policy.plan(0)) / (self.run.num_steps * self.run.tokens.total)
 
     def check(self) -> None:
-        """Whether the run can meet the target.
+        """Check that the run can meet the target.
 
         Raises:
             HeterostepError: it cannot; the message names the lowest possible target.

@@ -1,4 +1,4 @@
-"""How each token's velocity changes.
+"""The velocities of each branch: kept where tokens were evaluated, extrapolated elsewhere, and how they change.
 
 From that follow the score that decides who gets more steps (HSA, arXiv 2605.06892) and the slope that a held velocity
 goes along.

@@ -226,7 +226,7 @@ def plan(
 
 
 def _check_sizes(sizes: dict[str, Any]) -> None:
-    """Whether these are numbers that a model can have; None where one is not known."""
+    """Check that these are numbers that a model can have; None where one is not known."""
     for name, value in sizes.items():
         if value is None:
             continue

@@ -83,7 +83,9 @@ class Change:
 
 
 class Policy(abc.ABC):
-    """Where and which. An object belongs to one run and keeps nothing between its calls.
+    """Where and which. An object belongs to one run.
+
+    Its plans depend on their arguments alone, and on whether `leave_out_single_tokens` was called.
 
     Args:
         config: the user's options.

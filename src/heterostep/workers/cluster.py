@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def check_options(device: str, gpus_per_video: int = 1) -> None:
-    """Whether workers can be had like this, before Ray is begun.
+    """Check that workers can be had like this, before Ray is begun.
 
     Raises:
         HeterostepError: they cannot.
