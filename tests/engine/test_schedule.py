@@ -1,3 +1,6 @@
+import re
+
+import numpy as np
 import pytest
 
 from heterostep.config import HSAConfig
@@ -24,6 +27,31 @@ def test_lowest_share_is_the_boundary_of_what_is_feasible(options, expected):
         schedule(share=lowest - 0.001, **options).check()
     with pytest.raises(HeterostepError, match="runtime=0.01"):
         schedule(runtime=0.01).check()
+
+
+@pytest.mark.parametrize("dial", ["share", "runtime"])
+@pytest.mark.parametrize("num_steps", [1, 8, 14, 40])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"policy": "hsa"}, {"policy": "hsa", "dense_end": 2}, {"divisors": (3,)}, {"round_robin": 3}],
+    ids=["auto", "hsa", "dense-end", "divisors", "round-robin"],
+)
+def test_the_lowest_target_that_is_told_can_be_met_and_so_can_all_above(options, num_steps, dial):
+    with pytest.raises(HeterostepError) as caught:
+        schedule(num_steps, **{dial: 0.001}, **options).check()
+    lowest = float(re.search(r"lowest possible (\S+) ", str(caught.value))[1])
+    for target in np.linspace(lowest, 1, 50):
+        schedule(num_steps, **{dial: target}, **options).check()
+    with pytest.raises(HeterostepError, match=f"lowest possible {lowest:g} "):
+        schedule(num_steps, **{dial: lowest - 0.001}, **options).check()
+
+
+def test_a_target_that_the_window_is_too_late_for_begins_it_earlier():
+    early, wanted = (schedule(10, share=share, divisors=(3,)) for share in (0.59, 0.6))
+    assert early.policy.window == (2, 10) and wanted.policy.window == (3, 10)
+    assert sum(early.plan()) == 5 * 640 and sum(wanted.plan()) == 6 * 640
+    with pytest.raises(HeterostepError, match=r"0\.4 for 10 steps \(dense steps: 1, then one in 3\)"):
+        schedule(10, share=0.1, divisors=(3,)).check()
 
 
 def test_a_replay_needs_one_share_a_step_and_dense_ones_to_go_by():

@@ -64,7 +64,7 @@ class Schedule:
 
     @property
     def lowest_share(self) -> float:
-        """The smallest share that the policy and the restarts allow."""
+        """What policy and restarts take at the least, 0..1; where the target is below, the smallest that can be met."""
         return sum(self.policy.plan(0)) / (self.run.num_steps * self.run.tokens.total)
 
     def check(self) -> None:
