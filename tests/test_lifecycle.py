@@ -265,6 +265,25 @@ def test_a_run_that_was_cancelled_keeps_no_memory(cause):
     assert not runner.generation.branches and runner.generation.workspace.nbytes == 0
 
 
+@pytest.mark.parametrize(("step", "share"), [(0, 1), (1, 1), (4, 0.5)])
+def test_a_step_that_failed_is_not_counted(step, share):
+    pipe, shares = small_pipeline(), [1, 1, 0.5, 0, 0.5, *[1] * 7]
+
+    def fail(*args):
+        if inspect(pipe).generation.step == step:
+            raise Cancelled
+
+    assert shares[step] == share
+    pipe.transformer.blocks[0].register_forward_pre_hook(fail)
+    heterostep.enable(pipe, share=shares)
+    with pytest.raises(Cancelled):
+        run(pipe)
+    report = heterostep.report(pipe)
+    assert not report.finished and report.active_share == report.replay["share"] == shares[:step]
+    assert report.steps.mean == sum(shares[:step]) == report.steps_maps.mean()
+    assert report.share.achieved == pytest.approx(sum(shares[:step]) / 12)
+
+
 class Scaled:
     """Stands for a processor of somebody else's, such as NAG's."""
 
