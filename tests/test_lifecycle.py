@@ -148,6 +148,18 @@ def test_nested_and_failing_blocks_restore_what_was(row, options):
 LORA_ON = {"Wan": "proj_out|patch_embedding|to_q|to_k|to_v", "LTX": "proj_out|to_q|to_k", "Hun": "proj_out|to_q|to_k"}
 
 
+@pytest.mark.parametrize("left", [None, torch.nn.Linear(1, 1)], ids=["nothing", "another"])
+def test_a_block_that_takes_the_transformer_off_ends_with_its_own_error(left):
+    """Its memory may be wanted for decoding."""
+    pipe = small_pipeline()
+    heterostep.enable(pipe, share=0.7)
+    with pytest.raises(Cancelled), heterostep.enabled(pipe, share=0.5):
+        pipe.transformer = left
+        raise Cancelled
+    with pytest.raises(HeterostepError, match="nothing to inspect"):
+        inspect(pipe)
+
+
 @both_ways
 def test_a_lora_put_on_and_taken_off_while_enabled(row, options):
     """Also one that replaces the modules that carry hooks."""
