@@ -123,6 +123,7 @@ def test_a_first_frame_comes_as_a_file(bench):
         ({"runtime": 2}, "runtime", "from 0.001 to 1"),
         ({"runtime": 0.5, "share": 0.5}, "share", "not both"),
         ({"share": 0.01}, "share", "lowest possible"),
+        ({"policy": "round-robin"}, "policy", "policy must be one of auto, hsa, not 'round-robin'"),
         ({"seed": -1}, "seed", "from 0"),
         ({"model": "sora-2"}, "model", "only runs heterostep-tiny"),
         ({"colour": "red"}, "colour", "no field is called 'colour'"),
