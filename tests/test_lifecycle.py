@@ -148,6 +148,18 @@ def test_nested_and_failing_blocks_restore_what_was(row, options):
 LORA_ON = {"Wan": "proj_out|patch_embedding|to_q|to_k|to_v", "LTX": "proj_out|to_q|to_k", "Hun": "proj_out|to_q|to_k"}
 
 
+@pytest.mark.parametrize("left", [None, torch.nn.Linear(1, 1)], ids=["nothing", "another"])
+def test_a_block_that_takes_the_transformer_off_ends_with_its_own_error(left):
+    """Its memory may be wanted for decoding."""
+    pipe = small_pipeline()
+    heterostep.enable(pipe, share=0.7)
+    with pytest.raises(Cancelled), heterostep.enabled(pipe, share=0.5):
+        pipe.transformer = left
+        raise Cancelled
+    with pytest.raises(HeterostepError, match="nothing to inspect"):
+        inspect(pipe)
+
+
 @both_ways
 def test_a_lora_put_on_and_taken_off_while_enabled(row, options):
     """Also one that replaces the modules that carry hooks."""
@@ -272,6 +284,25 @@ def test_a_run_that_was_cancelled_keeps_no_memory(cause):
     with pytest.raises(Cancelled):
         run(pipe, callback_on_step_end=cancel_after(5))
     assert not runner.generation.branches and runner.generation.workspace.nbytes == 0
+
+
+@pytest.mark.parametrize(("step", "share"), [(0, 1), (1, 1), (4, 0.5)])
+def test_a_step_that_failed_is_not_counted(step, share):
+    pipe, shares = small_pipeline(), [1, 1, 0.5, 0, 0.5, *[1] * 7]
+
+    def fail(*args):
+        if inspect(pipe).generation.step == step:
+            raise Cancelled
+
+    assert shares[step] == share
+    pipe.transformer.blocks[0].register_forward_pre_hook(fail)
+    heterostep.enable(pipe, share=shares)
+    with pytest.raises(Cancelled):
+        run(pipe)
+    report = heterostep.report(pipe)
+    assert not report.finished and report.active_share == report.replay["share"] == shares[:step]
+    assert report.steps.mean == sum(shares[:step]) == report.steps_maps.mean()
+    assert report.share.achieved == pytest.approx(sum(shares[:step]) / 12)
 
 
 class Scaled:

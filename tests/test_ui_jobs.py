@@ -236,6 +236,7 @@ def test_an_unexpected_fault_ends_one_job_alone(studio, monkeypatch, caplog):
         ({"model": "/no/such/folder"}, "model", "the folder /no/such/folder does not exist"),
         ({"dial": "speed"}, "target", "runtime or a share"),
         ({"policy": "fastest"}, "policy", "policy"),
+        ({"policy": "round-robin"}, "policy", "policy must be one of auto, hsa, not 'round-robin'"),
         ({"policy": "hsa", "sparse_share": "0.5"}, "sparse_share", "belongs to"),
         ({"steps": "0"}, "steps", "from 1 to 1000"),
         ({"steps": "2.5"}, "steps", "whole number"),

@@ -198,6 +198,17 @@ def ignores_negative(pipe: Any, options: dict[str, Any]) -> bool:
     return bool(options.get("negative_prompt")) and (embedded or options["guidance_scale"] <= 1)
 
 
+def check_policy(name: str) -> None:
+    """Whether there is a policy that its name alone asks for.
+
+    Raises:
+        HeterostepError: there is none.
+    """
+    from heterostep.policy import find
+
+    find(name, alone=True)
+
+
 def check_target(config: HSAConfig, num_steps: int) -> float:
     """Check that a run of so many steps can meet its target.
 
@@ -208,13 +219,9 @@ def check_target(config: HSAConfig, num_steps: int) -> float:
         HeterostepError: it cannot; says what the lowest target is.
     """
     from heterostep.engine.schedule import Schedule
-    from heterostep.policy import Run, find
+    from heterostep.policy import Run
     from heterostep.sigmas import nominal_sigmas
 
-    try:
-        find(config.policy)
-    except HeterostepError as error:
-        raise HeterostepError(str(error), "policy") from error
     schedule = Schedule(config, Run(nominal_sigmas(num_steps)))
     schedule.check()
     return sum(schedule.plan()) / num_steps / schedule.run.tokens.total

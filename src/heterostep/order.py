@@ -178,8 +178,9 @@ class Order:
         """The options of the faster run.
 
         Raises:
-            HeterostepError: they do not go together.
+            HeterostepError: they do not go together, or there is no such policy.
         """
+        making.check_policy(self.policy)
         dial: dict[str, Any] = {self.dial: self.target}
         return HSAConfig(policy=self.policy, sparse_share=self.sparse_share, **dial)
 

@@ -292,12 +292,17 @@ def enable(
 
 
 def _restoring(pipe: Pipeline) -> Callable[[], None]:
-    """What makes a disabled pipeline what it is now: off, or enabled with the options that it has."""
+    """What makes a disabled pipeline what it is now: off, or enabled with the options that it has.
+
+    A pipeline that cannot be enabled any more, for its transformer was taken off or is another one's now, stays off.
+    """
     session = _open.get(pipe) if isinstance(pipe, _PIPELINES) else None
     on_step = getattr(pipe, _ON_STEP, None)
 
     def restore() -> None:
-        if session is not None and not any(is_wrapped(model) for model in transformers(pipe)):
+        models = transformers(pipe)
+        free = all(type(model).__name__ in FAMILIES and not is_wrapped(model) for model in models)
+        if session is not None and models and free:
             _open[pipe] = _Session(pipe, session.config, on_step)
 
     return restore

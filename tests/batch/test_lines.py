@@ -91,6 +91,7 @@ def test_a_first_frame_is_found_beside_the_file_and_belongs_to_the_key(file, tmp
         ({"prompt": "a", "runtime": 0.5, "share": 0.5}, "runtime or share, not both"),
         ({"prompt": "a", "runtime": 7}, "runtime should be from 0.001 to 1"),
         ({"prompt": "a", "share": 0.01}, "lowest possible"),
+        ({"prompt": "a", "policy": "round-robin"}, "policy must be one of auto, hsa, not 'round-robin'"),
         ('{"prompt": "a", "share": NaN}', "share should be from"),
         ({"prompt": "a", "frames": 9, "num_frames": 9}, "frames or num_frames, not both"),
         ({"prompt": "a", "colour": "red"}, "no field is called 'colour'; the fields are prompt, .*, image, name"),

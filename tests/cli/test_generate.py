@@ -263,6 +263,7 @@ def test_scene_without_a_shape_fails_in_one_line(no_model, capsys):
         (["--share", "0.01"], "heterostep: --share=0.01 is below the lowest possible"),
         (["--runtime", "0.2", "--steps", "4"], "lowest possible"),
         (["--policy", "best"], "heterostep: --policy must be one of auto, hsa"),
+        (["--policy", "round-robin"], "heterostep: --policy must be one of auto, hsa, not 'round-robin'"),
         (["--policy", "hsa", "--sparse-share", "0.2"], "heterostep: --sparse-share belongs to policy='auto'"),
         (["--steps", "0"], "--steps"),
         (["--steps", "10001"], "--steps"),

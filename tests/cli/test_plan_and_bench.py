@@ -160,6 +160,7 @@ def test_the_known_models_are_listed(capsys):
             [*PLAN, "--kv-store", "tape"],
             "--kv-store must be one of auto, device, fp8, offload, fp8-offload, not 'tape'",
         ),
+        ([*PLAN, "--policy", "round-robin"], "heterostep: --policy must be one of auto, hsa, not 'round-robin'"),
         ([*PLAN, "--offload", "disk"], "heterostep: --offload must be one of none, model"),
         ([*PLAN, "--sparse-share", "2"], "--sparse-share"),
         ([*PLAN, "--steps", "0"], "--steps"),

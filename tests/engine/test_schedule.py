@@ -1,9 +1,15 @@
+import re
+from typing import ClassVar
+
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from heterostep.config import HSAConfig
 from heterostep.engine.schedule import Schedule
 from heterostep.errors import HeterostepError
-from heterostep.policy import Change, Run, Tokens
+from heterostep.policy import POLICIES, Change, Policy, Run, Tokens
 from heterostep.sigmas import nominal_sigmas
 
 
@@ -26,17 +32,133 @@ def test_lowest_share_is_the_boundary_of_what_is_feasible(options, expected):
         schedule(runtime=0.01).check()
 
 
+@pytest.mark.parametrize("dial", ["share", "runtime"])
+@pytest.mark.parametrize("num_steps", [1, 8, 14, 40])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"policy": "hsa"}, {"policy": "hsa", "dense_end": 2}, {"divisors": (3,)}, {"round_robin": 3}],
+    ids=["auto", "hsa", "dense-end", "divisors", "round-robin"],
+)
+def test_the_lowest_target_that_is_told_can_be_met_and_so_can_all_above(options, num_steps, dial):
+    with pytest.raises(HeterostepError) as caught:
+        schedule(num_steps, **{dial: 0.001}, **options).check()
+    lowest = float(re.search(r"lowest possible (\S+) ", str(caught.value))[1])
+    for target in np.linspace(lowest, 1, 50):
+        schedule(num_steps, **{dial: target}, **options).check()
+    with pytest.raises(HeterostepError, match=f"lowest possible {lowest:g} "):
+        schedule(num_steps, **{dial: lowest - 0.001}, **options).check()
+
+
+class Given(Policy):
+    """The counts that a test gives."""
+
+    name = "given"
+    counts: ClassVar[list]
+
+    def replan(self, evaluations, step, changes=(), spend_remainder=True):
+        return self.counts[step:]
+
+
+@pytest.fixture
+def given_counts(monkeypatch):
+    monkeypatch.setitem(POLICIES, "given", Given)
+    return lambda counts: monkeypatch.setattr(Given, "counts", counts, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([0, 0, 0, 0], "must be dense at step 0: there is no velocity"),
+        ([640, 640, 0, 640], "must be dense at step 2: there the second"),
+        ([640, -1, 640, 0], "evaluates -1 tokens at step 1, which should be a whole number, 0 to 640"),
+        ([640, 640, 640, 641], "evaluates 641 tokens at step 3"),
+        ([640, 640, 640, 2.5], "evaluates 2.5 tokens at step 3"),
+        ([640, 640], "is for 2 steps, but the run has 4"),
+        ([640, 640, 640, 0, 0], "is for 5 steps, but the run has 4"),
+        ([640, 5, 640, 5], r"needs two dense steps before the first sparse one \(step 1\), to rank tokens"),
+    ],
+)
+def test_a_policy_that_gives_no_plan_is_told_so(given_counts, counts, message):
+    made = schedule(4, restarts=(2,), share=0.5, policy="given")
+    given_counts(counts)
+    with pytest.raises(HeterostepError, match=f"^policy='given' {message}") as caught:
+        made.check()
+    assert caught.value.field == "policy" and "\n" not in str(caught.value)
+    for planned_anew in (
+        lambda: made.within_share([640], 1, []),
+        lambda: made.within_seconds([640], 1, [], 1000.0, float),
+    ):
+        if counts[0] == 640:
+            with pytest.raises(HeterostepError, match=f"^policy='given' {message}"):
+                planned_anew()
+
+
+def test_counts_of_a_policy_may_be_of_another_kind_of_whole_number(given_counts):
+    given_counts(np.array([640, 640, 5, 0]))
+    made = schedule(4, share=0.9, policy="given")
+    made.check()
+    assert made.plan() == [640, 640, 5, 0] and {type(count) for count in made.plan()} == {int}
+
+
+@given(
+    options=st.sampled_from(
+        [
+            {},
+            {"sparse_share": 0.4},
+            {"dense_start": 3, "dense_end": 2},
+            {"policy": "hsa"},
+            {"policy": "hsa", "dense_end": 1},
+            {"divisors": (3,)},
+            {"round_robin": 4},
+            {"round_robin": 2, "dense_start": 1},
+        ]
+    ),
+    num_steps=st.integers(1, 60),
+    target=st.floats(0.001, 1.0),
+    dial=st.sampled_from(["share", "runtime"]),
+    restart=st.none() | st.integers(1, 59),
+    least=st.integers(0, 1),
+    step=st.integers(0, 59),
+    seconds=st.floats(0.0, 60.0),
+)
+def test_what_the_policies_give_are_plans(options, num_steps, target, dial, restart, least, step, seconds):
+    restarts = () if restart is None or restart >= num_steps else (restart,)
+    made = schedule(num_steps, Tokens(640, least), restarts, **{dial: target}, **options)
+    counts = made.plan()
+    begin = made.anew_from(counts, min(step, num_steps - 1))
+    if begin is not None:
+        made.within_share(counts, begin, [])
+        counts = made.within_seconds(counts, begin, [], seconds, lambda count: 0.01 + count / 640)
+    Schedule(HSAConfig(share=[count / 640 for count in counts], **options), made.run).check()
+
+
+def test_a_target_that_the_window_is_too_late_for_begins_it_earlier():
+    early, wanted = (schedule(10, share=share, divisors=(3,)) for share in (0.59, 0.6))
+    assert early.policy.window == (2, 10) and wanted.policy.window == (3, 10)
+    assert sum(early.plan()) == 5 * 640 and sum(wanted.plan()) == 6 * 640
+    with pytest.raises(HeterostepError, match=r"0\.4 for 10 steps \(dense steps: 1, then one in 3\)"):
+        schedule(10, share=0.1, divisors=(3,)).check()
+
+
 def test_a_replay_needs_one_share_a_step_and_dense_ones_to_go_by():
     config = HSAConfig(share=[1, 1, 0.5, 0])
     assert config.target == pytest.approx(0.625)
     schedule(4, share=[1, 1, 0.5, 0]).check()
     schedule(4, share=[1, 0, 0, 1]).check()
-    with pytest.raises(HeterostepError, match="4 active shares"):
+    with pytest.raises(HeterostepError, match="share is for 4 steps, but the run has 5"):
         schedule(5, share=[1, 1, 0.5, 0]).check()
-    with pytest.raises(HeterostepError, match=r"^share\[0\] must be 1"):
+    with pytest.raises(HeterostepError, match="^share must be 1 at step 0"):
         schedule(3, share=[0, 1, 1]).check()
-    with pytest.raises(HeterostepError, match=r"first sparse step \(step 2\) needs two dense"):
+    with pytest.raises(HeterostepError, match=r"needs two dense steps before the first sparse one \(step 2\)"):
         schedule(4, share=[1, 0, 0.5, 1]).check()
+
+
+def test_a_replay_may_leave_out_what_each_step_evaluates_at_the_least():
+    """LTX-2's sound runs at every step: that takes no ranking."""
+    tokens = Tokens(640, least=1)
+    made = schedule(4, tokens, share=[1, 1 / 640, 1, 0])
+    made.check()
+    assert made.plan() == [640, 1, 640, 1]
 
 
 def test_sigmas_that_rise_are_refused():
@@ -53,7 +175,7 @@ def test_the_second_expert_costs_one_dense_step(policy):
     assert counts[13] == 100 and counts[:2] == [100, 100] and sum(counts) == 2000
     with pytest.raises(HeterostepError, match="second transformer"):
         schedule(share=0.01, policy=policy, restarts=(13,)).check()
-    with pytest.raises(HeterostepError, match="step 2 must be 1"):
+    with pytest.raises(HeterostepError, match="must be 1 at step 2"):
         schedule(4, share=[1, 1, 0.5, 0.5], restarts=(2,)).check()
 
 

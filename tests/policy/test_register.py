@@ -42,6 +42,21 @@ def test_a_policy_of_ones_own(every_third):
         run(pipe)
 
 
+def test_what_a_policy_gives_as_the_run_goes_is_checked_too(every_third, monkeypatch):
+    def replan(self, evaluations, step, *rest):
+        return [self.run.tokens.total, 0, 0] * (4 if step == 0 else 2)
+
+    monkeypatch.setattr(EveryThird, "replan", replan)
+    monkeypatch.setattr(EveryThird, "adapts", True)
+    pipe = small_pipeline()
+    with (
+        heterostep.enabled(pipe, share=0.4, policy="every-third"),
+        pytest.raises(HeterostepError, match="^policy='every-third' is for 9 steps, but the run has 12$"),
+    ):
+        run(pipe)
+    assert heterostep.report(pipe).active_share == [1, 0, 0, 1]
+
+
 def test_it_is_compared_like_any_other(every_third):
     method = heterostep_method("mine", "every third step", policy="every-third")
     options = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 12, "guidance_scale": 3.0}

@@ -17,7 +17,7 @@ from heterostep.order import Order, read_picture
 from heterostep.service.app import application, digest
 from heterostep.service.limits import Limits, Refused
 from heterostep.service.store import Store
-from heterostep.service.videos import Videos
+from heterostep.service.videos import KEPT, Videos
 
 LIMITS = Limits(queue=3, pixels=64 * 96, frames=17, steps=50, upload=50_000, keep=4)
 ASKED = {"prompt": "a cat", "steps": 12}
@@ -123,6 +123,7 @@ def test_a_first_frame_comes_as_a_file(bench):
         ({"runtime": 2}, "runtime", "from 0.001 to 1"),
         ({"runtime": 0.5, "share": 0.5}, "share", "not both"),
         ({"share": 0.01}, "share", "lowest possible"),
+        ({"policy": "round-robin"}, "policy", "policy must be one of auto, hsa, not 'round-robin'"),
         ({"seed": -1}, "seed", "from 0"),
         ({"model": "sora-2"}, "model", "only runs heterostep-tiny"),
         ({"colour": "red"}, "colour", "no field is called 'colour'"),
@@ -270,6 +271,36 @@ def test_the_next_service_finds_what_is_kept(tmp_path):
         assert second.client.get(f"/v1/videos/{video}").json() == told
         assert second.client.get(f"/v1/videos/{video}/content").content == b"video of a cat 9"
         assert len(second.client.get("/v1/videos").json()["data"]) == 1 and not (tmp_path / ".video_x.part").exists()
+
+
+BROKEN = [
+    "{",
+    "[]",
+    "null",
+    "[" * 100_000,
+    {"object": None},
+    {"object": "x"},
+    {"settings": None},
+    {"report": []},
+    *({"object": {name: value}} for name in KEPT for value in (None, 0.5)),
+]
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=lambda content: json.dumps(content)[:40])
+def test_the_next_service_passes_over_what_it_cannot_read(tmp_path, content):
+    with Bench(tmp_path, [FakeWorker()], LIMITS) as first:
+        good, bad = first.create(seed=1), first.create(seed=2)
+        first.until(bad, "completed")
+        told = first.client.get(f"/v1/videos/{good}").json()
+    path = tmp_path / bad / "video.json"
+    if isinstance(content, dict):
+        whole = json.loads(path.read_text())
+        parts = {name: whole[name] | part if isinstance(part, dict) else part for name, part in content.items()}
+        content = json.dumps(whole | parts)
+    path.write_text(content)
+    with Bench(tmp_path, [FakeWorker()], LIMITS) as second:
+        assert second.client.get("/v1/videos").json()["data"] == [told]
+        second.until(second.create(seed=3), "completed")
 
 
 def test_a_token_is_asked_for_on_every_route(tmp_path):

@@ -131,6 +131,7 @@ def generate(
         share = 1.0
     elif runtime is None and share is None:
         runtime = 0.5
+    making.check_policy(policy)
     config = HSAConfig(
         runtime=runtime,
         share=share,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import filesize
 
+from heterostep import making
 from heterostep.cli.options import DTYPE_HELP, MOST_STEPS, POLICY_HELP, silence
 from heterostep.config import HSAConfig
 from heterostep.devices import Dtype, device_of, precision_of
@@ -71,6 +72,7 @@ def plan(
         raise HeterostepError("give --sparse-share or --no-kv, not both of them")
     sparse_share = 0.0 if no_kv else sparse_share
     runtime = 0.5 if runtime is None and share is None else runtime
+    making.check_policy(policy)
     config = HSAConfig(
         runtime=runtime, share=share, policy=policy, sparse_share=sparse_share, kv_store=kv_store, vram=vram
     )  # fmt: skip

@@ -92,7 +92,7 @@ class Generation:
     trajectory: Trajectory
     clock: StepClock
     log_alphas: list[float]  # of the run's sigmas
-    evaluations: torch.Tensor  # [B, N] int32
+    evaluations: torch.Tensor  # [B, N] int32, of the steps that have been made
     evaluated_at: torch.Tensor  # [B, N] sigma of each token's last evaluation
     elapsed_sigma: torch.Tensor  # [B, N] between that and this step
     interval: torch.Tensor  # [B, N] `log_alpha` between each token's last two evaluations

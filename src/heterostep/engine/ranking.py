@@ -51,4 +51,3 @@ def activate(generation: Generation) -> None:
     sigma = generation.schedule.run.sigmas[generation.step]
     generation.interval = generation.interval.scatter(1, index, generation.elapsed_log_alpha.gather(1, index))
     generation.evaluated_at = generation.evaluated_at.scatter(1, index, sigma)
-    generation.evaluations.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))

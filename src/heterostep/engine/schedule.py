@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
@@ -64,14 +65,14 @@ class Schedule:
 
     @property
     def lowest_share(self) -> float:
-        """The smallest share that the policy and the restarts allow."""
+        """What policy and restarts take at the least, 0..1; where the target is below, the smallest that can be met."""
         return sum(self.policy.plan(0)) / (self.run.num_steps * self.run.tokens.total)
 
     def check(self) -> None:
         """Check that the run can meet the target.
 
         Raises:
-            HeterostepError: it cannot; the message names the lowest possible target.
+            HeterostepError: it cannot; the message names the lowest possible target. Or there is no `plan` to go by.
         """
         sigmas = self.run.sigmas
         flat = next((step for step, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])) if after >= sigma), None)
@@ -80,10 +81,9 @@ class Schedule:
                 f"the scheduler's sigmas must fall from step to step, but step {flat} goes from {sigmas[flat]:g} to "
                 f"{sigmas[flat + 1]:g}: give sigmas that fall, with final_sigmas_type='zero' and without invert_sigmas"
             )
+        self.plan()
         config, num_steps = self.config, self.run.num_steps
-        if isinstance(config.share, tuple):
-            self._check_replay(config.share)
-        elif config.target < self.lowest_share:
+        if not isinstance(config.share, tuple) and config.target < self.lowest_share:
             name = "runtime" if config.runtime is not None else "share"
             steps = f"{num_steps} step{'' if num_steps == 1 else 's'}"
             switch = ", with one where the second transformer takes over" if self.run.restarts else ""
@@ -93,28 +93,40 @@ class Schedule:
                 name,
             )
 
-    def _check_replay(self, shares: tuple[float, ...]) -> None:
-        if len(shares) != self.run.num_steps:
-            raise HeterostepError(f"share has {len(shares)} active shares, but the run has {self.run.num_steps} steps")
-        if shares[0] < 1:
-            raise HeterostepError("share[0] must be 1: the first step has no previous velocity to reuse")
-        first = next((step for step, share in enumerate(shares) if 0 < share < 1), len(shares))
-        if shares[:first].count(1.0) < 2 and first < len(shares):
-            raise HeterostepError(
-                f"the first sparse step (step {first}) needs two dense steps before it, to rank tokens"
-            )
-        for step in self.run.restarts:
-            if shares[step] < 1:
-                raise HeterostepError(
-                    f"the active share of step {step} must be 1: there the second transformer takes over"
-                )
-
     def plan(self) -> list[int]:
-        """Active tokens at each step, before anything has been measured."""
-        tokens = self.run.tokens
-        if isinstance(self.config.share, tuple):
-            return [max(round(share * tokens.total), tokens.least) for share in self.config.share]
-        return self.policy.plan(self.budget)
+        """Active tokens at each step, before anything has been measured.
+
+        Raises:
+            HeterostepError: no run goes by the shares that were asked for, or by the counts that the policy gives.
+        """
+        tokens, share = self.run.tokens, self.config.share
+        if isinstance(share, tuple):
+            return self._checked([max(round(each * tokens.total), tokens.least) for each in share])
+        return self._checked(self.policy.plan(self.budget))
+
+    def _checked(self, planned: Sequence[int], done: Sequence[int] = ()) -> list[int]:
+        """The counts of the whole run: those of the steps that are done, and those planned."""
+        counts, tokens, num_steps = [*done, *planned], self.run.tokens, self.run.num_steps
+        replay = isinstance(self.config.share, tuple)
+        who, dense = ("share", "1") if replay else (f"policy={self.config.policy!r}", "dense")
+
+        def fault(message: str) -> HeterostepError:
+            return HeterostepError(f"{who} {message}", who.partition("=")[0])
+
+        if len(counts) != num_steps:
+            raise fault(f"is for {len(counts)} steps, but the run has {num_steps}")
+        for step, count in enumerate(counts):
+            if not isinstance(count, Integral) or not tokens.least <= count <= tokens.total:
+                bounds = f"{tokens.least} to {tokens.total}"
+                raise fault(f"evaluates {count!r} tokens at step {step}, which should be a whole number, {bounds}")
+        for step in (0, *self.run.restarts):
+            if counts[step] < tokens.total:
+                why = "there the second transformer takes over" if step else "there is no velocity before it to reuse"
+                raise fault(f"must be {dense} at step {step}: {why}")
+        first = next((at for at, count in enumerate(counts) if tokens.least < count < tokens.total), num_steps)
+        if first < num_steps and counts[:first].count(tokens.total) < 2 and not self.policy.ranks_each_step:
+            raise fault(f"needs two dense steps before the first sparse one (step {first}), to rank tokens")
+        return [int(count) for count in counts]
 
     def anew_from(self, counts: Sequence[int], step: int) -> int | None:
         """The step from which the plan is made anew once `step` has been made; None where it stays.
@@ -137,8 +149,8 @@ class Schedule:
 
     def within_share(self, counts: Sequence[int], begin: int, changes: Sequence[Change]) -> list[int]:
         """The counts of the whole run, those from `begin` on planned anew for what is left of the share."""
-        done = list(counts[:begin])
-        return [*done, *self.policy.replan(self.budget - sum(done), begin, changes)]
+        done = counts[:begin]
+        return self._checked(self.policy.replan(self.budget - sum(done), begin, changes), done)
 
     def within_seconds(
         self,
@@ -162,7 +174,7 @@ class Schedule:
             return self.policy.replan(evaluations, begin, changes, spend_remainder=False)
 
         most = self.run.tokens.total * (self.run.num_steps - begin)
-        return [*counts[:begin], *plan(evaluations_within(seconds, cost, most, plan))]
+        return self._checked(plan(evaluations_within(seconds, cost, most, plan)), counts[:begin])
 
     def with_seconds_left(
         self,

@@ -89,7 +89,6 @@ def start_step(generation: Generation, step: int) -> None:
     generation.elapsed_sigma = generation.evaluated_at - sigma
     generation.index = None
     if generation.is_dense:
-        generation.evaluations += 1
         if step:
             generation.interval = generation.elapsed_log_alpha
         generation.evaluated_at = torch.full_like(generation.evaluated_at, sigma)
@@ -139,8 +138,12 @@ def end_step(
 
 
 def stepped(generation: Generation) -> None:
-    """The sampler has made the step: what lies ahead is planned anew; after the last one the memory is given back."""
+    """The sampler has made the step: it counts, and the rest is planned anew; after the last one memory is freed."""
     generation.clock.mark()
+    if generation.is_dense:
+        generation.evaluations += 1
+    elif (index := generation.index) is not None:
+        generation.evaluations.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
     generation.steps_done = generation.step + 1
     if generation.steps_done == generation.schedule.run.num_steps:
         generation.finished = True

@@ -30,16 +30,18 @@ def register_policy(policy: type[Policy]) -> type[Policy]:
     return policy
 
 
-def find(name: str) -> type[Policy]:
+def find(name: str, alone: bool = False) -> type[Policy]:
     """The policy of a name.
+
+    Args:
+        alone: whether the name is all that can be given: a round-robin is asked for by its number of steps.
 
     Raises:
         HeterostepError: there is none.
     """
-    if name not in POLICIES:
-        # A round-robin is asked for by its number of steps.
-        names = ", ".join(each for each in POLICIES if each != "round-robin")
-        raise HeterostepError(f"policy must be one of {names}, not {name!r}")
+    choices = [each for each in POLICIES if each != RoundRobin.name]
+    if name not in (choices if alone else POLICIES):
+        raise HeterostepError(f"policy must be one of {', '.join(choices)}, not {name!r}", "policy")
     return POLICIES[name]
 
 

@@ -123,7 +123,9 @@ class Policy(abc.ABC):
                 little less.
 
         Returns:
-            Counts in `tokens.least`..N. Their sum is at most `evaluations`, or the least that is possible.
+            Counts in `tokens.least`..N. Their sum is at most `evaluations`, or the least that is possible. The run's
+            first step and its restarts are dense, and where tokens are ranked by their changes (not
+            `ranks_each_step`), so are two steps before the first sparse one.
         """
 
     def plan(self, evaluations: int) -> list[int]:

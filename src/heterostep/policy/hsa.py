@@ -27,7 +27,7 @@ class HSA(Windowed):
 
     def describe_minimum(self) -> str:
         (start, stop), divisors = self.window, self.config.divisors or DIVISORS
-        return f"dense steps: {self.run.num_steps - stop + start}, then every {divisors[-1]}th"
+        return f"dense steps: {self.run.num_steps - stop + start}, then one in {divisors[-1]}"
 
 
 def by_divisors(

@@ -55,10 +55,11 @@ class Store:
         shutil.rmtree(self.path / video_id, ignore_errors=True)
 
     def all(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every video that is there, with what was written with it; the oldest first."""
-        found = []
+        """Every video that is there, with the object that was written with it, in no order."""
         for each in self.path.iterdir():
             if ID.fullmatch(each.name) and (each / "video.mp4").is_file():
-                with contextlib.suppress(OSError, ValueError):
-                    found.append((each.name, self.content(each.name)))
-        yield from sorted(found, key=lambda pair: pair[1].get("object", {}).get("created_at", 0))
+                content = None
+                with contextlib.suppress(OSError, ValueError, RecursionError):
+                    content = self.content(each.name)
+                if isinstance(content, dict):
+                    yield each.name, content

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
@@ -26,6 +25,9 @@ STATUS = {
     "failed": "failed",
     "cancelled": "cancelled",
 }
+# What a request settles, by its type, and what is read of a video that an earlier service has kept.
+FIXED = {"model": str, "created_at": int, "prompt": str, "size": str, "seconds": str, "heterostep": dict}
+KEPT = {**FIXED, "completed_at": int, "expires_at": int}
 # Seconds between two looks at the running videos; those that a video takes, before the first one is made.
 LOOK_EVERY = 0.5
 FIRST_GUESS = 10.0
@@ -83,12 +85,11 @@ class Videos:
     ) -> None:
         self.about, self.model, self.limits, self.store = about, model, limits, store
         self._workers = len(workers)
-        self._videos: dict[str, Video] = {}
         self._crew = Crew(workers, self._ended, self._lost)
         self._seconds = FIRST_GUESS
         self._looking: asyncio.Task[None] | None = None
-        for video_id, content in store.all():
-            self._take_up(video_id, content)
+        kept = [video for video_id, content in store.all() if (video := _taken_up(video_id, content)) is not None]
+        self._videos = {video.id: video for video in sorted(kept, key=lambda video: video.fixed["created_at"])}
 
     async def __aenter__(self) -> Videos:
         await self._crew.__aenter__()
@@ -204,17 +205,6 @@ class Videos:
         video.completed_at = int(time.time())
         video.expires_at = int(video.completed_at + self.limits.keep_seconds)
 
-    def _take_up(self, video_id: str, content: dict[str, Any]) -> None:
-        """A video that an earlier service has made."""
-        with contextlib.suppress(KeyError, TypeError):
-            told = content["object"]
-            names = ("model", "created_at", "prompt", "size", "seconds", "heterostep")
-            fixed = {name: told[name] for name in names}
-            summary = fixed["heterostep"].pop("summary", {})
-            job = Job(video_id, lambda: Order(told["prompt"]), state="done")
-            video = Video(video_id, fixed, job, None, told["completed_at"], told["expires_at"], summary)
-            self._videos[video_id] = video
-
     def _forget(self) -> None:
         """Keep the newest of the finished videos, and those that are not too old."""
         finished = [video for video in self._videos.values() if video.job.state in FINAL]
@@ -231,3 +221,16 @@ class Videos:
         while True:
             await asyncio.sleep(LOOK_EVERY)
             await self._crew.look()
+
+
+def _taken_up(video_id: str, content: dict[str, Any]) -> Video | None:
+    """A video that an earlier service has made; None where its content is not what one writes."""
+    told: Any = content.get("object")
+    if not all(isinstance(content.get(name), dict) for name in ("object", "settings", "report")):
+        return None
+    if not all(isinstance(told.get(name), kind) for name, kind in KEPT.items()):
+        return None
+    fixed = {name: told[name] for name in FIXED}
+    summary = fixed["heterostep"].pop("summary", {})
+    job = Job(video_id, lambda: Order(told["prompt"]), state="done")
+    return Video(video_id, fixed, job, None, told["completed_at"], told["expires_at"], summary)
