@@ -199,7 +199,7 @@ def ignores_negative(pipe: Any, options: dict[str, Any]) -> bool:
 
 
 def check_policy(name: str) -> None:
-    """Whether there is a policy that its name alone asks for.
+    """Check that there is a policy that its name alone asks for.
 
     Raises:
         HeterostepError: there is none.

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heterostep.config import HSAConfig
-from heterostep.engine.schedule import Schedule
+from heterostep.engine.schedule import Schedule, evaluations_within
 from heterostep.errors import HeterostepError
 from heterostep.policy import POLICIES, Change, Policy, Run, Tokens
+from heterostep.policy.hsa import by_divisors
 from heterostep.sigmas import nominal_sigmas
 
 
@@ -246,3 +247,17 @@ def test_where_fewer_steps_are_better_a_run_says_so():
     assert "4 steps may give" in schedule(8, share=0.5, from_frames=True).advice
     for steps, share, from_frames in ((9, 0.5, True), (8, 1, True), (8, 0.5, False)):
         assert schedule(steps, share=share, from_frames=from_frames).advice is None
+
+
+def test_a_budget_in_seconds_is_met_from_below():
+    def cost(count):
+        return 0.01 + count / 100 if count else 0.0
+
+    def plan(evaluations):
+        return by_divisors(evaluations, Tokens(100), 30, (1, 2, 4, 8))
+
+    for seconds in (5.0, 9.5, 14.0, 100.0):
+        evaluations = evaluations_within(seconds, cost, 3000, plan)
+        assert sum(map(cost, plan(evaluations))) <= seconds
+        if evaluations < 3000:
+            assert sum(map(cost, plan(evaluations + 1))) > seconds

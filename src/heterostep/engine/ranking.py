@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 
 from heterostep.engine.generation import Generation
-from heterostep.policy import allocation
 
 
 def rank(generation: Generation) -> None:
@@ -41,13 +40,23 @@ def set_ranking(generation: Generation, scores: torch.Tensor) -> None:
         # What is given needs no velocity, so it comes last; it runs at dense steps and where its turn has come, for
         # its K/V change with the other tokens'.
         scores = torch.where(generation.clean & scores.isfinite(), -1.0, scores)
-    generation.ranking = generation.ranks.broadcast(allocation.rank(scores))
+    generation.ranking = generation.ranks.broadcast(by_falling_score(scores))
 
 
 def activate(generation: Generation) -> None:
     """The tokens ranked first are this step's active ones."""
     assert generation.ranking is not None
-    generation.index = index = allocation.active_tokens(generation.ranking, generation.counts[generation.step])
+    generation.index = index = active_tokens(generation.ranking, generation.counts[generation.step])
     sigma = generation.schedule.run.sigmas[generation.step]
     generation.interval = generation.interval.scatter(1, index, generation.elapsed_log_alpha.gather(1, index))
     generation.evaluated_at = generation.evaluated_at.scatter(1, index, sigma)
+
+
+def by_falling_score(scores: torch.Tensor) -> torch.Tensor:
+    """Token indices by falling score, int64 [B, N]; ties keep the tokens' order, so that a run can be repeated."""
+    return scores.argsort(dim=1, descending=True, stable=True)
+
+
+def active_tokens(ranking: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` tokens ranked first, ascending by index, int64 [B, n]."""
+    return ranking[:, :count].sort(dim=1).values

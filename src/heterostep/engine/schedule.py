@@ -9,7 +9,6 @@ from numbers import Integral
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 from heterostep.policy import Change, Run, make
-from heterostep.policy.allocation import evaluations_within
 
 # Runs may exceed a target in seconds by at most this fraction. A plan of dense steps alone meets it to the nearest of
 # them; beside its steps a call takes some more (LTX-2: 0.7 % of a dense run).
@@ -187,3 +186,25 @@ class Schedule:
         """As `within_seconds`, where no dense step is ahead: `begin` is one if there is the time for it."""
         planned = self.within_seconds(counts, begin, changes, seconds, cost)
         return planned if sum(map(cost, planned[begin:])) <= seconds else list(counts)
+
+
+def evaluations_within(
+    seconds: float, cost: Callable[[int], float], most: int, plan: Callable[[int], Sequence[int]]
+) -> int:
+    """The most token evaluations whose steps take at most `seconds` together.
+
+    Args:
+        seconds: what the steps may take.
+        cost: active tokens of one step -> its seconds. A plan of more evaluations should not take less, or what is
+            found may not be the most.
+        most: token evaluations of a dense run over these steps.
+        plan: token evaluations -> active tokens at each step.
+    """
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(map(cost, plan(middle))) <= seconds:
+            low = middle
+        else:
+            high = middle - 1
+    return low
