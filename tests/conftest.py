@@ -3,6 +3,8 @@
 import pytest
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
+from heterostep.policy import POLICIES
+
 
 @pytest.fixture(autouse=True)
 def attention_backend_of_all_others():
@@ -14,3 +16,12 @@ def attention_backend_of_all_others():
     before, _ = registry.get_active_backend()
     yield
     registry.set_active_backend(before)
+
+
+@pytest.fixture(autouse=True)
+def policies_that_were_registered():
+    """A policy of a test's own, or of a page's example, is one that messages name from then on."""
+    before = dict(POLICIES)
+    yield
+    POLICIES.clear()
+    POLICIES.update(before)

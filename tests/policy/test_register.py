@@ -10,7 +10,7 @@ from heterostep.compare.methods.own import heterostep_method
 from heterostep.errors import HeterostepError
 from heterostep.models import FAMILIES, Checkpoint, known_checkpoints
 from heterostep.models.wan import WanAdapter
-from heterostep.policy import POLICIES, Policy
+from heterostep.policy import Policy
 from small import run, small_pipeline
 
 
@@ -27,8 +27,6 @@ class EveryThird(Policy):
 @pytest.fixture
 def every_third():
     heterostep.register_policy(EveryThird)
-    yield
-    del POLICIES["every-third"]
 
 
 def test_a_policy_of_ones_own(every_third):
