@@ -73,7 +73,7 @@ def described(values: list[float]) -> str:
     if not values:
         return "-"
     worst = sorted(values)[: max(1, len(values) // 10)]
-    return f"{sum(values) / len(values):.1f} (low {sum(worst) / len(worst):.1f})"
+    return f"{statistics.mean(values):.1f} (low {statistics.mean(worst):.1f})"
 
 
 def main() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -100,8 +101,9 @@ def oracle() -> Any:
     return _beside("wan2.1-t2v", share=0.6, policy="hsa", score="oracle")
 
 
-def replayed() -> Any:
-    """Single tokens with recorded calls and without, and the calls that were replayed.
+@contextlib.contextmanager
+def _recording() -> Iterator[list[int]]:
+    """Recorded calls: one entry for each that is replayed.
 
     On a CPU a recording calls again, and what would forbid one is asked as of a GPU.
     """
@@ -111,11 +113,17 @@ def replayed() -> Any:
         replay = capture(call, pool) if DEVICE == "cuda" else call
         return lambda: (made.append(1), replay())[1]
 
-    results = {}
     with (
         mock.patch.object(cuda_graphs, "capture", counted),
         mock.patch.object(cuda_graphs, "why_not", lambda model, ours, _, ranks: why_not(model, ours, GPU, ranks)),
     ):
+        yield made
+
+
+def replayed() -> Any:
+    """Single tokens with recorded calls and without, and the calls that were replayed."""
+    results = {}
+    with _recording() as made:
         for name in ("wan2.1-t2v", "ltx2.3-t2v"):
             _, pipe = _pair(name)
             options = {"share": 0.5, "dense_start": 2, "round_robin": 4}
@@ -131,11 +139,8 @@ def another_life() -> Any:
     """One rank has made runs before the other, and has a hook of its own: both go on together, by the same plan."""
     pipe = _build("wan2.1-t2v")
     options = [{"share": 0.5, "dense_start": 2, "round_robin": 4}, {"runtime": 0.6}]
-    why_not, shares, calls = cuda_graphs.why_not, [], itertools.count()
-    with (
-        mock.patch.object(cuda_graphs, "capture", lambda call, pool: call),
-        mock.patch.object(cuda_graphs, "why_not", lambda model, ours, _, *ranks: why_not(model, ours, GPU, *ranks)),
-    ):
+    shares, calls = [], itertools.count()
+    with _recording():
         if dist.get_rank() == 0:
             for each in options:
                 _run("wan2.1-t2v", pipe, **each)
@@ -153,6 +158,10 @@ def another_life() -> Any:
 
 def ltx2() -> Any:
     return _beside("ltx2.3-i2v", share=0.6, policy="hsa")
+
+
+def ltx2_from_text() -> Any:
+    return _beside("ltx2.3-t2v", share=0.6, policy="hsa")
 
 
 def ltx2_whole_steps() -> Any:

@@ -118,6 +118,7 @@ SLOW = {
     "fp8": single_tokens,
     "fp8_offload": single_tokens,
     "oracle": single_tokens,
+    "ltx2_from_text": halved,
     "ltx2_whole_steps": same,
     "ltx2_condition": single_tokens,
     "hunyuan15_i2v": halved,

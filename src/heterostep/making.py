@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from heterostep.engine.report import Report, StepInfo
     from heterostep.video import Audio
 
-# Percent between the dense seconds that a run expects and those that were measured, from which on a word is due.
+# Percent between the seconds that a run expects, or was to take, and those measured, from which on a word is due.
 SPEED_DIFFERS = 5
 SIZES = ("height", "width", "num_frames")
 
@@ -310,6 +310,8 @@ def summary(result: Result, reference: Result | None) -> dict[str, str]:
         lines["runtime"] = (
             f"asked {runtime.target:.2f} of dense, achieved {runtime.achieved:.2f} by its own dense steps"
         )
+        if runtime.achieved > (1 + SPEED_DIFFERS / 100) * runtime.target and not report.advice:
+            lines["runtime"] += ": steps took longer than expected, as on a busy machine"
         if runtime.warmup_seconds > 0.05 * runtime.seconds:
             lines["runtime"] += f", besides {runtime.warmup_seconds:.1f} s of warm-up"
     if share.target is not None:

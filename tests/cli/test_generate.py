@@ -3,7 +3,9 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -18,7 +20,7 @@ from heterostep.models import known_checkpoints
 from heterostep.pipeline import disable
 from heterostep.video import read_video
 from rows import quickly
-from small import small_pipeline
+from small import run, small_pipeline
 from small_ltx2 import small_ltx2
 from small_wan import small_wan
 
@@ -169,6 +171,20 @@ def test_the_summary_says_whether_tokens_were_told_apart(pipes, capsys, sparse_s
     assert cli.main(["generate", PROMPT, *arguments]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("steps"))
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("achieved", "advice", "explained"),
+    [(0.4, None, False), (0.52, None, False), (0.6, None, True), (0.6, "why", False)],
+)
+def test_the_summary_says_why_a_target_was_missed(achieved, advice, explained):
+    pipe = small_pipeline()
+    with heterostep.enabled(pipe, runtime=0.5):
+        run(pipe)
+    report = heterostep.report(pipe)
+    report = replace(report, runtime=replace(report.runtime, achieved=achieved), advice=advice)
+    said = making.summary(SimpleNamespace(report=report, seconds=1.0), None)["runtime"]
+    assert ("steps took longer than expected, as on a busy machine" in said) == explained
 
 
 def test_the_summary_says_how_far_the_estimate_was_off(pipes, capsys):

@@ -106,11 +106,13 @@ class Schedule:
     def _checked(self, planned: Sequence[int], done: Sequence[int] = ()) -> list[int]:
         """The counts of the whole run: those of the steps that are done, and those planned."""
         counts, tokens, num_steps = [*done, *planned], self.run.tokens, self.run.num_steps
-        replay = isinstance(self.config.share, tuple)
-        who, dense = ("share", "1") if replay else (f"policy={self.config.policy!r}", "dense")
+        if isinstance(self.config.share, tuple):
+            field, who, dense = "share", "share", "1"
+        else:
+            field, who, dense = "policy", f"policy={self.config.policy!r}", "dense"
 
         def fault(message: str) -> HeterostepError:
-            return HeterostepError(f"{who} {message}", who.partition("=")[0])
+            return HeterostepError(f"{who} {message}", field)
 
         if len(counts) != num_steps:
             raise fault(f"is for {len(counts)} steps, but the run has {num_steps}")
