@@ -93,8 +93,8 @@ def loops(args: argparse.Namespace) -> None:
 
         run({"share": 1.0}, steps=3)
         dense, rows = [run({"share": 1.0})[0]], []
-        for config in ({"runtime": target, **how} for target in args.targets for how in ({}, {"policy": "hsa"})):
-            if config["runtime"] < 0.3 and config.get("policy") and args.steps < 20:
+        for config in ({"runtime": target, "policy": policy} for target in args.targets for policy in args.policies):
+            if config["runtime"] < 0.3 and config["policy"] == "hsa" and args.steps < 20:
                 # Below what its dense steps take.
                 continue
             seconds, report = run(config)
@@ -121,7 +121,8 @@ def measured_loops(size: str, gpus: int, args: argparse.Namespace) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         to = Path(folder, "loops.json")
         given = ["--loops", size, "--to", str(to), "--device", args.device, "--steps", str(args.steps)]
-        given += ["--targets", *map(str, args.targets)] + (["--frames", str(args.frames)] if args.frames else [])
+        given += ["--targets", *map(str, args.targets), "--policies", *args.policies]
+        given += ["--frames", str(args.frames)] if args.frames else []
         launch.run(given, gpus, program=(__file__,))
         return json.loads(to.read_text())
 
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of a loop")
     parser.add_argument("--frames", type=int, help="of a loop's video; by default the size's")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.25])
+    parser.add_argument("--policies", nargs="+", choices=("auto", "hsa"), default=["auto", "hsa"], help="of a loop")
     parser.add_argument("--only", choices=("calls", "loops"), help="one of the two")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--loops", help=argparse.SUPPRESS)
@@ -165,7 +167,7 @@ def main() -> None:
             print(f"{size}, {gpus} GPUs: a dense loop takes {row['loops']['dense_seconds']:.2f} s")
             for each in row["loops"]["rows"]:
                 print(
-                    f"    runtime {each['runtime']:g}, {each.get('policy', 'auto')}: {each['ratio']:.3f} of it, "
+                    f"    runtime {each['runtime']:g}, {each['policy']}: {each['ratio']:.3f} of it, "
                     f"K/V {each['kv_bytes'] / 1e9:.2f} GB on each ({each['kv_store']})"
                 )
             out.append(row)

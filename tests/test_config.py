@@ -49,6 +49,8 @@ from heterostep.errors import HeterostepError
         {"share": 0.5, "kv_store": ["auto", "device"]},
         {"share": 0.5, "kv_store": [["device"]]},
         {"share": 0.5, "policy": ["auto"]},
+        {"share": 0.5, "cuda_graphs": "yes"},
+        {"share": 0.5, "cuda_graphs": None},
         {"share": 10**400},
         {"share": 0.5, "dense_start": 10**400},
     ],

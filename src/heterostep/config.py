@@ -220,6 +220,8 @@ class HSAConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise HeterostepError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}", name)
+        if not isinstance(self.cuda_graphs, bool):
+            raise HeterostepError(f"cuda_graphs must be True or False, not {self.cuda_graphs!r}", "cuda_graphs")
         if not isinstance(self.policy, str):
             raise HeterostepError(f"policy must be a name, such as auto or hsa, not {self.policy!r}", "policy")
         if self.vram is not None:

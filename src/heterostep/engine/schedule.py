@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 
 from heterostep.config import HSAConfig
@@ -105,7 +105,7 @@ class Schedule:
 
     def _checked(self, planned: Sequence[int], done: Sequence[int] = ()) -> list[int]:
         """The counts of the whole run: those of the steps that are done, and those planned."""
-        counts, tokens, num_steps = [*done, *planned], self.run.tokens, self.run.num_steps
+        tokens, num_steps = self.run.tokens, self.run.num_steps
         if isinstance(self.config.share, tuple):
             field, who, dense = "share", "share", "1"
         else:
@@ -114,6 +114,9 @@ class Schedule:
         def fault(message: str) -> HeterostepError:
             return HeterostepError(f"{who} {message}", field)
 
+        if not isinstance(planned, Iterable):
+            raise fault(f"gives {planned!r} for a plan, which should be a list of each step's tokens")
+        counts = [*done, *planned]
         if len(counts) != num_steps:
             raise fault(f"is for {len(counts)} steps, but the run has {num_steps}")
         for step, count in enumerate(counts):
