@@ -73,7 +73,7 @@ def compare(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Diffusers folder or hub id.  [default: the bundled model]")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps of the dense run.  [default: the model's own, or 40]")
+        int | None, typer.Option(min=1, max=MOST_STEPS, help="Steps of the dense run.  [default: the model's, or 40]")
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
