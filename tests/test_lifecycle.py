@@ -4,13 +4,16 @@ import contextlib
 import copy
 import gc
 import pickle
+import signal
 import threading
+import time
 import types
 import weakref
+from inspect import signature
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler, WanPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.hooks import MagCacheConfig, PyramidAttentionBroadcastConfig, apply_mag_cache
 from peft import LoraConfig
@@ -300,7 +303,7 @@ def test_a_step_that_failed_is_not_counted(step, share):
     with pytest.raises(Cancelled):
         run(pipe)
     report = heterostep.report(pipe)
-    assert not report.finished and report.active_share == report.replay["share"] == shares[:step]
+    assert not report.finished and report.active_share == shares[:step] and report.replay["share"] == shares
     assert report.steps.mean == sum(shares[:step]) == report.steps_maps.mean()
     assert report.share.achieved == pytest.approx(sum(shares[:step]) / 12)
 
@@ -992,3 +995,126 @@ def _outcome(pipe):
         return run(pipe)
     except Exception as error:
         return error
+
+
+def run_by_position(pipe, callback):
+    """As `run`, all of it given by position up to the callback."""
+    given = {
+        "prompt": "a red circle moving right", "guidance_scale": 3.0, "output_type": "latent", "height": 64,
+        "width": 64, "num_frames": 9, "num_inference_steps": 12, "generator": torch.Generator().manual_seed(0),
+        "callback_on_step_end": callback,
+    }  # fmt: skip
+    parameters = list(signature(type(pipe).__call__).parameters.values())[1:]
+    last = [each.name for each in parameters].index("callback_on_step_end")
+    with torch.no_grad():
+        return pipe(*[given.get(each.name, each.default) for each in parameters[: last + 1]]).frames
+
+
+@pytest.mark.parametrize("way", ["callback", "by position", "on_step"])
+def test_the_time_of_a_slow_callback_is_not_the_runs(way):
+    """A preview that is decoded after each step, say: no step is skipped for it."""
+    pipe, waits = small_pipeline(), []
+
+    def slow(*_):
+        waits.append(0.2)
+        time.sleep(0.2)
+        return {}
+
+    heterostep.enable(pipe, runtime=0.9, on_step=slow if way == "on_step" else None)
+    if way == "by position":
+        run_by_position(pipe, slow)
+    else:
+        run(pipe, **({"callback_on_step_end": slow} if way == "callback" else {}))
+    seconds = heterostep.report(pipe).runtime
+    assert len(waits) == 12 and max(seconds.seconds, seconds.dense_seconds) < sum(waits) / 2
+
+
+def test_a_callback_by_position_may_call_the_transformer():
+    pipe, made = small_pipeline(), []
+
+    def ask(pipe, step, timestep, tensors):
+        asked = torch.zeros(1, 16, 3, 8, 8), torch.tensor([500.0]), torch.zeros(1, 4, 32)
+        made.append(pipe.transformer(*asked)[0])
+        return {}
+
+    heterostep.enable(pipe, **WHOLE)
+    right = run(pipe)
+    assert torch.equal(run_by_position(pipe, ask), right) and len(made) == 12
+
+
+@pytest.mark.parametrize("leave", ["disable", "with", "enable"])
+def test_an_interrupted_disable_can_be_made_again(leave, monkeypatch):
+    """A second Ctrl-C often comes as the first one is on its way out."""
+    pipe = small_pipeline()
+    plain = run(pipe)
+
+    def interrupt(expert):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if leave == "with":
+            with heterostep.enabled(pipe, **WHOLE):
+                patch.setattr(Expert, "undo", interrupt)
+        else:
+            heterostep.enable(pipe, **WHOLE)
+            patch.setattr(Expert, "undo", interrupt)
+            heterostep.disable(pipe) if leave == "disable" else heterostep.enable(pipe, share=0.75)
+    heterostep.disable(pipe)
+    assert torch.equal(run(pipe), plain) and type(pipe) is WanPipeline
+    with heterostep.enabled(pipe, share=1.0):
+        assert torch.equal(run(pipe), plain)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers of POSIX")
+def test_ctrl_c_finds_a_pipeline_enabled_or_not():
+    """Whenever it comes: never half of it."""
+    pipe = small_pipeline()
+    plain, before, interrupted = run(pipe), signal.signal(signal.SIGALRM, signal.default_int_handler), 0
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        for number in range(60):
+            signal.setitimer(signal.ITIMER_REAL, 0.0005 * (number % 12 + 1))
+            try:
+                for _ in range(200):
+                    heterostep.enable(pipe, **WHOLE)
+                    heterostep.disable(pipe)
+            except KeyboardInterrupt:
+                interrupted += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            heterostep.disable(pipe)
+            assert type(pipe) is WanPipeline and "forward" not in pipe.transformer.__dict__
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGINT, usual)
+    assert interrupted > 30 and torch.equal(run(pipe), plain)
+
+
+def test_evaluations_of_guidance_that_comes_back_are_in_the_report():
+    """Guidance at every other step: a branch that missed a step is evaluated anew, also where the plan skips."""
+    pipe, rows = small_pipeline(), []
+
+    def switch(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 3.0 if step % 2 else 1.0
+        return {}
+
+    pipe.transformer.blocks[0].register_forward_pre_hook(lambda block, args: rows.append(args[0].shape[0]))
+    run(pipe, callback_on_step_end=switch)
+    dense = len(rows)
+    rows.clear()
+    with heterostep.enabled(pipe, share=0.5):
+        run(pipe, callback_on_step_end=switch)
+    achieved = heterostep.report(pipe).share.achieved
+    assert achieved == pytest.approx(len(rows) / dense) and achieved > 0.55
+
+
+def test_the_replay_of_an_interrupted_run_is_whole():
+    pipe = small_pipeline()
+    heterostep.enable(pipe, **WHOLE)
+    with pytest.raises(Cancelled):
+        run(pipe, callback_on_step_end=cancel_after(4))
+    report = heterostep.report(pipe)
+    assert len(report.active_share) < len(report.replay["share"]) == 12
+    heterostep.enable(pipe, **report.replay)
+    run(pipe)
+    assert heterostep.report(pipe).active_share == report.replay["share"]

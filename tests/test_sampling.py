@@ -95,5 +95,9 @@ def test_a_velocity_of_zero_and_sigmas_that_are_no_numbers():
     sigmas = [1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0]
     made = sample(lambda x, sigma: (x * 0.1 + sigma) * only_first, x, sigmas, 0.5)
     assert made.isfinite().all() and torch.equal(made[1], x[1])
+    with pytest.raises(HeterostepError, match="^sigmas must begin at 1 or below, not at 1.5$"):
+        sample(lambda x, sigma: x, torch.zeros(1, 4), [1.5, 1.0, 0.5, 0.0], 0.5)
+    with pytest.raises(HeterostepError, match="^share must be one number here"):
+        sample(lambda x, sigma: x, torch.zeros(1, 4), [1.0, 0.5, 0.0], [1, 0])
     with pytest.raises(HeterostepError, match="must fall"):
         sample(lambda x, sigma: x, x, [1.0, math.nan, 0.5, 0.0], 0.7)

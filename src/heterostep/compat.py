@@ -168,6 +168,8 @@ def use_backend(model: Any, name: str) -> None:
     """
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
+    if not isinstance(name, str):
+        raise HeterostepError(f"attention_backend must be a name, such as native, not {name!r}")
     before, _ = registry.get_active_backend()
     try:
         model.set_attention_backend(name)

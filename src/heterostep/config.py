@@ -25,8 +25,15 @@ _Config = TypeVar("_Config", bound=type)
 
 
 def _is_sequence(value: Any) -> bool:
-    """Whether a value has several values: a list, a tuple, an array or tensor of one dimension."""
-    return not isinstance(value, str | bytes) and hasattr(value, "__len__") and getattr(value, "ndim", 1) == 1
+    """Whether a value has several values in an order: a list, a tuple, an array or tensor of one dimension."""
+    ordered = isinstance(value, Sequence) or hasattr(value, "ndim")
+    return ordered and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) == 1
+
+
+def _shown(value: Any) -> str:
+    """A value in one short line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:60]} ..."
 
 
 def number(name: str, value: Any) -> float:
@@ -37,7 +44,7 @@ def number(name: str, value: Any) -> float:
     """
     plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
     if isinstance(plain, bool) or not isinstance(plain, int | float):
-        raise HeterostepError(f"{name} must be a number, not {value!r}", name)
+        raise HeterostepError(f"{name} must be a number, not {_shown(value)}", name)
     try:
         return float(plain)
     except OverflowError:
@@ -198,7 +205,9 @@ class HSAConfig:
                 object.__setattr__(self, name, value)
         if self.divisors is not None:
             if not _is_sequence(self.divisors):
-                raise HeterostepError(f"divisors must be whole numbers, as in (1, 2, 4, 8), not {self.divisors!r}")
+                raise HeterostepError(
+                    f"divisors must be whole numbers, as in (1, 2, 4, 8), not {_shown(self.divisors)}"
+                )
             divisors = tuple(whole("divisors", divisor, 1) for divisor in self.divisors)
             object.__setattr__(self, "divisors", divisors)
             if not divisors or any(b <= a or b % a for a, b in zip(divisors, divisors[1:])):
@@ -206,7 +215,7 @@ class HSAConfig:
                     f"divisors must ascend, each a multiple of the one before, as in (1, 2, 4, 8), not {divisors}"
                 )
         for name, least in (("round_robin", 1), ("dense_start", 1), ("dense_end", 0), ("regroup_every", 1)):
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None or type(self).__dataclass_fields__[name].default is not None:
                 object.__setattr__(self, name, whole(name, getattr(self, name), least))
         if self.round_robin is not None and self.divisors is not None:
             raise HeterostepError("round_robin chooses each step's tokens: leave out divisors")
@@ -218,8 +227,8 @@ class HSAConfig:
         if not isinstance(self.kv_store, tuple):
             choices["kv_store"] = KV_STORES
         for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise HeterostepError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}", name)
+            if (given := getattr(self, name)) not in known:
+                raise HeterostepError(f"{name} must be one of {', '.join(known)}, not {_shown(given)}", name)
         if not isinstance(self.cuda_graphs, bool):
             raise HeterostepError(f"cuda_graphs must be True or False, not {self.cuda_graphs!r}", "cuda_graphs")
         if not isinstance(self.policy, str):

@@ -48,6 +48,24 @@ def watched() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def delayed() -> Iterator[None]:
+    """Let Ctrl-C wait for the block's end: half of what the block changes would be worse than all of it or nothing."""
+    waiting: list[tuple[int, Any]] = []
+    usual = signal.getsignal(signal.SIGINT)
+    # Python calls handlers in the main thread alone; what was not set from Python cannot be put back.
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if waiting:
+            usual(*waiting[0])
+
+
+@contextlib.contextmanager
 def also_terminated() -> Iterator[None]:
     """Let a service manager's or a scheduler's SIGTERM end the block as Ctrl-C does."""
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Any, TypeAlias
 
 from diffusers import (
@@ -17,7 +18,7 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from heterostep import compat, parallel, policy
+from heterostep import compat, interrupts, parallel, policy
 from heterostep.config import HSAConfig
 from heterostep.engine.report import Report, StepInfo
 from heterostep.engine.runner import Runner
@@ -39,7 +40,7 @@ class _Session:
         models, here = transformers(pipe), weakref.ref(pipe)
         self.config = config
         self.name = type(pipe).__name__
-        self._class = type(pipe)
+        self._class = plain_class(pipe)
         enabled_class = _enabled_class(self._class)
         tell = None if on_step is None else functools.partial(_tell, here)
         self.runner = Runner(here, models, FAMILIES[type(models[0]).__name__].adapter, config, tell)
@@ -48,6 +49,7 @@ class _Session:
         # What the user gave may refer to the pipeline, so it is kept there.
         pipe.__dict__[_ON_STEP] = on_step
         pipe.__class__ = enabled_class
+        _open[pipe] = self
 
     @contextlib.contextmanager
     def call(self, pipe: Any) -> Iterator[None]:
@@ -115,6 +117,24 @@ class _OfUser(MultiPipelineCallbacks):
         return self._call(*args, **kwargs)
 
 
+def _with_callback_of_user(cls: Any, runner: Runner, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """A pipeline call's arguments, whose callback's calls are the user's."""
+    name, position = "callback_on_step_end", None
+    if name not in kwargs:
+        # Given by position; the pipeline itself is the first parameter.
+        parameters = list(signature(cls.__call__).parameters)[1:]
+        position = parameters.index(name) if name in parameters[: len(args)] else None
+    callback = kwargs.get(name) if position is None else args[position]
+    # diffusers asks its own callbacks for their type.
+    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+        callback = _OfUser(callback, runner)
+    elif callable(callback):
+        callback = runner.of_user(callback)
+    if position is not None:
+        return (*args[:position], callback, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: callback} if name in kwargs else kwargs
+
+
 class _Enabled:
     """Mixed into the class of an enabled pipeline, so that its calls can be told from all others."""
 
@@ -132,12 +152,7 @@ def _enabled_class(cls: Any) -> Any:
             raise HeterostepError(
                 "this is a copy of a pipeline that heterostep was enabled on: make it with from_pipe() instead"
             )
-        callback = kwargs.get("callback_on_step_end")
-        # diffusers asks its own callbacks for their type.
-        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-            kwargs["callback_on_step_end"] = _OfUser(callback, session.runner)
-        elif callable(callback):
-            kwargs["callback_on_step_end"] = session.runner.of_user(callback)
+        args, kwargs = _with_callback_of_user(cls, session.runner, args, kwargs)
         with session.call(self), parallel.readable_errors():
             return cls.__call__(self, *args, **kwargs)
 
@@ -279,16 +294,17 @@ def enable(
     policy.find(config.policy)
     check_pipeline(pipe)
     restore = _restoring(pipe)
-    disable(pipe)
-    try:
-        if any(is_wrapped(model) for model in transformers(pipe)):
-            raise HeterostepError(
-                "the transformer is enabled through another pipeline: call heterostep.disable on that"
-            )
-        _open[pipe] = _Session(pipe, config, on_step)
-    except BaseException:
-        restore()
-        raise
+    with interrupts.delayed():
+        disable(pipe)
+        try:
+            if any(is_wrapped(model) for model in transformers(pipe)):
+                raise HeterostepError(
+                    "the transformer is enabled through another pipeline: call heterostep.disable on that"
+                )
+            _Session(pipe, config, on_step)
+        except BaseException:
+            restore()
+            raise
 
 
 def _restoring(pipe: Pipeline) -> Callable[[], None]:
@@ -303,7 +319,8 @@ def _restoring(pipe: Pipeline) -> Callable[[], None]:
         models = transformers(pipe)
         free = all(type(model).__name__ in FAMILIES and not is_wrapped(model) for model in models)
         if session is not None and models and free:
-            _open[pipe] = _Session(pipe, session.config, on_step)
+            with interrupts.delayed():
+                _Session(pipe, session.config, on_step)
 
     return restore
 
@@ -319,9 +336,11 @@ def disable(pipe: Pipeline) -> None:
     """
     if not isinstance(pipe, _PIPELINES):
         raise HeterostepError(f"disable needs a diffusers pipeline, not {type(pipe).__name__}")
-    session = _open.pop(pipe, None)
+    session = _open.get(pipe)
     if session is not None:
-        session.close(pipe)
+        with interrupts.delayed():
+            session.close(pipe)
+            del _open[pipe]
 
 
 @contextlib.contextmanager

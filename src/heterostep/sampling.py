@@ -18,7 +18,7 @@ from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 from heterostep.policy import Change, Run, Tokens
 from heterostep.policy.auto import Auto
-from heterostep.sigmas import log_alpha
+from heterostep.sigmas import HIGHEST, log_alpha
 
 
 def sample(
@@ -35,8 +35,8 @@ def sample(
     Flow matching: x = (1 - sigma) video + sigma noise, v = dx / dsigma, and Euler's step is x += (sigma' - sigma) v.
 
     Args:
-        velocity: `velocity(x, sigma)` gives v [B, ...], with guidance where there is any. It is called at
-            floor(share * steps) steps, the first among them.
+        velocity: `velocity(x, sigma)` gives v [B, ...], with guidance where there is any, in a tensor of its own each
+            time. It is called at floor(share * steps) steps, the first among them.
         x: latents at the first noise level, float32 [B, ...].
         sigmas: noise levels 1..0, falling, one more than there are steps.
         share: evaluations over steps, above 0 and at most 1.
@@ -47,11 +47,16 @@ def sample(
         latents at the last noise level, float32 [B, ...].
 
     Raises:
-        HeterostepError: the share is out of its range or less than one step, or the noise levels do not fall.
+        HeterostepError: the share is out of its range or less than one step, or the noise levels do not fall from 1
+            or below.
     """
     num_steps = len(sigmas) - 1
     if num_steps < 1 or not all(later < earlier for earlier, later in zip(sigmas, sigmas[1:])):
         raise HeterostepError("sigmas must fall from step to step, and be two or more")
+    if sigmas[0] > HIGHEST:
+        raise HeterostepError(f"sigmas must begin at 1 or below, not at {sigmas[0]:g}")
+    if isinstance(share, Sequence):
+        raise HeterostepError("share must be one number here: heterostep.enable takes a share for each step")
     # A step is evaluated as a whole, so all tokens are as one.
     run = Run(tuple(sigmas), Tokens(1), from_frames=from_frames)
     policy, budget = Auto(HSAConfig(share=share), run), run.evaluations(share)

@@ -176,6 +176,28 @@ def test_damaged_settings_are_told_in_one_line(pipe, methods, tmp_path, content)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("damage", ["first line", "no key", "half a video", "no video"])
+def test_what_a_damaged_folder_lacks_is_made_again(pipe, tmp_path, damage):
+    def compared(*methods):
+        return Comparison(pipe, PROMPTS[:1], methods, settings(runtimes=(0.5,), shown=0), tmp_path, "").run()
+
+    once = compared(BY_NAME["steps"])
+    log, dense = tmp_path / "work" / "generations.jsonl", tmp_path / "work" / "dense-0.npy"
+    lines = log.read_text().splitlines(keepends=True)
+    if damage == "first line":
+        log.write_text("".join([lines[0][:10] + "\n", *lines[1:]]))
+    elif damage == "no key":
+        log.write_text("".join([*lines, "{}\n", "[]\n", '{"key": [0, 0]}\n', '{"key": [0, [], 1, 2]}\n']))
+    elif damage == "half a video":
+        dense.write_bytes(dense.read_bytes()[:-100])
+    else:
+        dense.unlink()
+    again = compared(BY_NAME["steps"], BY_NAME["heterostep"])
+    assert [curve["method"] for curve in again["curves"]] == ["steps", "heterostep"]
+    assert again["curves"][0]["points"][0]["psnr"] == once["curves"][0]["points"][0]["psnr"]
+    assert np.load(dense).shape[0] == 9
+
+
 FILES = ("dense-0.npy", "0-dense-1.mp4", "0-heterostep-0-5.png", "results.json", "jsonl")
 
 

@@ -120,3 +120,23 @@ def test_clock_measures_between_marks():
     time.sleep(0.02)
     clock.mark()
     assert len(clock.durations()) == 1 and clock.durations()[0] >= 0.02
+
+
+def test_what_is_not_a_steps_is_left_out(monkeypatch):
+    """Whether it comes within a step or between two."""
+    now = iter([0.0, 1.0, 1.5, 4.5, 5.0, 5.0, 7.0, 8.0])
+    monkeypatch.setattr("heterostep.engine.clock.time.perf_counter", lambda: next(now))
+    clock = StepClock(torch.device("cpu"))
+    for what in (clock.mark, clock.mark, clock.leave, clock.back, clock.mark, clock.leave, clock.back):
+        what()
+    assert clock.durations() == [1.0, 1.0]
+    clock.mark()
+    assert clock.durations() == [1.0, 1.0, 1.0]
+
+
+def test_a_step_in_which_the_process_stood_still_counts_as_it_was_expected():
+    """Stopped for the time of forty steps: else the rest of the run would be skipped."""
+    cost = StepCost([1.0, 1.0, 40.0, 0.1, 1.0], [1, 1, 1, 0, 1])
+    assert cost.steady == pytest.approx([1.0, 1.0, 1.0, 0.1, 1.0]) and cost.warmup == pytest.approx(39.0)
+    skipped = StepCost([1.0, 1.0, 1.0, 30.0, 0.1, 0.1], [1, 1, 1, 0, 0, 0], warm=True)
+    assert skipped.steady[3] == pytest.approx(0.1) and skipped.warmup == pytest.approx(29.9)

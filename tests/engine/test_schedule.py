@@ -165,6 +165,8 @@ def test_a_replay_may_leave_out_what_each_step_evaluates_at_the_least():
 
 def test_sigmas_that_rise_are_refused():
     rising = Schedule(HSAConfig(share=0.5), Run((0.0, 0.5, 1.0)))
+    with pytest.raises(HeterostepError, match="^the first sigma is 1.2: give sigmas from 1"):
+        Schedule(HSAConfig(share=0.5), Run((1.2, 1.0, 0.5, 0.0), Tokens(640))).check()
     with pytest.raises(HeterostepError, match="sigmas must fall"):
         rising.check()
 

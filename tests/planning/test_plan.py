@@ -454,6 +454,9 @@ def test_a_number_of_frames_that_the_model_does_not_make_is_diffusers_own(model,
         ("wan2.2-t2v-a14b", dict(share=0.04), "where the second transformer takes over"),
         ("wan2.1-t2v-1.3b", dict(share=[1, 1, 0.5]), "share is for 3 steps, but the run has 50"),
         ("wan2.1-t2v-1.3b", dict(runtime=0.5, attention_backend="nonsense"), "no such attention backend: nonsense"),
+        ("wan2.1-t2v-1.3b", dict(runtime=0.5, attention_backend=3), "attention_backend must be a name"),
+        ("wan2.1-t2v-1.3b", dict(runtime=0.5, dtype="bfloat16"), "dtype must be a torch.dtype"),
+        ("wan2.1-t2v-1.3b", dict(runtime=0.5, sparse_share=0.2, kv_store=["fp8"]), "1 stores, but the run has 60"),
     ],
 )  # fmt: skip
 def test_faults_are_one_line(model, options, message):

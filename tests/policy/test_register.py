@@ -55,6 +55,55 @@ def test_what_a_policy_gives_as_the_run_goes_is_checked_too(every_third, monkeyp
     assert heterostep.report(pipe).active_share == [1, 0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("weight", 0.5, r"weight gave 0.5, which should be a tensor \[1\]"),
+        ("weight", torch.tensor(0.5), r"weight gave \[\], which should be a tensor \[1\]"),
+        ("rank", None, r"rank gave None, which should be a tensor \[1, 48\]"),
+        ("rank", torch.zeros(48), r"rank gave \[48\], which should be a tensor \[1, 48\]"),
+        ("replans_from", 2.5, "replans_from gave 2.5, which should be 0 or a later step"),
+        ("replans_from", -1, "replans_from gave -1, which should be 0 or a later step"),
+    ],
+)
+def test_what_its_other_methods_give_is_checked(every_third, monkeypatch, method, given, message):
+    def replan(self, evaluations, step, *rest):
+        return ([self.run.tokens.total] * 2 + [24] * 10)[step:]
+
+    monkeypatch.setattr(EveryThird, "replan", replan)
+    monkeypatch.setattr(EveryThird, "sparse", True)
+    monkeypatch.setattr(EveryThird, "adapts", True)
+    monkeypatch.setattr(EveryThird, method, lambda *_: given)
+    pipe = small_pipeline()
+    with (
+        heterostep.enabled(pipe, share=0.6, policy="every-third"),
+        pytest.raises(HeterostepError, match=f"^policy='every-third': {message}$"),
+    ):
+        run(pipe)
+
+
+def test_a_class_that_cannot_run_is_not_registered():
+    class Inherits(EveryThird):
+        pass
+
+    class Unnamed(EveryThird):
+        name = ""
+
+    class Unfinished(Policy):
+        name = "unfinished"
+
+    known = dict(heterostep.policy.POLICIES)
+    for policy, message in (
+        (Inherits, ".* with a name of its own, which Inherits lacks"),
+        (Unnamed, ".* with a name of its own, which Unnamed lacks"),
+        (Unfinished, "Unfinished lacks methods: replan"),
+        (dict, "register_policy wants a class derived from heterostep.policy.Policy, not <class 'dict'>"),
+    ):
+        with pytest.raises(HeterostepError, match=f"^{message}$"):
+            heterostep.register_policy(policy)
+    assert known == heterostep.policy.POLICIES
+
+
 def test_it_is_compared_like_any_other(every_third):
     method = heterostep_method("mine", "every third step", policy="every-third")
     options = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 12, "guidance_scale": 3.0}

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from heterostep.errors import HeterostepError
 from heterostep.files import replacing, writing
 
@@ -44,20 +46,20 @@ class Folder:
             with writing(self._settings), replacing(self._settings) as part:
                 part.write_text(json.dumps(content, indent=1) + "\n")
 
-    def lines(self, batch: Callable[[int], Sequence[int]]) -> list[Line]:
-        """What has been made. What was being written when the run was stopped is dropped, with the rest of its batch.
+    def lines(self, dense: str, batch: Callable[[int], Sequence[int]]) -> list[Line]:
+        """What has been made. What was being written when the run was stopped is dropped, with the rest of its batch,
+        and all of a prompt whose dense video cannot be read.
 
         Args:
+            dense: the method that all others are compared with.
             batch: a prompt -> the prompts that are generated together with it.
         """
         if not self._log.is_file():
             return []
-        found = []
-        for text in self._log.read_text(errors="replace").splitlines():
-            try:
-                found.append(json.loads(text))
-            except ValueError:
-                continue
+        found = [line for text in self._log.read_text(errors="replace").splitlines() if (line := _read(text))]
+        compared = {line["key"][1] for line in found if line["key"][0] == 0 and line["key"][2] == dense}
+        lost = {line["key"][1] for line in found} - {prompt for prompt in compared if self._has_dense(prompt)}
+        found = [line for line in found if line["key"][1] not in lost]
         logged = {json.dumps(line["key"]) for line in found}
 
         def whole(line: Line) -> bool:
@@ -78,6 +80,13 @@ class Folder:
         """Where the dense video of a prompt is kept, uint8 [F, H, W, 3]."""
         return self.path / "work" / f"dense-{prompt}.npy"
 
+    def _has_dense(self, prompt: int) -> bool:
+        try:
+            np.load(self.dense(prompt), mmap_mode="r")
+        except (OSError, ValueError):
+            return False
+        return True
+
     def write_results(self, results: dict[str, Any]) -> None:
         """Write `results.json`."""
         path = self.path / "results.json"
@@ -92,6 +101,17 @@ class Folder:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             pass
         raise HeterostepError(f"{self._settings} is missing or damaged: restore it, or remove the folder {self.path}")
+
+
+def _read(text: str) -> Line | None:
+    """A line of the log; None where it is damaged."""
+    try:
+        line = json.loads(text)
+        repeat, prompt, method, value = line["key"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    kinds = ((repeat, int), (prompt, int), (method, str), (value, int | float))
+    return line if all(isinstance(each, kind) for each, kind in kinds) else None
 
 
 def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:

@@ -174,7 +174,7 @@ class Comparison:
             raise HeterostepError(reason)
         self.refused = {method.name: reason for method in methods if (reason := method.refuses(pipe)) is not None}
         self._store = Folder(folder, self._content())
-        self._lines = self._store.lines(lambda prompt: self._batch(prompt - prompt % settings.batch))
+        self._lines = self._store.lines(DENSE, lambda prompt: self._batch(prompt - prompt % settings.batch))
         self.failed = {line["key"][2]: line["error"] for line in self._lines if "error" in line}
         # Values of a method's dial that cannot be met, and why.
         self.left_out = {tuple(line["key"][2:]): line["left_out"] for line in self._lines if "left_out" in line}

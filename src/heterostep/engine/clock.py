@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -22,21 +23,38 @@ class StepClock:
 
     def __init__(self, device: torch.device, ranks: Ranks = ALONE) -> None:
         self._device, self._cuda, self._ranks = device, device.type == "cuda", ranks
-        self._marks: list = []
+        self._marks: list[Any] = []
+        # What is not a step's: after which mark it came, its begin and its end.
+        self._left: Any = None
+        self._away: list[tuple[int, Any, Any]] = []
         self._agreed: list[float] = []
 
     def mark(self) -> None:
         """A step begins, or the last one has ended."""
-        if self._cuda:
+        if self._cuda and not self._marks:
+            # What is still to be done from before would hide a part of the first step.
             with torch.cuda.device(self._device):
-                if not self._marks:
-                    # What is still to be done from before would hide a part of the first step.
-                    torch.cuda.current_stream().synchronize()
-                event = torch.cuda.Event(enable_timing=True)
-                event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
+                torch.cuda.current_stream().synchronize()
+        self._marks.append(self._now())
+
+    def leave(self) -> None:
+        """What comes is not a step's, such as a callback's work, until `back`."""
+        self._left = self._now()
+
+    def back(self) -> None:
+        """The step goes on, or the next one begins."""
+        self._away.append((len(self._marks) - 1, self._left, self._now()))
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        with torch.cuda.device(self._device):
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        return event
+
+    def _between(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1000 if self._cuda else end - begin
 
     def agree(self) -> None:
         """Take the first rank's seconds of what has been timed; every rank has to be here."""
@@ -44,18 +62,23 @@ class StepClock:
             self._agreed += self._ranks.broadcast_floats(self.durations()[len(self._agreed) :])
 
     def durations(self) -> list[float]:
-        """Seconds between one mark and the next; on CUDA this waits for the last mark."""
-        marks = self._marks[len(self._agreed) :]
+        """Seconds between one mark and the next, without what is not a step's; on CUDA this waits for the last mark."""
+        known, marks = len(self._agreed), self._marks
         if self._cuda and marks:
             marks[-1].synchronize()
-            return self._agreed + [a.elapsed_time(b) / 1000 for a, b in zip(marks, marks[1:])]
-        return self._agreed + [b - a for a, b in zip(marks, marks[1:])]
+        seconds = [self._between(a, b) for a, b in zip(marks[known:], marks[known + 1 :])]
+        for after, begin, end in self._away:
+            if known <= after < known + len(seconds):
+                seconds[after - known] -= self._between(begin, end)
+        return self._agreed + seconds
 
 
 # A first call this many times slower than expected is treated as warm-up (compilation or autotuning). Chosen by hand.
 SLOW = 1.5
 # A call that keeps K and V takes the pipeline's own seconds to within this factor (measured: 0.88 and 1.13 of them).
 NEAR = 1.2
+# A step this many times as long as a dense one is none: the process stood still. Chosen by hand.
+STOOD_STILL = 8
 # Sparse calls that may be first ones: their kernels are compiled in one, they are recorded as CUDA graphs in the next.
 FIRST_SPARSE = 3
 
@@ -79,7 +102,7 @@ class StepCost:
         skipped: seconds of a skipped step, which evaluates no token.
         steady: the timed seconds, less the warm-up in them.
         warmup: seconds that compilation and other first calls took, of the first two dense steps and the first sparse
-            ones.
+            ones; and those in which the process stood still.
     """
 
     def __init__(
@@ -117,8 +140,10 @@ class StepCost:
         first_calls = set() if warm else {*whole[:2], *sparse[:FIRST_SPARSE]}
         expected = [self.seconds(share) * size for share, size in zip(shares, self._sizes)]
         self.steady = [
-            expected[at] if at in first_calls and seconds > SLOW * expected[at] else seconds
-            for at, seconds in enumerate(durations)
+            expected[at]
+            if seconds > STOOD_STILL * self.dense * size or (at in first_calls and seconds > SLOW * expected[at])
+            else seconds
+            for at, (seconds, size) in enumerate(zip(durations, self._sizes))
         ]
         self.warmup = sum(durations) - sum(self.steady)
 

@@ -293,6 +293,16 @@ class Stores:
         return ", ".join(f"{name} for {count} of {len(self.names)} layers" for name, count in kinds.items())
 
 
+def check_names(names: Sequence[str], layers: int) -> None:
+    """Check that `kv_store=` names a store for each attention of each guidance branch.
+
+    Raises:
+        HeterostepError: it names more or fewer.
+    """
+    if len(names) != layers:
+        raise HeterostepError(f"kv_store names {len(names)} stores, but the run has {layers} (layers and guidance)")
+
+
 def uniform(name: str, layers: Sequence[KVShape]) -> Stores:
     """One store for all layers."""
     return Stores((name,) * len(layers), tuple(layers))

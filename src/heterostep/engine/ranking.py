@@ -5,9 +5,12 @@ Shapes: B samples, N tokens, n active tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from heterostep.engine.generation import Generation
+from heterostep.errors import HeterostepError
 
 
 def rank(generation: Generation) -> None:
@@ -19,7 +22,21 @@ def rank(generation: Generation) -> None:
         generation.unranked = False
         if again or policy.ranks_each_step:
             scores = scores_of(generation)
-            set_ranking(generation, policy.rank(scores, generation.elapsed_sigma, generation.step))
+            ranked = policy.rank(scores, generation.elapsed_sigma, generation.step)
+            check_given("rank", ranked, scores.shape, generation)
+            set_ranking(generation, ranked)
+
+
+def check_given(method: str, given: Any, shape: torch.Size, generation: Generation) -> None:
+    """Check what a policy's method gave.
+
+    Raises:
+        HeterostepError: it is no tensor of this shape.
+    """
+    if not isinstance(given, torch.Tensor) or given.shape != shape:
+        what = list(given.shape) if isinstance(given, torch.Tensor) else repr(given)
+        name = f"policy={generation.config.policy!r}"
+        raise HeterostepError(f"{name}: {method} gave {what}, which should be a tensor {list(shape)}", "policy")
 
 
 def scores_of(generation: Generation) -> torch.Tensor:

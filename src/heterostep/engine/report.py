@@ -124,7 +124,8 @@ class Report:
         active_share: tokens evaluated over all tokens, one per step; as `share=` it replays the run.
         replay: options that repeat the run bit for bit: `enable(pipe, **report.replay)`, then the same call and seed.
             Beside the shares they name the stores that K and V were in, which free memory would choose anew. Where
-            memory ran out in mid-run (`memory.fell_back`), a replay has the store of its end throughout.
+            memory ran out in mid-run (`memory.fell_back`), a replay has the store of its end throughout. Of a run that
+            was interrupted it goes on as was planned.
         steps_maps: evaluations per token of each sample, int [samples, frames, height, width] of the token grid.
         policy: what decided where evaluations went.
         solver: how steps were made.
@@ -179,7 +180,7 @@ def build_report(generation: Generation, pipeline: str) -> Report:
     steps = generation.evaluations.cpu()
     done = generation.counts[: generation.steps_done]
     config, grid = generation.config, generation.grid.shape
-    achieved = float(steps.double().mean()) / num_steps
+    achieved = _share_of_dense(generation)
     target = None if config.share is None else config.target
     left = 0.0 if target is None or not generation.finished else target - achieved
     return Report(
@@ -202,13 +203,23 @@ def build_report(generation: Generation, pipeline: str) -> Report:
             kv_store=generation.kv_store,
             fell_back=generation.fell_back,
         ),
-        replay=_replay_options(generation, [count / total for count in done]),
+        replay=_replay_options(generation, [count / total for count in generation.counts]),
         policy=config.policy,
         steps_maps=steps[:, : math.prod(grid)].view(-1, *grid).numpy().astype(np.int64),
         solver=config.solver,
         finished=generation.finished,
         advice=generation.schedule.advice or (fitted and _missed(generation, fitted[0])),
     )
+
+
+def _share_of_dense(generation: Generation) -> float:
+    """Token evaluations so far over the dense run's, in all guidance calls: a step without guidance has fewer."""
+    samples = generation.samples_by_step
+    done = range(generation.steps_done)
+    latest = samples[max(samples)] if samples else generation.samples
+    of_steps = [samples.get(step, latest) for step in range(generation.schedule.run.num_steps)]
+    made = sum(generation.counts[step] * of_steps[step] for step in done) + generation.beyond
+    return made / (generation.total * sum(of_steps))
 
 
 def _missed(generation: Generation, cost: StepCost) -> str | None:

@@ -203,6 +203,8 @@ class Runner:
         # A branch that missed a step (guidance switched off for a while) has stale K/V: it starts again, dense.
         stale = branch.last_step < 0 or branch.last_step < step - 1
         branch.last_step, branch.batch = step, inputs["hidden_states"].shape[0]
+        if stale:
+            generation.beyond += (generation.total - generation.counts[step]) * branch.batch
         call = self._call = _TransformerCall(expert, generation, branch, inputs, stale)
         try:
             return self._skip(call) if generation.counts[step] == 0 and not stale else self._evaluate(call)
@@ -476,14 +478,20 @@ class Runner:
             self.of_user(self.on_step)(step_info(generation))
 
     def of_user(self, callback: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a user's callback: what it asks of transformer and scheduler is answered plainly, outside the run."""
+        """Wrap a user's callback: what it asks of transformer and scheduler is answered outside the run, whose time
+        stands still meanwhile."""
 
         @functools.wraps(callback)
         def called(*args: Any, **kwargs: Any) -> Any:
             before, self._in_users_code = self._in_users_code, True
+            clock = None if before or self.generation is None else self.generation.clock
+            if clock is not None:
+                clock.leave()
             try:
                 return callback(*args, **kwargs)
             finally:
+                if clock is not None:
+                    clock.back()
                 self._in_users_code = before
 
         return called

@@ -9,6 +9,7 @@ from numbers import Integral
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 from heterostep.policy import Change, Run, make
+from heterostep.sigmas import HIGHEST
 
 # Runs may exceed a target in seconds by at most this fraction. A plan of dense steps alone meets it to the nearest of
 # them; beside its steps a call takes some more (LTX-2: 0.7 % of a dense run).
@@ -80,6 +81,8 @@ class Schedule:
                 f"the scheduler's sigmas must fall from step to step, but step {flat} goes from {sigmas[flat]:g} to "
                 f"{sigmas[flat + 1]:g}: give sigmas that fall, with final_sigmas_type='zero' and without invert_sigmas"
             )
+        if sigmas[0] > HIGHEST:
+            raise HeterostepError(f"the first sigma is {sigmas[0]:g}: give sigmas from 1, which is noise, down to 0")
         self.plan()
         config, num_steps = self.config, self.run.num_steps
         if not isinstance(config.share, tuple) and config.target < self.lowest_share:
@@ -139,6 +142,11 @@ class Schedule:
         """
         total = self.run.tokens.total
         begin = self.policy.replans_from(step, counts[step] == total) if self.replans else None
+        if begin is not None and not (isinstance(begin, Integral) and begin >= step):
+            name = f"policy={self.config.policy!r}"
+            raise HeterostepError(
+                f"{name}: replans_from gave {begin!r}, which should be {step} or a later step", "policy"
+            )
         if begin == step and self.policy.sparse:
             begin = next((at for at in range(step + 1, len(counts)) if counts[at] == total), None)
         return None if begin is None or begin >= self.run.num_steps else begin

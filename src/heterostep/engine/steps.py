@@ -130,7 +130,9 @@ def end_step(
     if change is not None:
         policy = generation.schedule.policy
         if len(change) == generation.samples:
-            generation.weight = policy.weight(change)
+            weight = policy.weight(change)
+            ranking.check_given("weight", weight, change.shape, generation)
+            generation.weight = weight
         if generation.schedule.replans and policy.adapts:
             # To read it is to wait for the GPU.
             generation.changes.append(Change(before, step, float(change.mean()), generation.guided))

@@ -49,10 +49,7 @@ def place(
     """
     device, name = inputs["hidden_states"].device, config.kv_store
     if isinstance(name, tuple):
-        if len(name) != attentions * len(batches):
-            raise HeterostepError(
-                f"kv_store names {len(name)} stores, but the run has {attentions * len(batches)} (layers and guidance)"
-            )
+        forecast.check_names(name, attentions * len(batches))
         return forecast.Stores(name, ())
     if name != "auto" or forecast.room_on(device, config.vram) is None:
         name = "device" if name == "auto" else name

@@ -187,6 +187,8 @@ def plan(
             f"a plan needs the usual pipeline in place of {type(model).__name__}, or its checkpoint's name: the "
             "transformer's calls are the same"
         )
+    if not isinstance(dtype, torch.dtype):
+        raise HeterostepError(f"dtype must be a torch.dtype, such as torch.bfloat16, not {dtype!r}")
     defaults = found.defaults if found else configs.call_defaults(type(model).__name__)
     asked: dict[str, Any] = {
         "height": height,
@@ -349,6 +351,7 @@ class _Memory:
         """What `kv_store` gives; None where nothing fits."""
         asked = self.config.kv_store
         if isinstance(asked, tuple):
+            forecast.check_names(asked, len(self.layers))
             return self.account(forecast.Stores(asked, tuple(self.layers)))
         if asked != "auto":
             return self.account(forecast.uniform(asked, self.layers))

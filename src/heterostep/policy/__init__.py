@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 from heterostep.errors import HeterostepError
@@ -22,10 +23,17 @@ def register_policy(policy: type[Policy]) -> type[Policy]:
     """Let `HSAConfig(policy=policy.name)` choose this class; also as a decorator. A known name is replaced.
 
     Raises:
-        HeterostepError: it is no `Policy` or has no name.
+        HeterostepError: it is no `Policy`, has no name of its own, or lacks methods.
     """
-    if not (isinstance(policy, type) and issubclass(policy, Policy) and isinstance(getattr(policy, "name", None), str)):
-        raise HeterostepError("register_policy wants a class derived from heterostep.policy.Policy with a name")
+    wanted = "register_policy wants a class derived from heterostep.policy.Policy"
+    if not (isinstance(policy, type) and issubclass(policy, Policy)):
+        raise HeterostepError(f"{wanted}, not {policy!r}")
+    # An inherited one would replace the policy that it comes from.
+    name = vars(policy).get("name")
+    if not (isinstance(name, str) and name):
+        raise HeterostepError(f"{wanted} with a name of its own, which {policy.__name__} lacks")
+    if inspect.isabstract(policy):
+        raise HeterostepError(f"{policy.__name__} lacks methods: {', '.join(sorted(policy.__abstractmethods__))}")
     POLICIES[policy.name] = policy
     return policy
 
