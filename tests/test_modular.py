@@ -71,7 +71,7 @@ def test_guiders(guider):
             assert report.finished and report.share.achieved == pytest.approx(made, abs=0.001)
             # Half of the steps; those with more branches count for more.
             changes = guider in ("late", "skip-layer")
-            assert 0.43 < made < 0.53 if changes else made == pytest.approx(0.5, abs=0.001)
+            assert 0.4 < made < 0.6 if changes else made == pytest.approx(0.5, abs=0.001)
             assert equal(run_modular(pipe, steps=STEPS), half)
     assert equal(run_modular(pipe, steps=STEPS), plain)
 
