@@ -1077,12 +1077,17 @@ def test_ctrl_c_finds_a_pipeline_enabled_or_not():
             signal.setitimer(signal.ITIMER_REAL, 0.0005 * (number % 12 + 1))
             try:
                 for _ in range(200):
-                    heterostep.enable(pipe, **WHOLE)
-                    heterostep.disable(pipe)
+                    if number % 2:
+                        with heterostep.enabled(pipe, **WHOLE):
+                            pass
+                    else:
+                        heterostep.enable(pipe, **WHOLE)
+                        heterostep.disable(pipe)
             except KeyboardInterrupt:
                 interrupted += 1
             signal.setitimer(signal.ITIMER_REAL, 0)
-            heterostep.disable(pipe)
+            if number % 2 == 0:
+                heterostep.disable(pipe)
             assert type(pipe) is WanPipeline and "forward" not in pipe.transformer.__dict__
     finally:
         signal.signal(signal.SIGALRM, before)

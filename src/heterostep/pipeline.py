@@ -307,13 +307,16 @@ def enable(
             raise
 
 
+def _session_of(pipe: Any) -> _Session | None:
+    return _open.get(pipe) if isinstance(pipe, _PIPELINES) else None
+
+
 def _restoring(pipe: Pipeline) -> Callable[[], None]:
     """What makes a disabled pipeline what it is now: off, or enabled with the options that it has.
 
     A pipeline that cannot be enabled any more, for its transformer was taken off or is another one's now, stays off.
     """
-    session = _open.get(pipe) if isinstance(pipe, _PIPELINES) else None
-    on_step = getattr(pipe, _ON_STEP, None)
+    session, on_step = _session_of(pipe), getattr(pipe, _ON_STEP, None)
 
     def restore() -> None:
         models = transformers(pipe)
@@ -364,13 +367,16 @@ def enabled(
     Raises:
         HeterostepError: as in `enable`.
     """
-    restore = _restoring(pipe)
-    enable(pipe, config=config, on_step=on_step, **options)
+    restore, before = _restoring(pipe), _session_of(pipe)
     try:
+        enable(pipe, config=config, on_step=on_step, **options)
         yield pipe
     finally:
-        disable(pipe)
-        restore()
+        # An `enable` that failed has left what was.
+        if _session_of(pipe) is not before:
+            with interrupts.delayed():
+                disable(pipe)
+                restore()
 
 
 def report(pipe: Pipeline) -> Report:
@@ -398,6 +404,7 @@ def inspect(pipe: Pipeline) -> Runner:
     Raises:
         HeterostepError: the pipeline is not enabled.
     """
-    if not isinstance(pipe, _PIPELINES) or pipe not in _open:
+    session = _session_of(pipe)
+    if session is None:
         raise HeterostepError("nothing to inspect: call heterostep.enable(pipe, ...) first")
-    return _open[pipe].runner
+    return session.runner

@@ -54,7 +54,11 @@ class StepClock:
         return event
 
     def _between(self, begin: Any, end: Any) -> float:
-        return begin.elapsed_time(end) / 1000 if self._cuda else end - begin
+        if not self._cuda:
+            return end - begin
+        # A callback may have left another stream current.
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
 
     def agree(self) -> None:
         """Take the first rank's seconds of what has been timed; every rank has to be here."""

@@ -30,11 +30,11 @@ class RuntimeReport:
         target: seconds asked for, over the dense loop's; None where a share was asked for.
         achieved: seconds taken, over the dense loop's, without warm-up; None where the run was
             interrupted or its steps could not be timed.
-        seconds: all of the loop's, warm-up included.
+        seconds: all of the loop's, warm-up included, but for what callbacks took.
         dense_seconds: what the dense loop would take without heterostep, estimated from the run's dense steps, where
             there are such from those that kept no K and V.
         warmup_seconds: of `seconds`, those of calls that the process made for the first time (compilation,
-            autotuning): a second run of the kind has none.
+            autotuning): a second run of the kind has none. And those in which the process stood still.
     """
 
     target: float | None
@@ -50,7 +50,7 @@ class ShareReport:
 
     Attributes:
         target: asked for; None where a runtime was.
-        achieved: spent.
+        achieved: spent. Where steps differ in their guidance calls, more or less than planned, for plans are of steps.
         unspent: what is left of the asked share, if anything: less than one dense step, or what `divisors` without 1
             cannot spend.
     """
