@@ -1026,7 +1026,7 @@ def test_the_time_of_a_slow_callback_is_not_the_runs(way):
     else:
         run(pipe, **({"callback_on_step_end": slow} if way == "callback" else {}))
     seconds = heterostep.report(pipe).runtime
-    assert len(waits) == 12 and max(seconds.seconds, seconds.dense_seconds) < sum(waits) / 2
+    assert len(waits) == 12 and max(seconds.seconds, seconds.dense_seconds) < sum(waits)
 
 
 def test_a_callback_by_position_may_call_the_transformer():
@@ -1074,8 +1074,8 @@ def test_ctrl_c_finds_a_pipeline_enabled_or_not():
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         for number in range(60):
-            signal.setitimer(signal.ITIMER_REAL, 0.0005 * (number % 12 + 1))
             try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 * (number % 12 + 1))
                 for _ in range(200):
                     if number % 2:
                         with heterostep.enabled(pipe, **WHOLE):

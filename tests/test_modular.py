@@ -72,6 +72,7 @@ def test_guiders(guider):
             # Half of the steps; those with more branches count for more.
             changes = guider in ("late", "skip-layer")
             assert 0.4 < made < 0.6 if changes else made == pytest.approx(0.5, abs=0.001)
+            assert sum(report.active_share) / STEPS == pytest.approx(0.5, abs=0.001) and report.share.unspent == 0
             assert equal(run_modular(pipe, steps=STEPS), half)
     assert equal(run_modular(pipe, steps=STEPS), plain)
 

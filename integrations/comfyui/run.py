@@ -235,6 +235,9 @@ class Run:
                 )
             output = self._evaluate(executor, args, kwargs, options, group, branches, stale)
             self.evaluated += 1
+            if any(stale) and self._first:
+                beyond = generation.total - generation.counts[step]
+                generation.beyond += beyond * generation.samples * len(branches)
             return output
         except BaseException:
             self._free()
@@ -304,7 +307,14 @@ class Run:
         """ComfyUI's callback after each step, with what was predicted in place of what the sampler was given."""
 
         def shown(step: int, denoised: torch.Tensor, *more: Any, **named: Any) -> Any:
-            return callback(step, denoised if self._shown is None else self._shown, *more, **named)
+            clock = None if self.generation is None else self.generation.clock
+            if clock is not None:
+                clock.leave()
+            try:
+                return callback(step, denoised if self._shown is None else self._shown, *more, **named)
+            finally:
+                if clock is not None:
+                    clock.back()
 
         return shown
 

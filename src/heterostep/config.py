@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from heterostep.errors import HeterostepError
+from heterostep.errors import HeterostepError, shorten
 
 SOLVERS = ("pipeline", "euler")
 SCORES = ("velocity", "random", "oracle")
@@ -30,12 +30,6 @@ def _is_sequence(value: Any) -> bool:
     return ordered and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) == 1
 
 
-def _shown(value: Any) -> str:
-    """A value in one short line."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:60]} ..."
-
-
 def number(name: str, value: Any) -> float:
     """A number of any kind (Python's, numpy's, a tensor of no dimension) as a float.
 
@@ -44,7 +38,7 @@ def number(name: str, value: Any) -> float:
     """
     plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
     if isinstance(plain, bool) or not isinstance(plain, int | float):
-        raise HeterostepError(f"{name} must be a number, not {_shown(value)}", name)
+        raise HeterostepError(f"{name} must be a number, not {shorten(value)}", name)
     try:
         return float(plain)
     except OverflowError:
@@ -206,7 +200,7 @@ class HSAConfig:
         if self.divisors is not None:
             if not _is_sequence(self.divisors):
                 raise HeterostepError(
-                    f"divisors must be whole numbers, as in (1, 2, 4, 8), not {_shown(self.divisors)}"
+                    f"divisors must be whole numbers, as in (1, 2, 4, 8), not {shorten(self.divisors)}"
                 )
             divisors = tuple(whole("divisors", divisor, 1) for divisor in self.divisors)
             object.__setattr__(self, "divisors", divisors)
@@ -227,12 +221,13 @@ class HSAConfig:
         if not isinstance(self.kv_store, tuple):
             choices["kv_store"] = KV_STORES
         for name, known in choices.items():
-            if (given := getattr(self, name)) not in known:
-                raise HeterostepError(f"{name} must be one of {', '.join(known)}, not {_shown(given)}", name)
+            given = getattr(self, name)
+            if not isinstance(given, str) or given not in known:
+                raise HeterostepError(f"{name} must be one of {', '.join(known)}, not {shorten(given)}", name)
         if not isinstance(self.cuda_graphs, bool):
-            raise HeterostepError(f"cuda_graphs must be True or False, not {self.cuda_graphs!r}", "cuda_graphs")
+            raise HeterostepError(f"cuda_graphs must be True or False, not {shorten(self.cuda_graphs)}", "cuda_graphs")
         if not isinstance(self.policy, str):
-            raise HeterostepError(f"policy must be a name, such as auto or hsa, not {self.policy!r}", "policy")
+            raise HeterostepError(f"policy must be a name, such as auto or hsa, not {shorten(self.policy)}", "policy")
         if self.vram is not None:
             vram = number("vram", self.vram)
             if not 0 < vram < MOST_VRAM:

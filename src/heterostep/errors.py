@@ -17,3 +17,9 @@ class HeterostepError(ValueError):
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def shorten(value: object) -> str:
+    """A value in one short line, for messages about it."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:60]} ..."

@@ -49,20 +49,22 @@ def watched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def delayed() -> Iterator[None]:
-    """Let Ctrl-C wait for the block's end: half of what the block changes would be worse than all of it or nothing."""
+    """Let Ctrl-C and SIGTERM wait for the block's end: half of what it changes would be worse than all or nothing."""
     waiting: list[tuple[int, Any]] = []
-    usual = signal.getsignal(signal.SIGINT)
-    # Python calls handlers in the main thread alone; what was not set from Python cannot be put back.
-    if threading.current_thread() is not threading.main_thread() or not callable(usual):
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+    # Python calls handlers in the main thread alone. What is not Python's ends the process, or nothing.
+    usual: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        usual = {number: handler for number, handler in usual.items() if callable(handler)}
+    for number in usual:
+        signal.signal(number, lambda *given: waiting.append(given))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
-        if waiting:
-            usual(*waiting[0])
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+        for number, frame in waiting[:1]:
+            usual[number](number, frame)
 
 
 @contextlib.contextmanager

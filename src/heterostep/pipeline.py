@@ -343,7 +343,8 @@ def disable(pipe: Pipeline) -> None:
     if session is not None:
         with interrupts.delayed():
             session.close(pipe)
-            del _open[pipe]
+            # Another thread may have been as quick.
+            _open.pop(pipe, None)
 
 
 @contextlib.contextmanager
@@ -367,16 +368,26 @@ def enabled(
     Raises:
         HeterostepError: as in `enable`.
     """
-    restore, before = _restoring(pipe), _session_of(pipe)
-    try:
-        enable(pipe, config=config, on_step=on_step, **options)
-        yield pipe
-    finally:
+    restore, before, left = _restoring(pipe), _session_of(pipe), False
+
+    def leave() -> None:
+        nonlocal left
         # An `enable` that failed has left what was.
-        if _session_of(pipe) is not before:
+        if not left and _session_of(pipe) is not before:
             with interrupts.delayed():
                 disable(pipe)
                 restore()
+                left = True
+
+    try:
+        try:
+            enable(pipe, config=config, on_step=on_step, **options)
+            yield pipe
+        finally:
+            leave()
+    finally:
+        # Where Ctrl-C came before the first could begin.
+        leave()
 
 
 def report(pipe: Pipeline) -> Report:

@@ -176,7 +176,7 @@ def test_damaged_settings_are_told_in_one_line(pipe, methods, tmp_path, content)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", ["first line", "no key", "half a video", "no video"])
+@pytest.mark.parametrize("damage", ["first line", "no key", "half a video", "empty video", "no video"])
 def test_what_a_damaged_folder_lacks_is_made_again(pipe, tmp_path, damage):
     def compared(*methods):
         return Comparison(pipe, PROMPTS[:1], methods, settings(runtimes=(0.5,), shown=0), tmp_path, "").run()
@@ -187,9 +187,22 @@ def test_what_a_damaged_folder_lacks_is_made_again(pipe, tmp_path, damage):
     if damage == "first line":
         log.write_text("".join([lines[0][:10] + "\n", *lines[1:]]))
     elif damage == "no key":
-        log.write_text("".join([*lines, "{}\n", "[]\n", '{"key": [0, 0]}\n', '{"key": [0, [], 1, 2]}\n']))
+        log.write_text(
+            "".join(
+                [
+                    *lines,
+                    "{}\n",
+                    "[]\n",
+                    '{"key": [0, 0]}\n',
+                    '{"key": [0, [], 1, 2]}\n',
+                    '{"key": [0, 0, "steps", 0.9]}\n',
+                ]
+            )
+        )
     elif damage == "half a video":
         dense.write_bytes(dense.read_bytes()[:-100])
+    elif damage == "empty video":
+        dense.write_bytes(b"")
     else:
         dense.unlink()
     again = compared(BY_NAME["steps"], BY_NAME["heterostep"])

@@ -140,3 +140,7 @@ def test_a_step_in_which_the_process_stood_still_counts_as_it_was_expected():
     assert cost.steady == pytest.approx([1.0, 1.0, 1.0, 0.1, 1.0]) and cost.warmup == pytest.approx(39.0)
     skipped = StepCost([1.0, 1.0, 1.0, 30.0, 0.1, 0.1], [1, 1, 1, 0, 0, 0], warm=True)
     assert skipped.steady[3] == pytest.approx(0.1) and skipped.warmup == pytest.approx(29.9)
+    # Of the first skipped one it is not known yet what it takes.
+    assert StepCost([1.0, 1.0, 30.0], [1, 1, 0]).steady == pytest.approx([1.0, 1.0, 1.0])
+    # Recording a CUDA graph takes what it takes, in each run.
+    assert StepCost([0.1, 0.1, 0.1, 1.0], [1, 1, 1, 0.01], warm=True).warmup == 0

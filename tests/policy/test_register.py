@@ -1,5 +1,6 @@
 """Policies and families from outside of the package."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
@@ -59,9 +60,10 @@ def test_what_a_policy_gives_as_the_run_goes_is_checked_too(every_third, monkeyp
     ("method", "given", "message"),
     [
         ("weight", 0.5, r"weight gave 0.5, which should be a tensor \[1\]"),
-        ("weight", torch.tensor(0.5), r"weight gave \[\], which should be a tensor \[1\]"),
+        ("weight", torch.tensor(0.5), r"weight gave Tensor \[\], which should be a tensor \[1\]"),
+        ("rank", np.zeros((1, 48)), r"rank gave ndarray \[1, 48\], which should be a tensor \[1, 48\]"),
         ("rank", None, r"rank gave None, which should be a tensor \[1, 48\]"),
-        ("rank", torch.zeros(48), r"rank gave \[48\], which should be a tensor \[1, 48\]"),
+        ("rank", torch.zeros(48), r"rank gave Tensor \[48\], which should be a tensor \[1, 48\]"),
         ("replans_from", 2.5, "replans_from gave 2.5, which should be 0 or a later step"),
         ("replans_from", -1, "replans_from gave -1, which should be 0 or a later step"),
     ],

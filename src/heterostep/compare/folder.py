@@ -81,10 +81,14 @@ class Folder:
         return self.path / "work" / f"dense-{prompt}.npy"
 
     def _has_dense(self, prompt: int) -> bool:
+        path = self.dense(prompt)
         try:
-            np.load(self.dense(prompt), mmap_mode="r")
-        except (OSError, ValueError):
+            np.load(path, mmap_mode="r")
+        except (FileNotFoundError, ValueError, EOFError):
             return False
+        except OSError as error:
+            # It may be there, so nothing is dropped.
+            raise HeterostepError(f"{path} cannot be read: {error.strerror}") from error
         return True
 
     def write_results(self, results: dict[str, Any]) -> None:
@@ -111,7 +115,11 @@ def _read(text: str) -> Line | None:
     except (ValueError, TypeError, KeyError):
         return None
     kinds = ((repeat, int), (prompt, int), (method, str), (value, int | float))
-    return line if all(isinstance(each, kind) for each, kind in kinds) else None
+    if not all(isinstance(each, kind) for each, kind in kinds):
+        return None
+    # Repetitions are only timed.
+    made = "rows" in line and (repeat > 0 or "psnr" in line)
+    return line if made or "error" in line or "left_out" in line else None
 
 
 def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:

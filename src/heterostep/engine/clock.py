@@ -57,6 +57,7 @@ class StepClock:
         if not self._cuda:
             return end - begin
         # A callback may have left another stream current.
+        begin.synchronize()
         end.synchronize()
         return begin.elapsed_time(end) / 1000
 
@@ -131,7 +132,7 @@ class StepCost:
         usual = [seconds for seconds in plain.values() if self.dense / most <= seconds <= most * self.dense]
         self.plain = statistics.median_low(usual or [self.dense])
         skipped = [seconds for share, seconds in timed if share == 0]
-        self.skipped = statistics.median(skipped) if skipped else 0.0
+        self.skipped = min(statistics.median(skipped), self.dense) if skipped else 0.0
         # The line goes through the dense median: it is the best known point, and the target is measured in it.
         fixed = [(seconds - share * self.dense) / (1 - share) for share, seconds in timed if 0 < share < 0.95]
         # A first call says nothing unless it was quick.
@@ -141,11 +142,13 @@ class StepCost:
         self.fixed = 0.0 if not self.settled and least > self.dense else min(least, self.dense)
         sparse = [at for at, share in enumerate(shares) if 0 < share < 1]
         whole = [at for at, share in enumerate(shares) if share == 1]
-        first_calls = set() if warm else {*whole[:2], *sparse[:FIRST_SPARSE]}
+        recorded = {*sparse[:FIRST_SPARSE]}
+        first_calls = set() if warm else {*whole[:2], *recorded}
         expected = [self.seconds(share) * size for share, size in zip(shares, self._sizes)]
         self.steady = [
             expected[at]
-            if seconds > STOOD_STILL * self.dense * size or (at in first_calls and seconds > SLOW * expected[at])
+            if (at in first_calls and seconds > SLOW * expected[at])
+            or (at not in recorded and seconds > STOOD_STILL * self.dense * size)
             else seconds
             for at, (seconds, size) in enumerate(zip(durations, self._sizes))
         ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from heterostep.engine.generation import Generation
-from heterostep.errors import HeterostepError
+from heterostep.errors import HeterostepError, shorten
 
 
 def rank(generation: Generation) -> None:
@@ -34,7 +34,7 @@ def check_given(method: str, given: Any, shape: torch.Size, generation: Generati
         HeterostepError: it is no tensor of this shape.
     """
     if not isinstance(given, torch.Tensor) or given.shape != shape:
-        what = list(given.shape) if isinstance(given, torch.Tensor) else repr(given)
+        what = f"{type(given).__name__} {list(given.shape)}" if hasattr(given, "shape") else shorten(given)
         name = f"policy={generation.config.policy!r}"
         raise HeterostepError(f"{name}: {method} gave {what}, which should be a tensor {list(shape)}", "policy")
 

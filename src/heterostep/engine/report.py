@@ -182,7 +182,7 @@ def build_report(generation: Generation, pipeline: str) -> Report:
     config, grid = generation.config, generation.grid.shape
     achieved = _share_of_dense(generation)
     target = None if config.share is None else config.target
-    left = 0.0 if target is None or not generation.finished else target - achieved
+    left = 0.0 if target is None or not generation.finished else target - sum(done) / total / num_steps
     return Report(
         pipeline=pipeline,
         num_inference_steps=num_steps,

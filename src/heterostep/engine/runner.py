@@ -203,11 +203,14 @@ class Runner:
         # A branch that missed a step (guidance switched off for a while) has stale K/V: it starts again, dense.
         stale = branch.last_step < 0 or branch.last_step < step - 1
         branch.last_step, branch.batch = step, inputs["hidden_states"].shape[0]
-        if stale:
-            generation.beyond += (generation.total - generation.counts[step]) * branch.batch
         call = self._call = _TransformerCall(expert, generation, branch, inputs, stale)
         try:
-            return self._skip(call) if generation.counts[step] == 0 and not stale else self._evaluate(call)
+            if generation.counts[step] == 0 and not stale:
+                return self._skip(call)
+            output = self._evaluate(call)
+            if stale:
+                generation.beyond += (generation.total - generation.counts[step]) * branch.batch
+            return output
         except BaseException:
             generation.free_kv()
             raise
@@ -503,7 +506,9 @@ class Runner:
         error = (rows.float() - held(generation, call.branch).float()).abs().sum(-1)
         error = error.view(-1, *generation.elapsed_sigma.shape).mean(0)
         unscaled = torch.ones_like(generation.elapsed_sigma)
-        ranking.set_ranking(generation, generation.schedule.policy.rank(error, unscaled, generation.step))
+        ranked = generation.schedule.policy.rank(error, unscaled, generation.step)
+        ranking.check_given("rank", ranked, error.shape, generation)
+        ranking.set_ranking(generation, ranked)
         ranking.activate(generation)
 
     def report(self, pipeline: str) -> Report:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
+from typing import Any
 
 from heterostep.config import HSAConfig
-from heterostep.errors import HeterostepError
+from heterostep.errors import HeterostepError, shorten
 from heterostep.policy import Change, Run, make
 from heterostep.sigmas import HIGHEST
 
@@ -117,9 +118,7 @@ class Schedule:
         def fault(message: str) -> HeterostepError:
             return HeterostepError(f"{who} {message}", field)
 
-        if not isinstance(planned, Iterable):
-            raise fault(f"gives {planned!r} for a plan, which should be a list of each step's tokens")
-        counts = [*done, *planned]
+        counts = [*done, *_listed(self.config, planned)]
         if len(counts) != num_steps:
             raise fault(f"is for {len(counts)} steps, but the run has {num_steps}")
         for step, count in enumerate(counts):
@@ -183,7 +182,7 @@ class Schedule:
         """
 
         def plan(evaluations: int) -> list[int]:
-            return self.policy.replan(evaluations, begin, changes, spend_remainder=False)
+            return _listed(self.config, self.policy.replan(evaluations, begin, changes, spend_remainder=False))
 
         most = self.run.tokens.total * (self.run.num_steps - begin)
         return self._checked(plan(evaluations_within(seconds, cost, most, plan)), counts[:begin])
@@ -199,6 +198,14 @@ class Schedule:
         """As `within_seconds`, where no dense step is ahead: `begin` is one if there is the time for it."""
         planned = self.within_seconds(counts, begin, changes, seconds, cost)
         return planned if sum(map(cost, planned[begin:])) <= seconds else list(counts)
+
+
+def _listed(config: HSAConfig, planned: Any) -> list[int]:
+    """A policy's counts, if it gave any."""
+    if not isinstance(planned, Iterable):
+        what = f"policy={config.policy!r} gives {shorten(planned)} for a plan"
+        raise HeterostepError(f"{what}, which should be a list of each step's tokens", "policy")
+    return [*planned]
 
 
 def evaluations_within(
