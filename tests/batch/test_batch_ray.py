@@ -80,7 +80,8 @@ class Watcher:
 def test_twenty_lines_a_lost_worker_and_a_broken_line(tmp_path):
     from heterostep.workers import cluster
 
-    content = rows(20)
+    # What is left when the worker is lost takes longer than a new one needs to begin.
+    content = [*rows(6), *rows(20, steps=40)[6:]]
     whole = json.dumps(content[7])
     content[7] = whole[:30]
     path, out, watcher = write(tmp_path / "prompts.jsonl", content), tmp_path / "out", Watcher()
