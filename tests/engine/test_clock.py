@@ -144,3 +144,30 @@ def test_a_step_in_which_the_process_stood_still_counts_as_it_was_expected():
     assert StepCost([1.0, 1.0, 30.0], [1, 1, 0]).steady == pytest.approx([1.0, 1.0, 1.0])
     # Recording a CUDA graph takes what it takes, in each run.
     assert StepCost([0.1, 0.1, 0.1, 1.0], [1, 1, 1, 0.01], warm=True).warmup == 0
+
+
+def test_on_a_gpu_what_is_not_a_steps_is_measured_by_events_too(monkeypatch):
+    """Each is waited for before it is read: a callback may have left another stream current."""
+    now = iter([0.0, 1000.0, 1500.0, 4500.0, 5000.0])
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at, self.done = next(now), False
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            self.done = True
+
+        def elapsed_time(self, other):
+            assert self.done and other.done
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = StepClock(torch.device("cuda"))
+    for what in (clock.mark, clock.mark, clock.leave, clock.back, clock.mark):
+        what()
+    assert clock.durations() == [1.0, 1.0]
