@@ -16,6 +16,7 @@ Shapes: B samples, k conditionings in a call, b = B k, E values of a sample's ou
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -236,8 +237,8 @@ class Run:
             output = self._evaluate(executor, args, kwargs, options, group, branches, stale)
             self.evaluated += 1
             if any(stale) and self._first:
-                beyond = generation.total - generation.counts[step]
-                generation.beyond += beyond * generation.samples * len(branches)
+                unplanned = generation.total - generation.counts[step]
+                generation.unplanned_evaluations += unplanned * generation.samples * len(branches)
             return output
         except BaseException:
             self._free()
@@ -307,14 +308,8 @@ class Run:
         """ComfyUI's callback after each step, with what was predicted in place of what the sampler was given."""
 
         def shown(step: int, denoised: torch.Tensor, *more: Any, **named: Any) -> Any:
-            clock = None if self.generation is None else self.generation.clock
-            if clock is not None:
-                clock.leave()
-            try:
+            with contextlib.nullcontext() if self.generation is None else self.generation.clock.paused():
                 return callback(step, denoised if self._shown is None else self._shown, *more, **named)
-            finally:
-                if clock is not None:
-                    clock.back()
 
         return shown
 

@@ -18,7 +18,7 @@ from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError
 from heterostep.policy import Change, Run, Tokens
 from heterostep.policy.auto import Auto
-from heterostep.sigmas import HIGHEST, log_alpha
+from heterostep.sigmas import HIGHEST_SIGMA, log_alpha
 
 
 def sample(
@@ -53,7 +53,7 @@ def sample(
     num_steps = len(sigmas) - 1
     if num_steps < 1 or not all(later < earlier for earlier, later in zip(sigmas, sigmas[1:])):
         raise HeterostepError("sigmas must fall from step to step, and be two or more")
-    if sigmas[0] > HIGHEST:
+    if sigmas[0] > HIGHEST_SIGMA:
         raise HeterostepError(f"sigmas must begin at 1 or below, not at {sigmas[0]:g}")
     if isinstance(share, Sequence):
         raise HeterostepError("share must be one number here: heterostep.enable takes a share for each step")

@@ -7,7 +7,7 @@ import torch
 # Near pure noise log(1 - sigma) has no end, and velocities go straight over sigma itself (docs/background/method.md).
 MARGIN = 0.02
 # The highest noise level there is, and what rounding may add to it.
-HIGHEST = 1 + 1e-3
+HIGHEST_SIGMA = 1 + 1e-3
 
 
 def log_alpha(sigma: torch.Tensor) -> torch.Tensor:

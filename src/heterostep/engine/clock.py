@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -24,9 +25,8 @@ class StepClock:
     def __init__(self, device: torch.device, ranks: Ranks = ALONE) -> None:
         self._device, self._cuda, self._ranks = device, device.type == "cuda", ranks
         self._marks: list[Any] = []
-        # What is not a step's: after which mark it came, its begin and its end.
-        self._left: Any = None
-        self._away: list[tuple[int, Any, Any]] = []
+        # After which mark each came, its begin and its end.
+        self._pauses: list[tuple[int, Any, Any]] = []
         self._agreed: list[float] = []
 
     def mark(self) -> None:
@@ -37,13 +37,14 @@ class StepClock:
                 torch.cuda.current_stream().synchronize()
         self._marks.append(self._now())
 
-    def leave(self) -> None:
-        """What comes is not a step's, such as a callback's work, until `back`."""
-        self._left = self._now()
-
-    def back(self) -> None:
-        """The step goes on, or the next one begins."""
-        self._away.append((len(self._marks) - 1, self._left, self._now()))
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside is not a step's, such as a callback's work."""
+        began = self._now()
+        try:
+            yield
+        finally:
+            self._pauses.append((len(self._marks) - 1, began, self._now()))
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -67,12 +68,12 @@ class StepClock:
             self._agreed += self._ranks.broadcast_floats(self.durations()[len(self._agreed) :])
 
     def durations(self) -> list[float]:
-        """Seconds between one mark and the next, without what is not a step's; on CUDA this waits for the last mark."""
+        """Seconds between one mark and the next, without pauses; on CUDA this waits for the last mark."""
         known, marks = len(self._agreed), self._marks
         if self._cuda and marks:
             marks[-1].synchronize()
         seconds = [self._between(a, b) for a, b in zip(marks[known:], marks[known + 1 :])]
-        for after, begin, end in self._away:
+        for after, begin, end in self._pauses:
             if known <= after < known + len(seconds):
                 seconds[after - known] -= self._between(begin, end)
         return self._agreed + seconds

@@ -114,7 +114,7 @@ class Generation:
     kv_store: str = "none"  # the same for the report
     store_names: tuple[str, ...] = ()
     kept: set[int] = field(default_factory=set)  # steps whose calls kept K and V
-    beyond: int = 0  # token evaluations beside `counts`: of branches that came back, in all their samples
+    unplanned_evaluations: int = 0  # of tokens, by branches that came back at steps that do not evaluate all
     samples_by_step: dict[int, int] = field(default_factory=dict)  # `samples_called` at the end of each
     fell_back: bool = False  # a store ran out of memory, and a smaller one took over
     kv_bytes_peak: int = 0

@@ -23,11 +23,11 @@ def rank(generation: Generation) -> None:
         if again or policy.ranks_each_step:
             scores = scores_of(generation)
             ranked = policy.rank(scores, generation.elapsed_sigma, generation.step)
-            check_given("rank", ranked, scores.shape, generation)
+            check_shape("rank", ranked, scores.shape, generation)
             set_ranking(generation, ranked)
 
 
-def check_given(method: str, given: Any, shape: torch.Size, generation: Generation) -> None:
+def check_shape(method: str, given: Any, shape: torch.Size, generation: Generation) -> None:
     """Check what a policy's method gave.
 
     Raises:

@@ -218,7 +218,7 @@ def _share_of_dense(generation: Generation) -> float:
     done = range(generation.steps_done)
     latest = samples[max(samples)] if samples else generation.samples
     of_steps = [samples.get(step, latest) for step in range(generation.schedule.run.num_steps)]
-    made = sum(generation.counts[step] * of_steps[step] for step in done) + generation.beyond
+    made = sum(generation.counts[step] * of_steps[step] for step in done) + generation.unplanned_evaluations
     return made / (generation.total * sum(of_steps))
 
 

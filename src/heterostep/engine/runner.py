@@ -209,7 +209,7 @@ class Runner:
                 return self._skip(call)
             output = self._evaluate(call)
             if stale:
-                generation.beyond += (generation.total - generation.counts[step]) * branch.batch
+                generation.unplanned_evaluations += (generation.total - generation.counts[step]) * branch.batch
             return output
         except BaseException:
             generation.free_kv()
@@ -488,13 +488,10 @@ class Runner:
         def called(*args: Any, **kwargs: Any) -> Any:
             before, self._in_users_code = self._in_users_code, True
             clock = None if before or self.generation is None else self.generation.clock
-            if clock is not None:
-                clock.leave()
             try:
-                return callback(*args, **kwargs)
+                with contextlib.nullcontext() if clock is None else clock.paused():
+                    return callback(*args, **kwargs)
             finally:
-                if clock is not None:
-                    clock.back()
                 self._in_users_code = before
 
         return called
@@ -507,7 +504,7 @@ class Runner:
         error = error.view(-1, *generation.elapsed_sigma.shape).mean(0)
         unscaled = torch.ones_like(generation.elapsed_sigma)
         ranked = generation.schedule.policy.rank(error, unscaled, generation.step)
-        ranking.check_given("rank", ranked, error.shape, generation)
+        ranking.check_shape("rank", ranked, error.shape, generation)
         ranking.set_ranking(generation, ranked)
         ranking.activate(generation)
 

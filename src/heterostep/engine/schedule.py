@@ -10,7 +10,7 @@ from typing import Any
 from heterostep.config import HSAConfig
 from heterostep.errors import HeterostepError, shorten
 from heterostep.policy import Change, Run, make
-from heterostep.sigmas import HIGHEST
+from heterostep.sigmas import HIGHEST_SIGMA
 
 # Runs may exceed a target in seconds by at most this fraction. A plan of dense steps alone meets it to the nearest of
 # them; beside its steps a call takes some more (LTX-2: 0.7 % of a dense run).
@@ -82,7 +82,7 @@ class Schedule:
                 f"the scheduler's sigmas must fall from step to step, but step {flat} goes from {sigmas[flat]:g} to "
                 f"{sigmas[flat + 1]:g}: give sigmas that fall, with final_sigmas_type='zero' and without invert_sigmas"
             )
-        if sigmas[0] > HIGHEST:
+        if sigmas[0] > HIGHEST_SIGMA:
             raise HeterostepError(f"the first sigma is {sigmas[0]:g}: give sigmas from 1, which is noise, down to 0")
         self.plan()
         config, num_steps = self.config, self.run.num_steps
@@ -118,7 +118,7 @@ class Schedule:
         def fault(message: str) -> HeterostepError:
             return HeterostepError(f"{who} {message}", field)
 
-        counts = [*done, *_listed(self.config, planned)]
+        counts = [*done, *_counts_of(self.config, planned)]
         if len(counts) != num_steps:
             raise fault(f"is for {len(counts)} steps, but the run has {num_steps}")
         for step, count in enumerate(counts):
@@ -182,7 +182,7 @@ class Schedule:
         """
 
         def plan(evaluations: int) -> list[int]:
-            return _listed(self.config, self.policy.replan(evaluations, begin, changes, spend_remainder=False))
+            return _counts_of(self.config, self.policy.replan(evaluations, begin, changes, spend_remainder=False))
 
         most = self.run.tokens.total * (self.run.num_steps - begin)
         return self._checked(plan(evaluations_within(seconds, cost, most, plan)), counts[:begin])
@@ -200,7 +200,7 @@ class Schedule:
         return planned if sum(map(cost, planned[begin:])) <= seconds else list(counts)
 
 
-def _listed(config: HSAConfig, planned: Any) -> list[int]:
+def _counts_of(config: HSAConfig, planned: Any) -> list[int]:
     """A policy's counts, if it gave any."""
     if not isinstance(planned, Iterable):
         what = f"policy={config.policy!r} gives {shorten(planned)} for a plan"

@@ -131,7 +131,7 @@ def end_step(
         policy = generation.schedule.policy
         if len(change) == generation.samples:
             weight = policy.weight(change)
-            ranking.check_given("weight", weight, change.shape, generation)
+            ranking.check_shape("weight", weight, change.shape, generation)
             generation.weight = weight
         if generation.schedule.replans and policy.adapts:
             # To read it is to wait for the GPU.
