@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -26,8 +27,8 @@ def line(step, at, start, stop):
 HALF = torch.tensor([0.5])
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_a_gap_is_integrated_again_when_its_end_is_known(sparse):
+@pytest.mark.parametrize("known", [True, False])
+def test_a_gap_is_integrated_again_when_its_end_is_known(known):
     """With Euler the sample ends where a line between the known velocities leads, but for what mistrust takes away."""
     start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
     trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.VELOCITY)
@@ -35,12 +36,14 @@ def test_a_gap_is_integrated_again_when_its_end_is_known(sparse):
     assert trajectory.on_dense_step(3, start, None)[1].velocity is start
     x = x + (SIGMAS[4] - SIGMAS[3]) * start
     for step in (4, 5, 6):
-        assert trajectory.on_skipped_step(step, start, sparse and step == 5, HALF) is start
+        if not known:
+            trajectory.leave_gap()
+        assert trajectory.on_skipped_step(step, start, HALF) is start
         x = x + (SIGMAS[step + 1] - SIGMAS[step]) * start
     change, given = trajectory.on_dense_step(7, stop, None)
     assert change.item() == pytest.approx(0.2)
-    if sparse:
-        # Some tokens were evaluated in the gap: a line would leave that out.
+    if not known:
+        # Some values were evaluated in the gap, which is not known: a line would leave them out.
         assert given.velocity is stop
         return
     right = sum((SIGMAS[i + 1] - SIGMAS[i]) * line((3, 7), i, start, stop) for i in range(3, 7))
@@ -49,13 +52,13 @@ def test_a_gap_is_integrated_again_when_its_end_is_known(sparse):
     assert given.sample_shift is None
     torch.testing.assert_close(given.velocity, stop + 0.8 * missed * (1 / dsigma + 1 / SIGMAS[7]))
     # At the next step the velocities are the model's again.
-    assert trajectory.on_skipped_step(8, stop, False, HALF) is stop
+    assert trajectory.on_skipped_step(8, stop, HALF) is stop
 
 
 def gap(trajectory, start, stop, velocities, weight=HALF):
     """From one dense step (number, velocity) to the next: what the scheduler was given in between, and at its end."""
     trajectory.on_dense_step(*start, None)
-    given = [trajectory.on_skipped_step(start[0] + 1 + i, v, False, weight) for i, v in enumerate(velocities)]
+    given = [trajectory.on_skipped_step(start[0] + 1 + i, v, weight) for i, v in enumerate(velocities)]
     return given, trajectory.on_dense_step(*stop, None)
 
 
@@ -76,8 +79,8 @@ def test_what_is_extrapolated_follows_the_move_until_the_next_dense_step():
     _, (_, given) = gap(trajectory, (3, start), (6, stop), [start, start])
     shift = given.velocity - stop
     ahead = (LOG_ALPHAS[7] - LOG_ALPHAS[6]) / (LOG_ALPHAS[6] - LOG_ALPHAS[3])
-    torch.testing.assert_close(trajectory.on_skipped_step(7, stop, False, HALF), stop + shift * (1 + 0.5 * ahead))
-    torch.testing.assert_close(trajectory.on_skipped_step(8, stop, False, 0 * HALF), stop + shift)
+    torch.testing.assert_close(trajectory.on_skipped_step(7, stop, HALF), stop + shift * (1 + 0.5 * ahead))
+    torch.testing.assert_close(trajectory.on_skipped_step(8, stop, 0 * HALF), stop + shift)
 
 
 def test_a_gap_after_a_gap_is_integrated_from_the_corrected_velocity():
@@ -85,7 +88,7 @@ def test_a_gap_after_a_gap_is_integrated_from_the_corrected_velocity():
     trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.SAMPLE)
     _, (_, given) = gap(trajectory, (3, start), (6, stop), [start, start])
     shift = given.velocity - stop
-    inside = [trajectory.on_skipped_step(step, stop, False, HALF) for step in (7, 8)]
+    inside = [trajectory.on_skipped_step(step, stop, HALF) for step in (7, 8)]
     change, given = trajectory.on_dense_step(9, end, None)
     assert change.item() == pytest.approx(((end - stop - shift) / end).mean().item())
     widths = [SIGMAS[i + 1] - SIGMAS[i] for i in (6, 7, 8)]
@@ -95,7 +98,7 @@ def test_a_gap_after_a_gap_is_integrated_from_the_corrected_velocity():
     # What comes next is extrapolated from two velocities that were made elsewhere, each by its own move.
     now = given.velocity - end
     ahead = 0.5 * (LOG_ALPHAS[10] - LOG_ALPHAS[9]) / (LOG_ALPHAS[9] - LOG_ALPHAS[6])
-    torch.testing.assert_close(trajectory.on_skipped_step(10, end, False, HALF), end + now + ahead * (now - shift))
+    torch.testing.assert_close(trajectory.on_skipped_step(10, end, HALF), end + now + ahead * (now - shift))
 
 
 def test_another_model_does_not_follow_this_ones_moves():
@@ -104,7 +107,7 @@ def test_another_model_does_not_follow_this_ones_moves():
     gap(trajectory, (3, start), (6, stop), [start, start])
     trajectory.restart()
     assert trajectory.on_dense_step(7, start, None) == (None, SchedulerInput(start))
-    assert trajectory.on_skipped_step(8, start, False, HALF) is start
+    assert trajectory.on_skipped_step(8, start, HALF) is start
     assert trajectory.on_dense_step(9, start, None)[1].sample_shift.abs().max() < 1e-6
 
 
@@ -113,26 +116,89 @@ def test_a_step_made_twice_and_a_velocity_of_another_shape_are_survived():
     trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.SAMPLE)
     gap(trajectory, (3, start), (6, stop), [start, start])
     trajectory.on_dense_step(6, stop, None)
-    assert trajectory.on_skipped_step(7, stop, False, HALF).isfinite().all()
+    assert trajectory.on_skipped_step(7, stop, HALF).isfinite().all()
     wider = torch.full((1, 6), 2.0)
     assert trajectory.on_dense_step(8, wider, None) == (None, SchedulerInput(wider))
-    assert trajectory.on_skipped_step(9, wider, False, HALF) is wider
+    assert trajectory.on_skipped_step(9, wider, HALF) is wider
 
 
 def test_all_processes_go_by_one_change():
     start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
     trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.SAMPLE)
     trajectory.on_dense_step(3, start, None)
-    trajectory.on_skipped_step(4, start, False, HALF)
+    trajectory.on_skipped_step(4, start, HALF)
     change, given = trajectory.on_dense_step(5, stop, None, lambda own: torch.ones_like(own))
     assert change.item() == 1 and given.sample_shift.abs().max() == 0
 
 
-def test_single_tokens_end_what_follows_the_move():
+def test_a_gap_of_which_too_little_is_known_ends_what_follows_the_move():
     start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
     trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.SAMPLE)
     gap(trajectory, (3, start), (6, stop), [start, start])
-    assert trajectory.on_skipped_step(7, stop, True, HALF) is stop
+    trajectory.leave_gap()
+    assert trajectory.on_skipped_step(7, stop, HALF) is stop
+
+
+EVALUATED = torch.tensor([[False, False, True, True]])
+
+
+def test_values_that_are_evaluated_in_a_gap_have_their_own_lines():
+    """Two of four values are evaluated at step 5 of the gap from 3 to 7, one of them at step 6 again."""
+    start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
+    middle, late = torch.tensor([[2.0, 2.0, 2.1, 2.4]]), torch.tensor([[2.0, 2.0, 2.1, 2.6]])
+    again = torch.tensor([[False, False, False, True]])
+    trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.SAMPLE)
+    trajectory.on_dense_step(3, start, None)
+    given = [start, *(trajectory.on_skipped_step(*each) for each in [(4, start, HALF), (5, middle, HALF, EVALUATED)])]
+    given.append(trajectory.on_skipped_step(6, late, HALF, again))
+    change, at_end = trajectory.on_dense_step(7, stop, None)
+    paths = [[(3, 2.0), (7, 2.5)], [(3, 2.0), (7, 2.5)], [(3, 2.0), (5, 2.1), (7, 2.5)]]
+    paths.append([(3, 2.0), (5, 2.4), (6, 2.6), (7, 2.5)])
+    for value, path in enumerate(paths):
+        right = sum(
+            (SIGMAS[i + 1] - SIGMAS[i]) * line((before[0], after[0]), i, before[1], after[1])
+            for before, after in itertools.pairwise(path)
+            for i in range(before[0], after[0])
+        )
+        moved = sum((SIGMAS[i + 1] - SIGMAS[i]) * given[i - 3][0, value].item() for i in range(3, 7))
+        assert at_end.sample_shift[0, value].item() == pytest.approx((1 - change.item()) * (right - moved), rel=1e-4)
+    # The change is from one dense step to the next.
+    assert change.item() == pytest.approx(0.2)
+
+
+def test_a_step_of_single_tokens_made_twice_is_survived():
+    start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
+    trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.SAMPLE)
+    gap(trajectory, (3, start), (6, stop), [start, start])
+    given = [trajectory.on_skipped_step(7, stop, HALF, EVALUATED) for _ in range(2)]
+    torch.testing.assert_close(*given)
+    assert trajectory.on_skipped_step(8, stop, HALF).isfinite().all()
+    assert trajectory.on_dense_step(9, stop, None)[1].sample_shift.isfinite().all()
+
+
+def test_a_value_that_is_evaluated_follows_the_move_no_more():
+    start, stop = torch.full((1, 4), 2.0), torch.full((1, 4), 2.5)
+    trajectory = Trajectory(SIGMAS, LOG_ALPHAS, Correction.SAMPLE)
+    _, (_, corrected) = gap(trajectory, (3, start), (6, stop), [start, start])
+    shift = (corrected.velocity - stop)[0, 0].item()
+    given = trajectory.on_skipped_step(7, stop, HALF, EVALUATED)
+    way = [LOG_ALPHAS[i + 1] - LOG_ALPHAS[i] for i in range(11)]
+    ahead = 0.5 * way[6] / sum(way[3:6])
+    assert given[0].tolist() == pytest.approx([2.5 + shift * (1 + ahead)] * 2 + [2.5] * 2)
+    # Later theirs are extrapolated from one that is right and one that was made elsewhere.
+    given, ahead = trajectory.on_skipped_step(8, stop, HALF), 0.5 * sum(way[6:8]) / sum(way[3:6])
+    assert given[0].tolist() == pytest.approx(
+        [2.5 + shift * (1 + ahead)] * 2 + [2.5 - 0.5 * way[7] / way[6] * shift] * 2
+    )
+    # At the gap's end each line begins where its value was evaluated, or the sample was moved to.
+    change, at_end = trajectory.on_dense_step(9, stop, None)
+    assert change.item() == pytest.approx(abs(shift) / 2.5, rel=1e-5)
+    widths = [SIGMAS[i + 1] - SIGMAS[i] for i in (6, 7, 8)]
+    moved = [widths[0] * (2.5 + shift) + widths[1] * 2.5 + widths[2] * given[0, value].item() for value in (2, 3)]
+    right = widths[0] * line((6, 7), 6, 2.5 + shift, 2.5) + sum(widths[1:]) * 2.5
+    assert at_end.sample_shift[0, 2:].tolist() == pytest.approx(
+        [(1 - change.item()) * (right - each) for each in moved], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("correction", list(Correction))

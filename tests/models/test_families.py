@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import heterostep
+from heterostep.engine.trajectory import Trajectory
 from heterostep.kv.cache import KVCache
 from heterostep.pipeline import inspect as look_at
 from patched import Patched
@@ -180,3 +181,30 @@ def test_disable_gives_the_models_back(kind):
         kind.run(pipe, steps=STEPS)
         assert state() != before
     assert state() == before
+
+
+def test_gaps_are_corrected_by_each_tokens_own_evaluations(kind, monkeypatch):
+    """Where single tokens run, the values of a step's velocity that are theirs are known, in each pipeline's layout."""
+    pipe, seen = kind.build(), []
+    on_skipped_step = Trajectory.on_skipped_step
+
+    def watched(trajectory, step, velocity, weight, evaluated=None):
+        generation = look_at(pipe).generation
+        if evaluated is not None:
+            assert evaluated.shape == velocity.shape
+            # Some pipelines leave given frames out of what they step; these are evaluated last.
+            frames = velocity.shape[2] / generation.grid.frames if velocity.ndim == 5 else 1
+            seen.append((evaluated.float().mean().item() * frames, generation.counts[step] / generation.total))
+            model, rows = transformers(pipe)[0], generation.branches[0].velocity
+            tokens = torch.zeros_like(generation.evaluations, dtype=bool).scatter(1, generation.index, True)
+            everyone = tokens[..., None].expand(-1, -1, rows.shape[2])
+            output = look_at(pipe).adapter.unpatchify(model, generation.grid, everyone)
+            assert output.shape != velocity.shape or torch.equal(output, evaluated)
+        return on_skipped_step(trajectory, step, velocity, weight, evaluated)
+
+    monkeypatch.setattr(Trajectory, "on_skipped_step", watched)
+    heterostep.enable(pipe, **HALF)
+    kind.run(pipe, steps=STEPS)
+    # LTX-2 has one token at each of the other steps.
+    sparse = [share for share in heterostep.report(pipe).active_share if 0.1 < share < 1]
+    assert len(seen) == len(sparse) > 0 and all(made == pytest.approx(active) for made, active in seen)

@@ -99,7 +99,6 @@ class Generation:
     weight: torch.Tensor  # [B], how far held velocities follow their slope
     ranks: Ranks = ALONE  # the processes that share the tokens
     changes: list[Change] = field(default_factory=list)
-    ignored: torch.Tensor | None = None  # `clean` in the layout of the model's output, once it is known
     branches: list[Branch] = field(default_factory=list)
     expert: int = -1  # which of the pipeline's transformers runs
     step: int = -1

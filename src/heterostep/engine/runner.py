@@ -438,19 +438,6 @@ class Runner:
         generation.warm = expert.ranks.true_on_all(expert.has_made(self._kind))
         return generation
 
-    def _ignored(self, generation: Generation, velocity: torch.Tensor) -> torch.Tensor | None:
-        """Which values of a guided velocity are given tokens', bool of its shape; None where none are."""
-        if generation.clean is None:
-            return None
-        if generation.ignored is None:
-            rows = generation.branches[0].velocity
-            assert rows is not None
-            everyone = generation.clean[..., None].expand(-1, -1, rows.shape[2])
-            model = self.experts[generation.expert].model
-            generation.ignored = self.adapter.unpatchify(model, generation.grid, everyone)
-        # Some pipelines leave given frames out of what they step.
-        return generation.ignored if generation.ignored.shape == velocity.shape else None
-
     def end_step(self, velocity: torch.Tensor) -> SchedulerInput:
         """The scheduler is given a step's guided velocity [B, ...], in the layout of the latents.
 
@@ -466,7 +453,7 @@ class Runner:
             )
         if generation.over or generation.step < 0:
             return SchedulerInput(velocity)
-        return steps.end_step(generation, velocity, lambda: self._ignored(generation, velocity))
+        return steps.end_step(generation, velocity)
 
     def stepped(self) -> None:
         """The scheduler has made a step: what lies ahead is planned anew, and the user is told."""

@@ -100,12 +100,13 @@ def start_step(generation: Generation, step: int) -> None:
 
 
 def end_step(
-    generation: Generation, velocity: torch.Tensor, ignored: Callable[[], torch.Tensor | None] = lambda: None
+    generation: Generation, velocity: torch.Tensor, ignored: Callable[[], torch.Tensor | None] | None = None
 ) -> SchedulerInput:
     """A step's guided velocity is known, [B, ...].
 
     Args:
-        ignored: gives the values that do not count, bool of the velocity's shape, or None.
+        ignored: gives the values that do not count, bool of the velocity's shape, or None for none. By default those
+            of the tokens that carry no noise.
 
     Returns:
         what the sampler is to be given instead; the same velocity where nothing is changed.
@@ -117,16 +118,21 @@ def end_step(
         # Guidance begins or ends here: no line goes from a guided velocity to one that is not.
         generation.trajectory.restart()
     if not generation.is_dense:
-        sparse = count > generation.schedule.run.tokens.least
-        weight = generation.weight
+        weight, evaluated = generation.weight, None
         if len(weight) != len(velocity):
             weight = weight.mean(0, keepdim=True)
-        return SchedulerInput(generation.trajectory.on_skipped_step(step, velocity, sparse, weight))
+        if count > generation.schedule.run.tokens.least and generation.index is not None:
+            tokens = torch.zeros_like(generation.elapsed_sigma, dtype=torch.bool).scatter(1, generation.index, True)
+            evaluated = generation.grid.values_of(tokens, velocity.shape)
+            if evaluated is None:
+                generation.trajectory.leave_gap()
+        return SchedulerInput(generation.trajectory.on_skipped_step(step, velocity, weight, evaluated))
     before = generation.trajectory.last_step
+    still = _values_without_noise(generation, velocity) if ignored is None else ignored()
     if not generation.schedule.replans and generation.all_dense:
         # Where nothing is skipped there is nothing to agree on.
-        return generation.trajectory.on_dense_step(step, velocity, ignored())[1]
-    change, given = generation.trajectory.on_dense_step(step, velocity, ignored(), generation.ranks.broadcast)
+        return generation.trajectory.on_dense_step(step, velocity, still)[1]
+    change, given = generation.trajectory.on_dense_step(step, velocity, still, generation.ranks.broadcast)
     if change is not None:
         policy = generation.schedule.policy
         if len(change) == generation.samples:
@@ -137,6 +143,11 @@ def end_step(
             # To read it is to wait for the GPU.
             generation.changes.append(Change(before, step, float(change.mean()), generation.guided))
     return given
+
+
+def _values_without_noise(generation: Generation, velocity: torch.Tensor) -> torch.Tensor | None:
+    """Those of given tokens, bool of the velocity's shape; None where none are, or that cannot be told."""
+    return None if generation.clean is None else generation.grid.values_of(generation.clean, velocity.shape)
 
 
 def stepped(generation: Generation) -> None:
