@@ -15,6 +15,7 @@ from PIL import Image
 
 import heterostep
 import small_comfyui as comfy
+from heterostep.engine.trajectory import Trajectory
 from heterostep.errors import HeterostepError
 from heterostep.kv.cache import Workspace
 from heterostep.plan_picture import plan_picture
@@ -289,6 +290,17 @@ def test_a_conditioning_that_comes_later_is_evaluated_when_it_does(wan):
     made, calls = sample(put_on(wan), positive=positive)
     # It takes no velocity from another prompt.
     assert made.isfinite().all() and calls >= 6
+
+
+def test_no_line_goes_from_one_prompt_to_another(wan, monkeypatch):
+    """Where a prompt takes over at a step of single tokens, the gap is not corrected."""
+    restarts, restart = [], Trajectory.restart
+    monkeypatch.setattr(Trajectory, "restart", lambda trajectory: (restarts.append(trajectory), restart(trajectory)))
+    model = put_on(wan, sparse_share=0.5)
+    sample(model)
+    once = len(restarts)
+    sample(model, positive=[(TEXTS[0], {"end": 0.5}), (TEXTS[1], {"start": 0.4999})])
+    assert len(restarts) == 2 * once + 1
 
 
 def test_a_given_frame_is_known_before_anything_changes(wan):

@@ -25,6 +25,7 @@ from heterostep.engine.expert import Expert
 from heterostep.engine.runner import Runner
 from heterostep.engine.trajectory import Trajectory
 from heterostep.errors import HeterostepError
+from heterostep.grid import TokenGrid
 from heterostep.models.wan import WanAdapter
 from heterostep.pipeline import inspect
 from rows import REPRESENTATIVE, ROWS, equal, quickly, transformers
@@ -809,19 +810,55 @@ def test_a_call_that_failed_has_no_report_of_the_one_before():
         heterostep.report(pipe)
 
 
-def test_the_default_dtype_changes_nothing():
+@pytest.fixture
+def sample_shifts(monkeypatch):
+    """By what the sample is moved at each dense step after a gap in which single tokens ran."""
+    seen, sparse = [], set()
+    on_skipped_step, on_dense_step = Trajectory.on_skipped_step, Trajectory.on_dense_step
+
+    def skipped(trajectory, step, velocity, weight, evaluated=None):
+        if evaluated is not None:
+            sparse.add(trajectory.last_step)
+        return on_skipped_step(trajectory, step, velocity, weight, evaluated)
+
+    def dense(trajectory, step, *rest):
+        before = trajectory.last_step
+        change, given = on_dense_step(trajectory, step, *rest)
+        if before in sparse and given.sample_shift is not None:
+            seen.append(given.sample_shift)
+        return change, given
+
+    monkeypatch.setattr(Trajectory, "on_skipped_step", skipped)
+    monkeypatch.setattr(Trajectory, "on_dense_step", dense)
+    return seen
+
+
+def test_the_default_dtype_changes_nothing(sample_shifts):
     pipe = small_pipeline()
     latents = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def made(dtype):
         torch.set_default_dtype(dtype)
         try:
-            with heterostep.enabled(pipe, **SINGLE):
-                return run(pipe, latents=latents)
+            with heterostep.enabled(pipe, share=0.6, sparse_share=0.4):
+                return run(pipe, steps=24, latents=latents)
         finally:
             torch.set_default_dtype(torch.float32)
 
     assert torch.equal(made(torch.bfloat16), made(torch.float32))
+    assert {shift.dtype for shift in sample_shifts} == {torch.float32}
+    assert any(shift.abs().max() > 0 for shift in sample_shifts)
+
+
+def test_what_is_not_known_of_a_gap_is_not_corrected(sample_shifts, monkeypatch):
+    """Where a pipeline's latents have a layout in which tokens cannot be told apart."""
+    pipe = small_pipeline()
+    heterostep.enable(pipe, share=0.6, sparse_share=0.4)
+    run(pipe, steps=24)
+    assert sample_shifts
+    sample_shifts.clear()
+    monkeypatch.setattr(TokenGrid, "values_of", lambda *args: None)
+    assert run(pipe, steps=24).isfinite().all() and not sample_shifts
 
 
 def test_a_round_robin_is_its_replay():

@@ -161,7 +161,7 @@ class Run:
         if not self._first or generation.all_dense:
             return denoised
         velocity = (x - denoised) / sigma
-        given = steps.end_step(generation, velocity, lambda: self._ignored(x)).velocity
+        given = steps.end_step(generation, velocity, self._ignored(x)).velocity
         if given is velocity:
             return denoised
         # A preview is of what was predicted, before the gap's correction that the sampler is given with it.
@@ -237,8 +237,7 @@ class Run:
             output = self._evaluate(executor, args, kwargs, options, group, branches, stale)
             self.evaluated += 1
             if any(stale) and self._first:
-                unplanned = generation.total - generation.counts[step]
-                generation.unplanned_evaluations += unplanned * generation.samples * len(branches)
+                generation.note_unplanned(generation.samples * len(branches))
             return output
         except BaseException:
             self._free()

@@ -31,18 +31,26 @@ class TokenGrid:
         Args:
             tokens: bool [B, N].
             shape: of the latents: [B, N, C], or [B, C, F, H, W]. `extra` tokens and given first frames may be missing,
-                and what rows and columns of tokens have beyond the last pixel.
+                and half of the last row's or column's tokens.
 
         Returns:
-            bool of that shape; None where the latents have another layout.
+            bool of a shape that broadcasts to that one; None where the latents have another layout.
         """
-        samples, video = tokens.shape[0], tokens[:, : self.frames * self.height * self.width]
+        video = tokens[:, : self.frames * self.height * self.width]
         if len(shape) == 3 and tuple(shape[:2]) in (tuple(tokens.shape), tuple(video.shape)):
-            return tokens[:, : shape[1], None].expand(*shape)
-        if len(shape) != 5 or shape[0] != samples:
+            return tokens[:, : shape[1], None]
+        if len(shape) != 5 or shape[0] != len(tokens):
             return None
-        values = video.unflatten(1, self.shape)
-        for axis, size, cells in zip((1, 2, 3), shape[2:], self.shape):
-            values = values.repeat_interleave(-(-size // cells), axis)
-        values = values[:, values.shape[1] - shape[2] :, : shape[3], : shape[4]]
-        return values[:, None].expand(*shape)
+        (frames, *sizes), values = shape[2:], video.unflatten(1, self.shape)
+        if frames < self.frames:
+            values = values[:, self.frames - frames :]
+        elif frames % self.frames:
+            return None
+        else:
+            values = values.repeat_interleave(frames // self.frames, 1)
+        for axis, size, cells in zip((2, 3), sizes, self.shape[1:]):
+            patch = -(-size // cells)
+            if size % cells and (patch != 2 or cells != -(-size // patch)):
+                return None
+            values = values.repeat_interleave(patch, axis).narrow(axis, 0, size)
+        return values[:, None]

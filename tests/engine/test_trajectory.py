@@ -201,6 +201,75 @@ def test_a_value_that_is_evaluated_follows_the_move_no_more():
     )
 
 
+class Value:
+    """One value's evaluations, and what must follow from them: `Trajectory` in plain numbers."""
+
+    def __init__(self, correction):
+        self.evaluations, self.given, self.gap, self.correction = [], {}, 0, correction  # (step, velocity, shift)
+
+    def extrapolated(self, step, weight, shifted):
+        (last, v, shift), (before, u, previous) = self.evaluations[-1], self.evaluations[-2]
+        ahead = weight * (LOG_ALPHAS[step] - LOG_ALPHAS[last]) / (LOG_ALPHAS[last] - LOG_ALPHAS[before])
+        return v + ahead * (v - u) + (shift + ahead * (shift - previous) if shifted else 0)
+
+    def dense(self, step, velocity, change):
+        """The velocity that the scheduler is given, and the sample's move."""
+        shift = move = 0.0
+        given = velocity
+        if step - self.gap > 1:
+            ends = [(at, v + s) for at, v, s in self.evaluations if at >= self.gap] + [(step, velocity)]
+            lines = {
+                i: line((start, stop), i, v, u)
+                for (start, v), (stop, u) in itertools.pairwise(ends)
+                for i in range(start, stop)
+            }
+            missed = sum((SIGMAS[i + 1] - SIGMAS[i]) * (lines[i] - self.given[i]) for i in range(self.gap, step))
+            move = max(1 - change, 0) * missed
+            given = velocity + move / SIGMAS[step]
+            if self.correction is Correction.SAMPLE:
+                shift = move / SIGMAS[step]
+            else:
+                given, move = given + move / (SIGMAS[step + 1] - SIGMAS[step]), 0.0
+        self.evaluations.append((step, velocity, shift))
+        self.gap, self.given[step] = step, velocity + shift
+        return given, move
+
+
+@pytest.mark.parametrize("correction", [Correction.SAMPLE, Correction.VELOCITY])
+@pytest.mark.parametrize("seed", range(8))
+def test_evaluations_in_any_order_are_as_counted_value_by_value(correction, seed):
+    """Two samples of six values; single ones run at any step between the dense ones, some of them again and again."""
+    random = torch.Generator().manual_seed(seed)
+    trajectory = Trajectory(SIGMAS, LOG_ALPHAS, correction)
+    values = [[Value(correction) for _ in range(6)] for _ in range(2)]
+    velocity, moved = 2 + 0.1 * torch.randn(2, 6, generator=random), False
+    for step in range(12):
+        velocity = velocity + 0.05 * torch.randn(2, 6, generator=random)
+        if step in (0, 1, 5, 9):
+            change, given = trajectory.on_dense_step(step, velocity, None)
+            for i, j in itertools.product(range(2), range(6)):
+                of = 0.0 if change is None else change[i].item()
+                right, move = values[i][j].dense(step, velocity[i, j].item(), of)
+                assert given.velocity[i, j].item() == pytest.approx(right, rel=1e-4)
+                shift = 0.0 if given.sample_shift is None else given.sample_shift[i, j].item()
+                assert shift == pytest.approx(move, rel=1e-3, abs=1e-6)
+                moved |= right != velocity[i, j].item()
+            continue
+        weight = torch.rand(2, generator=random)
+        evaluated = torch.rand(2, 6, generator=random) < 0.4 if step != 6 else torch.zeros(2, 6, dtype=torch.bool)
+        raw = torch.empty(2, 6)
+        for i, j in itertools.product(range(2), range(6)):
+            if evaluated[i, j]:
+                values[i][j].evaluations.append((step, velocity[i, j].item(), 0.0))
+            raw[i, j] = values[i][j].extrapolated(step, weight[i].item(), False)
+        given = trajectory.on_skipped_step(step, raw, weight, evaluated if evaluated.any() else None)
+        for i, j in itertools.product(range(2), range(6)):
+            right = values[i][j].extrapolated(step, weight[i].item(), True)
+            assert given[i, j].item() == pytest.approx(right, rel=1e-4)
+            values[i][j].given[step] = right
+    assert moved
+
+
 @pytest.mark.parametrize("correction", list(Correction))
 def test_nothing_is_corrected_without_a_gap_or_where_it_is_not_asked(correction):
     v, w = torch.ones(1, 4), torch.full((1, 4), 1.2)

@@ -196,6 +196,13 @@ class Generation:
             self.branches.append(Branch())
         return self.branches[position]
 
+    def note_unplanned(self, samples: int) -> None:
+        """Branches of so many samples had nothing to go by at this step, and all of their tokens were evaluated."""
+        self.unplanned_evaluations += (self.total - self.counts[self.step]) * samples
+        if not self.is_dense:
+            # What came before was guided by others.
+            self.trajectory.restart()
+
     def free_kv(self) -> None:
         """Give all branches' K/V memory back."""
         for branch in self.branches:

@@ -17,8 +17,6 @@ Shapes: B samples, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from heterostep.engine import budget, ranking
@@ -99,14 +97,12 @@ def start_step(generation: Generation, step: int) -> None:
         ranking.activate(generation)
 
 
-def end_step(
-    generation: Generation, velocity: torch.Tensor, ignored: Callable[[], torch.Tensor | None] | None = None
-) -> SchedulerInput:
+def end_step(generation: Generation, velocity: torch.Tensor, ignored: torch.Tensor | None = None) -> SchedulerInput:
     """A step's guided velocity is known, [B, ...].
 
     Args:
-        ignored: gives the values that do not count, bool of the velocity's shape, or None for none. By default those
-            of the tokens that carry no noise.
+        ignored: values that do not count, bool, of a shape that broadcasts to the velocity's. By default those of the
+            tokens that carry no noise.
 
     Returns:
         what the sampler is to be given instead; the same velocity where nothing is changed.
@@ -121,18 +117,18 @@ def end_step(
         weight, evaluated = generation.weight, None
         if len(weight) != len(velocity):
             weight = weight.mean(0, keepdim=True)
-        if count > generation.schedule.run.tokens.least and generation.index is not None:
-            tokens = torch.zeros_like(generation.elapsed_sigma, dtype=torch.bool).scatter(1, generation.index, True)
-            evaluated = generation.grid.values_of(tokens, velocity.shape)
+        if count > generation.schedule.run.tokens.least and generation.trajectory.corrects_gap:
+            evaluated = _values_of_active_tokens(generation, velocity)
             if evaluated is None:
                 generation.trajectory.leave_gap()
         return SchedulerInput(generation.trajectory.on_skipped_step(step, velocity, weight, evaluated))
     before = generation.trajectory.last_step
-    still = _values_without_noise(generation, velocity) if ignored is None else ignored()
+    if ignored is None and generation.clean is not None:
+        ignored = generation.grid.values_of(generation.clean, velocity.shape)
     if not generation.schedule.replans and generation.all_dense:
         # Where nothing is skipped there is nothing to agree on.
-        return generation.trajectory.on_dense_step(step, velocity, still)[1]
-    change, given = generation.trajectory.on_dense_step(step, velocity, still, generation.ranks.broadcast)
+        return generation.trajectory.on_dense_step(step, velocity, ignored)[1]
+    change, given = generation.trajectory.on_dense_step(step, velocity, ignored, generation.ranks.broadcast)
     if change is not None:
         policy = generation.schedule.policy
         if len(change) == generation.samples:
@@ -145,9 +141,12 @@ def end_step(
     return given
 
 
-def _values_without_noise(generation: Generation, velocity: torch.Tensor) -> torch.Tensor | None:
-    """Those of given tokens, bool of the velocity's shape; None where none are, or that cannot be told."""
-    return None if generation.clean is None else generation.grid.values_of(generation.clean, velocity.shape)
+def _values_of_active_tokens(generation: Generation, velocity: torch.Tensor) -> torch.Tensor | None:
+    """Those that the policy has chosen to evaluate at a sparse step; None where that cannot be told."""
+    if generation.index is None:
+        return None
+    tokens = torch.zeros_like(generation.elapsed_sigma, dtype=torch.bool).scatter(1, generation.index, True)
+    return generation.grid.values_of(tokens, velocity.shape)
 
 
 def stepped(generation: Generation) -> None:

@@ -58,8 +58,9 @@ def _round_robin_method(name: str, label: str, sync: str, diagnostic: bool = Fal
     )
 
 
-# A fifth of the evaluations for single tokens between dense steps, where a method is about these.
-SPARSE_SHARE = 0.2
+# A tenth of the evaluations for single tokens between dense steps, where a method is about these: better than a fifth
+# (docs/background/tried.md).
+SPARSE_SHARE = 0.1
 
 OWN = (
     heterostep_method("heterostep", "heterostep"),
