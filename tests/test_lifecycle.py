@@ -811,54 +811,55 @@ def test_a_call_that_failed_has_no_report_of_the_one_before():
 
 
 @pytest.fixture
-def sample_shifts(monkeypatch):
-    """By what the sample is moved at each dense step after a gap in which single tokens ran."""
-    seen, sparse = [], set()
-    on_skipped_step, on_dense_step = Trajectory.on_skipped_step, Trajectory.on_dense_step
+def moves(monkeypatch):
+    """The gaps at whose end a sample is moved: the dense steps before and after, and by what."""
+    seen, on_dense_step = [], Trajectory.on_dense_step
 
-    def skipped(trajectory, step, velocity, weight, evaluated=None):
-        if evaluated is not None:
-            sparse.add(trajectory.last_step)
-        return on_skipped_step(trajectory, step, velocity, weight, evaluated)
-
-    def dense(trajectory, step, *rest):
+    def watched(trajectory, step, *rest):
         before = trajectory.last_step
         change, given = on_dense_step(trajectory, step, *rest)
-        if before in sparse and given.sample_shift is not None:
-            seen.append(given.sample_shift)
+        if given.sample_shift is not None:
+            seen.append((before, step, given.sample_shift))
         return change, given
 
-    monkeypatch.setattr(Trajectory, "on_skipped_step", skipped)
-    monkeypatch.setattr(Trajectory, "on_dense_step", dense)
+    monkeypatch.setattr(Trajectory, "on_dense_step", watched)
     return seen
 
 
-def test_the_default_dtype_changes_nothing(sample_shifts):
+def with_single_tokens(pipe, moves):
+    """Those of gaps in which single tokens ran."""
+    shares = heterostep.report(pipe).active_share
+    return [shift for before, step, shift in moves if any(0 < share < 1 for share in shares[before + 1 : step])]
+
+
+def test_the_default_dtype_changes_nothing(moves):
     pipe = small_pipeline()
     latents = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def made(dtype):
+        moves.clear()
         torch.set_default_dtype(dtype)
         try:
-            with heterostep.enabled(pipe, share=0.6, sparse_share=0.4):
-                return run(pipe, steps=24, latents=latents)
+            with heterostep.enabled(pipe, **SINGLE):
+                latest = run(pipe, steps=24, latents=latents)
+                shifts = with_single_tokens(pipe, moves)
         finally:
             torch.set_default_dtype(torch.float32)
+        assert {shift.dtype for shift in shifts} == {torch.float32} and any(shift.abs().max() > 0 for shift in shifts)
+        return latest
 
     assert torch.equal(made(torch.bfloat16), made(torch.float32))
-    assert {shift.dtype for shift in sample_shifts} == {torch.float32}
-    assert any(shift.abs().max() > 0 for shift in sample_shifts)
 
 
-def test_what_is_not_known_of_a_gap_is_not_corrected(sample_shifts, monkeypatch):
+def test_what_is_not_known_of_a_gap_is_not_corrected(moves, monkeypatch):
     """Where a pipeline's latents have a layout in which tokens cannot be told apart."""
     pipe = small_pipeline()
-    heterostep.enable(pipe, share=0.6, sparse_share=0.4)
+    heterostep.enable(pipe, **SINGLE)
     run(pipe, steps=24)
-    assert sample_shifts
-    sample_shifts.clear()
+    assert with_single_tokens(pipe, moves)
+    moves.clear()
     monkeypatch.setattr(TokenGrid, "values_of", lambda *args: None)
-    assert run(pipe, steps=24).isfinite().all() and not sample_shifts
+    assert run(pipe, steps=24).isfinite().all() and not with_single_tokens(pipe, moves)
 
 
 def test_a_round_robin_is_its_replay():

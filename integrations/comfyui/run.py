@@ -237,7 +237,7 @@ class Run:
             output = self._evaluate(executor, args, kwargs, options, group, branches, stale)
             self.evaluated += 1
             if any(stale) and self._first:
-                generation.note_unplanned(generation.samples * len(branches))
+                generation.note_begun_anew(generation.samples * len(branches))
             return output
         except BaseException:
             self._free()

@@ -183,8 +183,8 @@ def test_disable_gives_the_models_back(kind):
     assert state() == before
 
 
-def test_gaps_are_corrected_by_each_tokens_own_evaluations(kind, monkeypatch):
-    """Where single tokens run, the values of a step's velocity that are theirs are known, in each pipeline's layout."""
+def test_the_values_of_single_tokens_are_known(kind, monkeypatch):
+    """In the layout in which each pipeline steps its latents: what a gap has missed is told by them."""
     pipe, seen = kind.build(), []
     on_skipped_step = Trajectory.on_skipped_step
 

@@ -196,11 +196,11 @@ class Generation:
             self.branches.append(Branch())
         return self.branches[position]
 
-    def note_unplanned(self, samples: int) -> None:
-        """Branches of so many samples had nothing to go by at this step, and all of their tokens were evaluated."""
+    def note_begun_anew(self, samples: int) -> None:
+        """Branches of so many samples had nothing to go by at this step: all of their tokens were evaluated, and no
+        line goes from what was guided by others."""
         self.unplanned_evaluations += (self.total - self.counts[self.step]) * samples
         if not self.is_dense:
-            # What came before was guided by others.
             self.trajectory.restart()
 
     def free_kv(self) -> None:

@@ -209,7 +209,7 @@ class Runner:
                 return self._skip(call)
             output = self._evaluate(call)
             if stale:
-                generation.note_unplanned(branch.batch)
+                generation.note_begun_anew(branch.batch)
             return output
         except BaseException:
             generation.free_kv()
