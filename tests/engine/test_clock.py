@@ -28,6 +28,9 @@ def test_first_calls_that_are_slow_are_warm_up():
     # The second evaluation may come later than the second step.
     late = StepCost([30.0, 0.0, 0.0, 5.0, 0.0, 1.0, 1.0, 5.0], [1, 0, 0, 1, 0, 1, 1, 1])
     assert late.steady == pytest.approx([1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 5.0]) and late.warmup == pytest.approx(33.0)
+    # The first that keeps K and V, however late that is.
+    keeping = StepCost([1.0, 1.0, 1.0, 7.0, 1.0], [1] * 5, kept={3, 4})
+    assert keeping.steady == pytest.approx([1.0] * 5)
     steady = StepCost([1.2, 1.0, 1.1, 0.5], [1, 1, 1, 0.5])
     assert steady.warmup == 0 and steady.steady == [1.2, 1.0, 1.1, 0.5]
 

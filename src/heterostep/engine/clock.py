@@ -107,8 +107,8 @@ class StepCost:
         settled: whether more sparse steps have been timed than those that may be first calls.
         skipped: seconds of a skipped step, which evaluates no token.
         steady: the timed seconds, less the warm-up in them.
-        warmup: seconds that compilation and other first calls took, of the first two dense steps and the first sparse
-            ones; and those in which the process stood still.
+        warmup: seconds that compilation and other first calls took, of the first two dense steps, the first that keeps
+            K and V and the first sparse ones; and those in which the process stood still.
     """
 
     def __init__(
@@ -144,7 +144,8 @@ class StepCost:
         sparse = [at for at, share in enumerate(shares) if 0 < share < 1]
         whole = [at for at, share in enumerate(shares) if share == 1]
         recorded = {*sparse[:FIRST_SPARSE]}
-        first_calls = set() if warm else {*whole[:2], *recorded}
+        keeping = [at for at in whole if at in kept]
+        first_calls = set() if warm else {*whole[:2], *keeping[:1], *recorded}
         expected = [self.seconds(share) * size for share, size in zip(shares, self._sizes)]
         self.steady = [
             expected[at]

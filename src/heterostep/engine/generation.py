@@ -176,8 +176,9 @@ class Generation:
         if self.all_dense and not self.schedule.replans:
             return False
         if self.schedule.run.tokens.least and ahead:
-            # Every step that is not dense reads them, and which are may change after this one.
-            return self.step > 0 or ahead[0] < self.total
+            # Every step that is not dense reads them, and which are may change after this one. The first two go
+            # without where they can: in them the pipeline's own seconds are measured, of which the first has warm-up.
+            return self.step > 1 or ahead[0] < self.total
         whole = list(itertools.takewhile(lambda count: count in (0, self.total), ahead))
         if len(whole) == len(ahead):
             return False

@@ -433,7 +433,8 @@ class Runner:
             ranks=expert.ranks,
         )
         expert.ranks.check_same(inputs["hidden_states"])
-        how = (schedule.sparse, self.config.sync, self.config.kv_store, self.config.cuda_graphs)
+        sparse = schedule.sparse and generation.skips_follow
+        how = (sparse, self.config.sync, self.config.kv_store, self.config.cuda_graphs)
         self._kind = expert.kind_of_run(inputs, how)
         generation.warm = expert.ranks.true_on_all(expert.has_made(self._kind))
         return generation

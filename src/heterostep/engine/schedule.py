@@ -134,10 +134,15 @@ class Schedule:
             raise fault(f"needs two dense steps before the first sparse one (step {first}), to rank tokens")
         return [int(count) for count in counts]
 
-    def anew_from(self, counts: Sequence[int], step: int) -> int | None:
+    def anew_from(self, counts: Sequence[int], step: int, kept: bool = True) -> int | None:
         """The step from which the plan is made anew once `step` has been made; None where it stays.
 
         Where tokens run alone, the gap that begins with this step is as it was: its K and V were kept for it, or not.
+
+        Args:
+            counts: active tokens of each step, as planned so far.
+            step: that has been made.
+            kept: whether it kept K and V.
         """
         total = self.run.tokens.total
         begin = self.policy.replans_from(step, counts[step] == total) if self.replans else None
@@ -146,7 +151,7 @@ class Schedule:
             raise HeterostepError(
                 f"{name}: replans_from gave {begin!r}, which should be {step} or a later step", "policy"
             )
-        if begin == step and self.policy.sparse:
+        if begin == step and (self.policy.sparse or (self.run.tokens.least and not kept)):
             begin = next((at for at in range(step + 1, len(counts)) if counts[at] == total), None)
         return None if begin is None or begin >= self.run.num_steps else begin
 
