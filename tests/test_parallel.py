@@ -195,8 +195,9 @@ def on_threads(size, work, uneven=False):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("active", [1, 3, 7, 8, 11, 12])
-def test_active_tokens_go_to_heads_and_back(size, active):
-    query, key = torch.randn(2, 2, 12, 12, 4)
+@pytest.mark.parametrize(("dim", "dtype"), [(4, torch.bfloat16), (3, torch.float32)], ids=["words", "values"])
+def test_active_tokens_go_to_heads_and_back(size, active, dim, dtype):
+    query, key = torch.randn(2, 2, 12, 12, dim, dtype=dtype)
     index = torch.stack([torch.randperm(12)[:active].sort().values for _ in range(2)])
 
     def work(ranks):

@@ -159,19 +159,22 @@ class Ulysses(Ranks):
 
     def tokens_to_heads(self, split: Split, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `Ranks`. What comes back is laid out as [B, H / P, n, D], as stores and attention read it."""
-        most = max(split.counts)
+        most, dtype = max(split.counts), xs[0].dtype
         # P, x, b, B, H / P, D
-        sent = torch.stack([_filled(x, most, 1).unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4) for x in xs], 1)
+        sent = torch.stack(
+            [_filled(x, most, 1).unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4) for x in _in_words(*xs)], 1
+        )
         received = self._all_to_all(sent).permute(1, 3, 4, 0, 2, 5)
-        return tuple(_joined(x, split.counts).transpose(1, 2) for x in received)
+        return tuple(_joined(x, split.counts).view(dtype).transpose(1, 2) for x in received)
 
     def heads_to_tokens(self, split: Split, x: torch.Tensor) -> torch.Tensor:
         """See `Ranks`."""
         most = max(split.counts)
-        parts = [_filled(part, most, 1) for part in x.split(split.counts, dim=1)]
+        (words,) = _in_words(x)
+        parts = [_filled(part, most, 1) for part in words.split(split.counts, dim=1)]
         # P, B, b, H / P * D
         received = self._all_to_all(torch.stack(parts))
-        return received.permute(1, 2, 0, 3).flatten(2)[:, : split.rows]
+        return received.permute(1, 2, 0, 3).flatten(2)[:, : split.rows].view(x.dtype)
 
     def shard_heads(self, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `Ranks`."""
@@ -234,6 +237,17 @@ class Ulysses(Ranks):
         received = x.new_empty(self.size * x.shape[0], *x.shape[1:])
         compat.all_gather(received, x, self.group)
         return received if dim == 0 else torch.cat(received.chunk(self.size), dim=dim)
+
+
+def _in_words(*xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same values in words of eight bytes along the last dimension, where those of all divide: what moves whole
+    rows then has a quarter of bfloat16's elements to find places for."""
+
+    def divides(x: torch.Tensor) -> bool:
+        steps = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+        return x.stride(-1) == 1 and all(step * x.itemsize % torch.int64.itemsize == 0 for step in steps)
+
+    return tuple(x.view(torch.int64) for x in xs) if all(map(divides, xs)) else xs
 
 
 def _filled(x: torch.Tensor, rows: int, dim: int) -> torch.Tensor:
