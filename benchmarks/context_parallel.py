@@ -78,8 +78,8 @@ def loops(args: argparse.Namespace) -> None:
         if launch.size() > 1:
             enable_context_parallel(pipe, launch.size())
 
-        def run(config: dict[str, Any], steps: int = args.steps) -> tuple[float, Any]:
-            with heterostep.enabled(pipe, **config):
+        def run(config: dict[str, Any], steps: int = args.steps, on_step: Any = None) -> tuple[float, Any]:
+            with heterostep.enabled(pipe, **config, on_step=on_step):
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 began = time.perf_counter()
@@ -97,7 +97,8 @@ def loops(args: argparse.Namespace) -> None:
             if config["runtime"] < 0.3 and config["policy"] == "hsa" and args.steps < 20:
                 # Below what its dense steps take.
                 continue
-            seconds, report = run(config)
+            steps: list[heterostep.StepInfo] = []
+            seconds, report = run(config, on_step=steps.append)
             memory = report.memory
             rows.append(
                 {
@@ -107,6 +108,8 @@ def loops(args: argparse.Namespace) -> None:
                     "kv_store": memory.kv_store,
                     "kv_bytes": memory.kv_cache_bytes + memory.kv_host_bytes,
                     "peak_bytes": memory.peak_bytes,
+                    "active_share": [round(share, 4) for share in report.active_share],
+                    "elapsed_seconds": [round(info.elapsed_seconds, 3) for info in steps],
                 }
             )
             dense.append(run({"share": 1.0})[0])
