@@ -159,7 +159,7 @@ class Ulysses(Ranks):
 
     def tokens_to_heads(self, split: Split, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See `Ranks`. What comes back is laid out as [B, H / P, n, D], as stores and attention read it."""
-        most, dtype = max(split.counts), xs[0].dtype
+        most, dtype = max(split.counts), functools.reduce(torch.promote_types, (x.dtype for x in xs))
         # P, x, b, B, H / P, D
         sent = torch.stack(
             [_filled(x, most, 1).unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4) for x in _in_words(*xs)], 1
@@ -240,14 +240,15 @@ class Ulysses(Ranks):
 
 
 def _in_words(*xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The same values in words of eight bytes along the last dimension, where those of all divide: what moves whole
-    rows then has a quarter of bfloat16's elements to find places for."""
+    """The same values in words of eight bytes along the last dimension, where sizes and strides divide: a copy of rows
+    then has a quarter of bfloat16's elements to place. Compiled code makes copies of its own."""
 
     def divides(x: torch.Tensor) -> bool:
         steps = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
-        return x.stride(-1) == 1 and all(step * x.itemsize % torch.int64.itemsize == 0 for step in steps)
+        same = x.dtype == xs[0].dtype and x.stride(-1) == 1
+        return same and all(step * x.itemsize % torch.int64.itemsize == 0 for step in steps)
 
-    return tuple(x.view(torch.int64) for x in xs) if all(map(divides, xs)) else xs
+    return tuple(x.view(torch.int64) for x in xs) if not torch.compiler.is_compiling() and all(map(divides, xs)) else xs
 
 
 def _filled(x: torch.Tensor, rows: int, dim: int) -> torch.Tensor:

@@ -203,9 +203,10 @@ def test_a_gap_in_which_tokens_run_alone_stays_as_its_kv_were_kept():
         assert made.anew_from(counts, first) == (first if made is whole else second)
         assert made.anew_from(counts, next(s for s, c in enumerate(counts) if c < 640)) is None
     assert schedule(share=0.5, policy="hsa").replans is False
-    # Where every step has tokens of its own, a step that kept no K and V has a dense one after it.
+    # Where every step has tokens of its own, the second goes without K and V if the third is dense.
     sound = schedule(share=0.5, tokens=Tokens(640, least=1))
-    assert [sound.anew_from([640] * 3 + [1] * 37, 1, kept) for kept in (True, False)] == [1, 2]
+    assert [sound.anew_from([640] * 5 + [1] * 35, step) for step in (0, 1, 2)] == [0, 2, 2]
+    assert sound.anew_from([640, 640, 1, 1, 640] + [1] * 35, 1) == 4
     assert schedule(share=[1.0] * 40).replans is False
 
 

@@ -29,7 +29,7 @@ def out_of_reach(generation: Generation, cost: StepCost) -> bool:
 def plan_anew(generation: Generation) -> None:
     """After a step: the rest of the run within what is left of the share, or of the seconds."""
     schedule, step = generation.schedule, generation.step
-    begin = schedule.anew_from(generation.counts, step, step in generation.kept)
+    begin = schedule.anew_from(generation.counts, step)
     late = begin is None and schedule.has_no_dense_ahead(generation.counts, step)
     if late:
         begin = step + 1

@@ -178,7 +178,7 @@ class Generation:
         if self.schedule.run.tokens.least and ahead:
             # Every step that is not dense reads them, and which are may change after this one. The first two go
             # without where they can: in them the pipeline's own seconds are measured, of which the first has warm-up.
-            return self.step > 1 or ahead[0] < self.total
+            return self.step > (0 if drift else 1) or ahead[0] < self.total
         whole = list(itertools.takewhile(lambda count: count in (0, self.total), ahead))
         if len(whole) == len(ahead):
             return False

@@ -134,15 +134,10 @@ class Schedule:
             raise fault(f"needs two dense steps before the first sparse one (step {first}), to rank tokens")
         return [int(count) for count in counts]
 
-    def anew_from(self, counts: Sequence[int], step: int, kept: bool = True) -> int | None:
+    def anew_from(self, counts: Sequence[int], step: int) -> int | None:
         """The step from which the plan is made anew once `step` has been made; None where it stays.
 
         Where tokens run alone, the gap that begins with this step is as it was: its K and V were kept for it, or not.
-
-        Args:
-            counts: active tokens of each step, as planned so far.
-            step: that has been made.
-            kept: whether it kept K and V.
         """
         total = self.run.tokens.total
         begin = self.policy.replans_from(step, counts[step] == total) if self.replans else None
@@ -151,8 +146,8 @@ class Schedule:
             raise HeterostepError(
                 f"{name}: replans_from gave {begin!r}, which should be {step} or a later step", "policy"
             )
-        if begin == step and (self.policy.sparse or (self.run.tokens.least and not kept)):
-            begin = next((at for at in range(step + 1, len(counts)) if counts[at] == total), None)
+        if begin is not None and (begin == step and self.policy.sparse or self._second_with_sound(step)):
+            begin = next((at for at in range(max(begin, step + 1), len(counts)) if counts[at] == total), None)
         return None if begin is None or begin >= self.run.num_steps else begin
 
     def has_no_dense_ahead(self, counts: Sequence[int], step: int) -> bool:
@@ -161,7 +156,13 @@ class Schedule:
         First calls may be so slow that the plan gives up dense steps which later calls show to be affordable.
         """
         total, timed = self.run.tokens.total, self.policy.adapts and self.replans and self.config.runtime is not None
-        return timed and not self.policy.sparse and step + 1 < len(counts) and total not in counts[step + 1 :]
+        held = self.policy.sparse or self._second_with_sound(step)
+        return timed and not held and step + 1 < len(counts) and total not in counts[step + 1 :]
+
+    def _second_with_sound(self, step: int) -> bool:
+        """Whether this is the second step where every step has tokens (LTX-2's sound): it keeps K and V for the next
+        one, or none (`Generation.wants_kv`)."""
+        return self.run.tokens.least > 0 and step == 1
 
     def within_share(self, counts: Sequence[int], begin: int, changes: Sequence[Change]) -> list[int]:
         """The counts of the whole run, those from `begin` on planned anew for what is left of the share."""

@@ -119,7 +119,7 @@ class Auto(Policy):
         fixed = {step, *(at for at in self.run.restarts if at > step)}
         fixed |= set(range(step, min(config.dense_start or 1, num_steps)))
         fixed |= set(range(max(step, num_steps - config.dense_end), num_steps))
-        # Tokens are ranked by a first change, and K and V that every step reads are kept from the second step on.
+        # Tokens are ranked by a first change, and K and V that every step reads are kept from the second or third on.
         soon = fixed | set(range(step, min(2, num_steps)))
         wanted = config.sparse_share and len(soon) <= affordable + 1e-9
         return soon if self.run.tokens.least or wanted else fixed
