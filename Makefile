@@ -28,12 +28,12 @@ DIFFUSERS ?= 0.42.0
 test-diffusers:
 	$(PYTHON) -m venv .venv-diffusers
 	grep -v '^diffusers==' constraints.txt > .venv-diffusers/constraints.txt
-	.venv-diffusers/bin/pip install -c .venv-diffusers/constraints.txt -e ".[dev]" diffusers==$(DIFFUSERS)
+	.venv-diffusers/bin/pip install --no-compile -c .venv-diffusers/constraints.txt -e ".[dev]" diffusers==$(DIFFUSERS)
 	OMP_NUM_THREADS=1 .venv-diffusers/bin/pytest -n 2 -m "not slow"
 
 # Batches and the service on a real Ray: .venv gets the extra `ray`.
 test-ray: .venv/.dev
-	.venv/bin/pip install -c constraints.txt -e ".[dev,ray]"
+	.venv/bin/pip install --no-compile -c constraints.txt -e ".[dev,ray]"
 	OMP_NUM_THREADS=1 .venv/bin/pytest tests/batch tests/service
 
 lint: .venv/.dev
@@ -82,7 +82,8 @@ clean:
 .venv/.dev: EXTRA = [dev]
 .venv/.docs: EXTRA = [docs]
 .venv/.rooms: EXTRA = [rooms]
+# What is not imported need not be compiled: that would take half of the install.
 .venv/.library .venv/.compare .venv/.dev .venv/.docs .venv/.rooms: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -c constraints.txt -e ".$(EXTRA)"
+	.venv/bin/pip install --no-compile -c constraints.txt -e ".$(EXTRA)"
 	touch $@

@@ -1,9 +1,17 @@
-"""What no test may leave behind for the next one of its process."""
+"""What no test may leave behind for the next one of its process, and what they all run beside."""
+
+import gc
 
 import pytest
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
 from heterostep.policy import POLICIES
+
+
+def pytest_collection_finish():
+    """What has been imported is there for good: it need not be looked at whenever garbage is collected."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

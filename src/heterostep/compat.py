@@ -160,6 +160,13 @@ def cpu_as_accelerator() -> Iterator[None]:
         torch.accelerator.device_count = count
 
 
+def active_backend() -> str:
+    """The attention backend of all models without one of their own."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    return str(registry.get_active_backend()[0])
+
+
 def use_backend(model: Any, name: str) -> None:
     """Set a model's attention backend, and leave other models theirs; diffusers makes it that of all without one.
 

@@ -120,6 +120,7 @@ def test_a_few_layers_tell_what_all_hold(monkeypatch, name):
     model, inputs = first_call(name)
     few = call_memory(model, inputs)
     monkeypatch.setattr(forecast, "SHALLOW", 1000)
+    monkeypatch.setattr(forecast, "_known", {})
     assert few == call_memory(first_call(name)[0], inputs)
     attentions = 2 if name == "ltx-2" else 1
     assert len(few.layers) == 5 * attentions
@@ -138,6 +139,7 @@ def test_vaces_layers_are_not_cut(monkeypatch):
     few = call_memory(model, inputs)
     assert len(few.layers) == 5 + len(model.config.vace_layers)
     monkeypatch.setattr(forecast, "SHALLOW", 1000)
+    monkeypatch.setattr(forecast, "_known", {})
     again = first_call("wan2.1-vace-1.3b", layers=5, height=256, width=256, num_frames=17)[0]
     assert few == call_memory(again, inputs)
 
@@ -145,9 +147,12 @@ def test_vaces_layers_are_not_cut(monkeypatch):
 def test_calls_alike_are_forecast_once(monkeypatch):
     made, forecast_anew = [], forecast._call_memory
     monkeypatch.setattr(forecast, "_call_memory", lambda *args: (made.append(1), forecast_anew(*args))[1])
+    monkeypatch.setattr(forecast, "_known", {})
     model, inputs = first_call("wan2.1-t2v-1.3b", layers=2)
     first = call_memory(model, inputs)
     assert call_memory(model, inputs) == first and len(made) == 1
+    # Another model that is the same.
+    assert call_memory(*first_call("wan2.1-t2v-1.3b", layers=2)) == first and len(made) == 1
     call_memory(model, inputs, share=0.1)
     assert len(made) == 2
     model.set_attention_backend("_native_math")

@@ -32,22 +32,12 @@ WAN = {
 }
 
 
-@functools.cache
-def counted(component, dtype):
-    return count(json.loads(component), dtype)
-
-
-# Building text encoders anew for each plan would take most of the time.
-count = configs.parameter_bytes
-
-
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
     """No timings but a test's own, no GPU, and diffusers' attention backend as it was afterwards."""
     monkeypatch.setenv("HETEROSTEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(Backends, "_active_backend", Backends._active_backend)
-    monkeypatch.setattr(configs, "parameter_bytes", lambda part, dtype: counted(json.dumps(part), dtype))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ scripts save; for 720p and Wan 2.2 the authors' commands set a larger one.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -127,7 +128,13 @@ def parameter_bytes(component: Component, dtype: torch.dtype = torch.bfloat16) -
     Raises:
         HeterostepError: as `build` does.
     """
-    return sum(parameter.nbytes for parameter in build(component, dtype).parameters())
+    return _parameter_bytes(json.dumps(component), dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _parameter_bytes(component: str, dtype: torch.dtype) -> int:
+    # To build a model of all parts only to count them takes seconds, and a page or a service plans many times.
+    return sum(parameter.nbytes for parameter in build(json.loads(component), dtype).parameters())
 
 
 def _find_class(name: str) -> Any:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from heterostep.compat import active_backend
 from heterostep.engine.calls import DirectCalls
 from heterostep.errors import HeterostepError, first_line
 from heterostep.kv.cache import KVCache, KVShape, KVStore
@@ -159,10 +160,10 @@ def of_a_rank(call: CallMemory, size: int) -> CallMemory:
     return replace(call, plain=plain, dense=dense, sparse=sparse, layers=layers)
 
 
-# Forecasts of this process: LTX-2's takes a second on the host.
-_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, CallMemory]] = weakref.WeakKeyDictionary()
-# Of one model, so that a service's many sizes do not pile up.
-MOST_KNOWN = 32
+# Forecasts of this process, by all that they follow from: LTX-2's takes seconds on the host.
+_known: dict[tuple[type, str], CallMemory] = {}
+# So that a service's many sizes do not pile up.
+MOST_KNOWN = 64
 
 
 def call_memory(model: Any, inputs: dict[str, Any], share: float = 0.5) -> CallMemory:
@@ -177,19 +178,20 @@ def call_memory(model: Any, inputs: dict[str, Any], share: float = 0.5) -> CallM
         HeterostepError: the model looks at its inputs' values, which are none on the meta device.
     """
     shapes = tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, torch.Tensor) else x, inputs)
-    alike = repr((share, shapes, dict(model.config), model.dtype, _backend(model)))
-    known = _known.setdefault(model, {})
-    if alike not in known:
+    backend = _backend(model) or active_backend()
+    alike = type(model), repr((share, shapes, dict(model.config), model.dtype, backend))
+    found = _known.get(alike)
+    if found is None:
         try:
             found = _call_memory(model, inputs, share)
         except (RuntimeError, NotImplementedError) as error:
             # PyTorch has several words for it.
             reason = first_line(error)
             raise HeterostepError(f"the memory of {type(model).__name__} cannot be forecast: {reason}") from error
-        if len(known) >= MOST_KNOWN:
-            known.clear()
-        known[alike] = found
-    return known[alike]
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        _known[alike] = found
+    return found
 
 
 @torch.no_grad()
