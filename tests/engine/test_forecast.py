@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
 from heterostep import configs
 from heterostep.engine import forecast
@@ -158,8 +160,12 @@ def test_calls_alike_are_forecast_once(monkeypatch):
     model.set_attention_backend("_native_math")
     call_memory(model, inputs)
     assert len(made) == 3
+    # A model without a backend of its own attends by the process's.
+    registry.set_active_backend(AttentionBackendName._NATIVE_MATH)
+    call_memory(*first_call("wan2.1-t2v-1.3b", layers=2))
+    assert len(made) == 4
     smaller = first_call("wan2.1-t2v-1.3b", layers=2, height=512, width=512, num_frames=33)[1]
-    assert call_memory(model, smaller).dense < first.dense and len(made) == 4
+    assert call_memory(model, smaller).dense < first.dense and len(made) == 5
 
 
 @pytest.mark.parametrize("name", SMALL)

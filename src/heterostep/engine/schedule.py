@@ -146,7 +146,7 @@ class Schedule:
             raise HeterostepError(
                 f"{name}: replans_from gave {begin!r}, which should be {step} or a later step", "policy"
             )
-        if begin is not None and (begin == step and self.policy.sparse or self._second_with_sound(step)):
+        if begin is not None and ((begin == step and self.policy.sparse) or self._holds_next(step)):
             begin = next((at for at in range(max(begin, step + 1), len(counts)) if counts[at] == total), None)
         return None if begin is None or begin >= self.run.num_steps else begin
 
@@ -156,12 +156,12 @@ class Schedule:
         First calls may be so slow that the plan gives up dense steps which later calls show to be affordable.
         """
         total, timed = self.run.tokens.total, self.policy.adapts and self.replans and self.config.runtime is not None
-        held = self.policy.sparse or self._second_with_sound(step)
+        held = self.policy.sparse or self._holds_next(step)
         return timed and not held and step + 1 < len(counts) and total not in counts[step + 1 :]
 
-    def _second_with_sound(self, step: int) -> bool:
-        """Whether this is the second step where every step has tokens (LTX-2's sound): it keeps K and V for the next
-        one, or none (`Generation.wants_kv`)."""
+    def _holds_next(self, step: int) -> bool:
+        """Whether the step after this one stays as planned, for this one kept K and V for it, or did not: of LTX-2's
+        second step (`Generation.wants_kv`)."""
         return self.run.tokens.least > 0 and step == 1
 
     def within_share(self, counts: Sequence[int], begin: int, changes: Sequence[Change]) -> list[int]:
