@@ -438,6 +438,18 @@ def test_lpips_is_shown_where_it_was_measured(tmp_path):
     assert sum(attrs.get("role") == "img" for attrs in page.all("svg")) == 6
 
 
+def test_vmaf_is_shown_where_it_was_measured(tmp_path):
+    data = results()
+    data["curves"][0]["points"][1]["vmaf"] = {"mean": 91.23, "spread": 3.2}
+    for name, score in (("dense", 99.24), ("chance", 7.31), ("generations", 91.23)):
+        for entry in data[name]:
+            entry["vmaf"] = score
+    page = Page(write(tmp_path, data).read_text(encoding="utf-8"))
+    charts = [attrs for attrs in page.all("svg") if attrs.get("role") == "img"]
+    assert len(charts) == 6 and any("VMAF" in attrs["aria-label"] and "91.2" in attrs["aria-label"] for attrs in charts)
+    assert "99.2" in page.text and "7.3" in page.text and "viewers' ratings" in page.text
+
+
 def test_videos_are_inlined_and_named(page):
     videos = page.all("video")
     assert len(videos) == 2 * (1 + 3 + 1), "for each prompt dense, three methods and a heat map"

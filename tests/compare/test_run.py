@@ -299,6 +299,39 @@ def test_why_lpips_is_missing_is_said(monkeypatch):
     assert found["lpips"] is None and found["lpips_missing"].startswith("ModuleNotFoundError: ")
 
 
+def _drifting(frames):
+    """Coarse and fine noise that moves a pixel a frame."""
+    rng = np.random.default_rng(1)
+    coarse = np.kron(rng.integers(0, 200, (8, 10)), np.ones((8, 8)))
+    still = (coarse + rng.integers(0, 50, coarse.shape)).astype(np.uint8)[..., None].repeat(3, -1)
+    return np.stack([still[:, at : at + 64] for at in range(frames)])
+
+
+def test_vmaf_falls_with_detail_and_motion():
+    clip = _drifting(8)
+    softer = ((clip + np.roll(clip, 1, 1).astype(int) + np.roll(clip, 1, 2)) // 3).astype(np.uint8)
+    scores = [likeness(each, clip)["vmaf"] for each in (clip, softer, clip[[0] * 8], 255 - clip)]
+    assert 97 < scores[0] <= 100 and scores[0] > scores[1] + 5 and scores[1] > scores[2] + 5 and scores[3] >= 0
+    # What Netflix's own program (libvmaf, model v0.6.1) says of one picture beside itself.
+    assert likeness(clip[:1], clip[:1])["vmaf"] == pytest.approx(97.428, abs=1e-3)
+
+
+def test_why_vmaf_is_missing_is_said(monkeypatch):
+    small, clip = np.zeros((2, 16, 32, 3), np.uint8), np.zeros((2, 32, 32, 3), np.uint8)
+    found = likeness(small, small)
+    assert found["vmaf"] is None and found["vmaf_missing"] == "its frames want 32 x 32 pixels"
+    assert likeness(clip, clip)["vmaf"] is not None
+
+    def broken(*args):
+        raise RuntimeError("no memory\nleft")
+
+    monkeypatch.setattr("torchmetrics.functional.video.video_multi_method_assessment_fusion", broken)
+    assert likeness(clip, clip)["vmaf_missing"] == "RuntimeError: no memory"
+    monkeypatch.setitem(sys.modules, "vmaf_torch", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert likeness(clip, clip)["vmaf_missing"].startswith("not installed: vmaf_torch, einops (pip install")
+
+
 def test_likeness_of_equal_and_of_other_clips(tmp_path):
     rng = np.random.default_rng(0)
     clip = rng.integers(0, 255, (3, 32, 32, 3), np.uint8)
@@ -331,7 +364,7 @@ def test_curves_are_read_off_between_points_and_never_beyond_the_fast_end():
     points = [point(0.8, 40.0), point(0.4, 30.0)]
     assert summary.read_off(points, 0.6) == {
         "reached": True, "interpolated": True, "psnr": pytest.approx(35.0),
-        "ssim": None, "lpips": None, "caption": None, "motion": None, "vbench": None,
+        "ssim": None, "vmaf": None, "lpips": None, "caption": None, "motion": None, "vbench": None,
     }  # fmt: skip
     assert summary.read_off(points, 0.4)["psnr"] == 30.0 and not summary.read_off(points, 0.4)["interpolated"]
     assert summary.read_off(points, 1.0)["psnr"] == 40.0

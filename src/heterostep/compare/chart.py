@@ -42,11 +42,12 @@ class Metric:
 
 PSNR = Metric("psnr", "PSNR", "dB", 1, True, math.inf)
 SSIM = Metric("ssim", "SSIM", "", 3, True, 1.0, (0, 1))
+VMAF = Metric("vmaf", "VMAF", "", 1, True, None, (0, 100))
 LPIPS = Metric("lpips", "LPIPS", "", 3, False, 0.0, (0, math.inf))
 CAPTION = Metric("caption", "Caption score", "", 2, True, None, (0, 1))
 MOTION = Metric("motion", "Motion distance", "", 2, False, 0.0, (0, math.inf))
 VBENCH = Metric("vbench", "VBench", "", 3, True, None, (0, 1))
-METRICS = (PSNR, SSIM, LPIPS, CAPTION, MOTION, VBENCH)
+METRICS = (PSNR, SSIM, VMAF, LPIPS, CAPTION, MOTION, VBENCH)
 AXES = {RUNTIME: "runtime, dense = 1", EVALUATIONS: "token evaluations, dense = 1"}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -182,10 +183,15 @@ def _picture(image: np.ndarray) -> Any:
     return Image.fromarray(image)
 
 
-def likeness(clip: np.ndarray, dense: np.ndarray, device: Any = "cpu") -> dict[str, Any]:
-    """`ssim` and `lpips` of two clips uint8 [F, H, W, 3], on a device.
+# VMAF halves a frame four times, and mirrors its edges.
+LEAST_PIXELS_OF_VMAF = 32
 
-    LPIPS needs the `lpips` package and its weights: where it cannot be had it is None, and `lpips_missing` says why.
+
+def likeness(clip: np.ndarray, dense: np.ndarray, device: Any = "cpu") -> dict[str, Any]:
+    """`ssim`, `lpips` and `vmaf` of two clips uint8 [F, H, W, 3], on a device.
+
+    LPIPS needs the `lpips` package and its weights, VMAF `vmaf-torch`: of what cannot be had the value is None, and
+    `lpips_missing` or `vmaf_missing` says why.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -193,12 +199,20 @@ def likeness(clip: np.ndarray, dense: np.ndarray, device: Any = "cpu") -> dict[s
     a, b = (torch.from_numpy(x).to(device).permute(0, 3, 1, 2).float() for x in (clip, dense))
     ssim = structural_similarity_index_measure(a, b, data_range=255.0)
     assert isinstance(ssim, torch.Tensor)
+    found: dict[str, Any] = {"ssim": float(ssim)}
+    for name, learned in (("lpips", _lpips), ("vmaf", _vmaf)):
+        value = learned(a, b)
+        found |= {name: None, f"{name}_missing": value} if isinstance(value, str) else {name: value}
+    return found
+
+
+def _lpips(clip: torch.Tensor, dense: torch.Tensor) -> float | str:
+    """LPIPS of two clips in 0..255, [F, 3, H, W], or why there is none."""
     network = _perceptual()
     if isinstance(network, str):
-        return {"ssim": float(ssim), "lpips": None, "lpips_missing": network}
+        return network
     with torch.no_grad():
-        lpips = float(network.to(a.device)(a / 127.5 - 1, b / 127.5 - 1).mean())
-    return {"ssim": float(ssim), "lpips": lpips}
+        return float(network.to(clip.device)(clip / 127.5 - 1, dense / 127.5 - 1).mean())
 
 
 @functools.cache
@@ -211,6 +225,27 @@ def _perceptual() -> Any:
     except Exception as error:
         # The package is optional, and it downloads its weights.
         return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _vmaf(clip: torch.Tensor, dense: torch.Tensor) -> float | str:
+    """VMAF of a clip, 0 to 100, beside its reference, both in 0..255, [F, 3, H, W]; or why there is none."""
+    if min(clip.shape[-2:]) < LEAST_PIXELS_OF_VMAF:
+        return f"its frames want {LEAST_PIXELS_OF_VMAF} x {LEAST_PIXELS_OF_VMAF} pixels"
+    if absent := [name for name in ("vmaf_torch", "einops") if importlib.util.find_spec(name) is None]:
+        return f"not installed: {', '.join(absent)} (pip install '.[vmaf]' in heterostep's checkout)"
+    from torchmetrics.functional.video import video_multi_method_assessment_fusion
+
+    # [1, 3, F, H, W] in 0..1.
+    a, b = (each.transpose(0, 1)[None] / 255 for each in (clip, dense))
+    try:
+        # Its variances are differences of squares, for which TF32 has too few bits.
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            scores = video_multi_method_assessment_fusion(a, b)
+        assert isinstance(scores, torch.Tensor)
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    # As Netflix's own program has them.
+    return float(scores.clamp(0, 100).mean())
 
 
 @dataclass
@@ -230,6 +265,7 @@ class Record:
     psnr: float | None
     ssim: float
     lpips: float | None
+    vmaf: float | None = None
     caption: dict[str, float | None] | None = None
     displacement: float | None = None
     flicker: float | None = None

@@ -27,6 +27,7 @@ from heterostep.compare.chart import (
     RUNTIME,
     SSIM,
     VBENCH,
+    VMAF,
     Chart,
     Metric,
     Value,
@@ -40,7 +41,7 @@ from heterostep.files import replacing
 
 SCHEMA = 3
 _MEDIA_TYPES = {".mp4": "video/mp4", ".png": "image/png"}
-_PLOTS = (PSNR, SSIM, CAPTION, MOTION, LPIPS, VBENCH)
+_PLOTS = (PSNR, SSIM, VMAF, CAPTION, MOTION, LPIPS, VBENCH)
 
 
 def write_page(folder: Path) -> Path:
@@ -253,7 +254,7 @@ def _plot(report: Report, x_key: str, metric: Metric, names: list[str]) -> Recor
         chart.add(name, report.label(name), report.series[name], name in report.diagnostic, points)
     dense, chance = report.of_dense(metric), report.of_chance(metric)
     chart.dense = dense.mean if dense else None
-    chart.chance = chance.mean if chance and metric in (PSNR, SSIM, LPIPS) else None
+    chart.chance = chance.mean if chance and metric in (PSNR, SSIM, VMAF, LPIPS) else None
     chart.asked = [at["runtime"] for at in report.frontier] if x_key == report.cost else []
     svg, notes = chart.svg()
     title = f"{metric.name} against {AXES[x_key].split(',')[0]}"
@@ -383,6 +384,8 @@ def _numbers(report: Report, records: list[Record]) -> Record:
         columns.append(("Peak memory, MiB", lambda r: _fixed((number(r.get("peak_bytes")) or math.nan) / 2**20, 0)))
     columns.append((PSNR.heading, lambda r: "identical" if r.get("psnr") is None else _fixed(r["psnr"], 2)))
     columns.append((SSIM.heading, fixed("ssim", 4)))
+    if VMAF in report.metrics:
+        columns.append((VMAF.heading, fixed("vmaf", 2)))
     if LPIPS in report.metrics:
         columns.append((LPIPS.heading, fixed("lpips", 4)))
     if any(r.get("caption") for r in records):

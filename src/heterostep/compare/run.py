@@ -340,7 +340,7 @@ class Comparison:
                 of_dense = statistics.median(line["seconds"] for line in dense[prompt])
                 runtime = value if name in bounds else statistics.median(seconds) / of_dense
             evaluations = first["rows"] / dense[prompt][0]["rows"]
-            optional = ("caption", "displacement", "flicker", "activity", "video", "heatmap")
+            optional = ("vmaf", "caption", "displacement", "flicker", "activity", "video", "heatmap")
             records.append(
                 Record(
                     method=name,
@@ -357,6 +357,10 @@ class Comparison:
                 )
             )
         return records
+
+    def _first(self, key: str) -> Any:
+        """The first value of a key that is in some lines of the log; None where it is in none."""
+        return next((line[key] for line in self._lines if line.get(key)), None)
 
     def _results(self) -> dict[str, Any]:
         records = [record.to_dict() for record in self._records()]
@@ -391,7 +395,7 @@ class Comparison:
             | {"regime": self.settings.regime},
             "prompts": [{"prompt": p.text, "seed": p.seed} for p in self.prompts],
             "methods": [self._account(method, rest) for method in self.shown],
-            "lpips_missing": next((line["lpips_missing"] for line in self._lines if line.get("lpips_missing")), None),
+            **{name: self._first(name) for name in ("lpips_missing", "vmaf_missing")},
             "dense": dense,
             "chance": chance,
             "generations": rest,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-METRICS = ("psnr", "ssim", "lpips", "caption", "motion", "vbench")
+METRICS = ("psnr", "ssim", "vmaf", "lpips", "caption", "motion", "vbench")
 # What a curve is against: what a generation costs, over dense's.
 RUNTIME, EVALUATIONS = "runtime", "evaluations"
 # Equal to the dense video on every prompt: a figure above every other serves, and JSON has no infinity.
@@ -26,7 +26,7 @@ def _value(record: dict[str, Any], dense: dict[str, Any], metric: str) -> float 
         return motion_distance(record, dense)
     if metric == "vbench":
         return statistics.mean(record["vbench"].values()) if record.get("vbench") else None
-    return record[metric]
+    return record.get(metric)
 
 
 def motion_distance(record: dict[str, Any], dense: dict[str, Any]) -> float | None:

@@ -10,13 +10,15 @@ from rich.table import Table
 from heterostep.compare.chart import AXES
 from heterostep.compare.summary import IDENTICAL_DB, unsteady
 
+# A metric's heading and digits.
 COLUMNS = {
-    "psnr": "PSNR dB",
-    "ssim": "SSIM",
-    "lpips": "LPIPS",
-    "caption": "caption",
-    "motion": "motion off",
-    "vbench": "VBench",
+    "psnr": ("PSNR dB", 1),
+    "ssim": ("SSIM", 3),
+    "vmaf": ("VMAF", 1),
+    "lpips": ("LPIPS", 3),
+    "caption": ("caption", 3),
+    "motion": ("motion off", 3),
+    "vbench": ("VBench", 3),
 }
 
 
@@ -29,8 +31,8 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
     lines = {line["method"]: line["points"] for line in results.get("curves", ())}
     for at in results["frontier"]:
         # Where nobody reaches the cost, there is still a column to say so.
-        known = [name for name in COLUMNS if name == "psnr" or any(row[name] is not None for row in at["rows"])]
-        table = Table("method", *(COLUMNS[name] for name in known), title=f"{axis} {at['runtime']:g} of dense")
+        known = [name for name in COLUMNS if name == "psnr" or any(row.get(name) is not None for row in at["rows"])]
+        table = Table("method", *(COLUMNS[name][0] for name in known), title=f"{axis} {at['runtime']:g} of dense")
         for row in at["rows"]:
             label = labels.get(row["method"], row["method"])
             if not row["reached"]:
@@ -41,13 +43,13 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
                 continue
             cells = []
             for name in known:
-                value, mark = row[name], "~" * row["interpolated"]
+                value, mark, digits = row.get(name), "~" * row["interpolated"], COLUMNS[name][1]
                 if name == "psnr":
                     # As the page has it: without a PSNR, or on the way to such a video, it equals the dense one.
                     same = value is None or value >= IDENTICAL_DB
-                    text = mark + ("identical" if same else f"{value:.1f}")
+                    text = mark + ("identical" if same else f"{value:.{digits}f}")
                 else:
-                    text = "-" if value is None else f"{mark}{value:.3f}"
+                    text = "-" if value is None else f"{mark}{value:.{digits}f}"
                 cells.append(f"{text} *" if at["winners"].get(name) == row["method"] else text)
             table.add_row(label, *cells)
         console.print(table)
