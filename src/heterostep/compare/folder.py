@@ -128,7 +128,8 @@ def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
     names = [name for name in {**new, **old} if name not in ("options", "judged") and old.get(name) != new.get(name)]
     out = [f"{_OPTIONS.get(name, name)} {_plain(old.get(name))}, not {_plain(new.get(name))}" for name in names]
     if len(theirs["prompts"]) != len(mine["prompts"]):
-        out.append(f"{len(theirs['prompts'])} prompts, not {len(mine['prompts'])}")
+        count = len(theirs["prompts"])
+        out.append(f"{count} prompt{'s' if count != 1 else ''}, not {len(mine['prompts'])}")
     elif theirs["prompts"] != mine["prompts"]:
         out.append("other prompts or seeds")
     elif theirs.get("images") != mine["images"]:

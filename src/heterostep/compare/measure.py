@@ -233,11 +233,11 @@ def _vmaf(clip: torch.Tensor, dense: torch.Tensor) -> float | str:
         return f"its frames want {LEAST_PIXELS_OF_VMAF} x {LEAST_PIXELS_OF_VMAF} pixels"
     if absent := [name for name in ("vmaf_torch", "einops") if importlib.util.find_spec(name) is None]:
         return f"not installed: {', '.join(absent)} (pip install '.[vmaf]' in heterostep's checkout)"
-    from torchmetrics.functional.video import video_multi_method_assessment_fusion
-
     # [1, 3, F, H, W] in 0..1.
     a, b = (each.transpose(0, 1)[None] / 255 for each in (clip, dense))
     try:
+        from torchmetrics.functional.video import video_multi_method_assessment_fusion
+
         # Its variances are differences of squares, for which TF32 has too few bits.
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             scores = video_multi_method_assessment_fusion(a, b)
