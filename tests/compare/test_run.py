@@ -142,6 +142,55 @@ def test_a_comparison_is_extended_method_by_method(pipe, tmp_path):
     assert all(r["evaluations"] == 0.5 for r in results["generations"] if r["method"] == bound.name)
 
 
+def test_a_method_that_was_not_gone_on_with_is_missing(pipe, tmp_path, monkeypatch):
+    from heterostep.compare import run as module
+
+    short, plain = settings(runtimes=(0.5,), shown=0), module.generate
+
+    def interrupted(pipe, prompts, method, *rest):
+        if prompts[0] == PROMPTS[1] and method is not None:
+            raise KeyboardInterrupt
+        return plain(pipe, prompts, method, *rest)
+
+    monkeypatch.setattr(module, "generate", interrupted)
+    known = list(METHODS.values())
+    with pytest.raises(KeyboardInterrupt):
+        Comparison(pipe, PROMPTS, [BY_NAME["steps"]], short, tmp_path, "", known=known).run()
+    monkeypatch.setattr(module, "generate", plain)
+    results = Comparison(pipe, PROMPTS, [BY_NAME["heterostep"]], short, tmp_path, "", known=known).run()
+    assert not results["complete"]
+    assert [m["reason"] for m in results["methods"]] == [None, "stopped after 1 of 2 prompts, and not gone on with"]
+    results = Comparison(pipe, PROMPTS, [BY_NAME["steps"]], short, tmp_path, "", known=known).run()
+    assert results["complete"] and [m["reason"] for m in results["methods"]] == [None, None]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_prompts_are_added_to_a_comparison(pipe, tmp_path, monkeypatch, batch):
+    from heterostep.compare import run as module
+
+    made, plain = [], module.generate
+    monkeypatch.setattr(module, "generate", lambda *a: made.append([prompt.seed for prompt in a[1]]) or plain(*a))
+    both, short = [BY_NAME["steps"], failing()], settings(runtimes=(0.5,), shown=1, batch=batch)
+    three = [*PROMPTS, Prompt("a blue circle", 2)]
+    Comparison(pipe, PROMPTS[:1], both, short, tmp_path, "").run()
+    with pytest.raises(HeterostepError, match="has steps for 1 of these 3 prompts: give steps too"):
+        Comparison(pipe, three, [BY_NAME["heterostep"]], short, tmp_path, "", known=both)
+    with pytest.raises(HeterostepError, match=r"\(1 prompt, not 2\)"):
+        Comparison(pipe, three[1:], both, short, tmp_path, "")
+    with pytest.raises(HeterostepError, match=r"\(points 2, not 3; 1 prompt, not 3\)"):
+        Comparison(pipe, three, both, dataclasses.replace(short, points=3), tmp_path, "")
+    made.clear()
+    # The failed method need not be given: it is not tried again.
+    added = Comparison(pipe, three, both[:1], dataclasses.replace(short, seeds=3, shown=2), tmp_path, "", known=both)
+    results = added.run()
+    assert results["complete"] and len(results["prompts"]) == 3
+    assert {tuple(seeds) for seeds in made if seeds[0] < 3} == ({(1,), (2,)} if batch == 1 else {(0, 1), (2,)})
+    whole = Comparison(pipe, three, both[:1], short, tmp_path / "whole", "").run()
+    for name in ("dense", "chance", "generations"):
+        figures = [{(r["method"], r["value"], r["prompt"]): r["psnr"] for r in each[name]} for each in (results, whole)]
+        assert figures[0] == figures[1]
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_budget_that_cannot_be_met_is_left_out_alone(pipe, tmp_path, batch):
     told = []

@@ -28,23 +28,40 @@ class Folder:
         path: the folder; made where it is not there.
         content: what the comparison is of: `settings`, `prompts`, `images`, as JSON has them.
 
+    Attributes:
+        prompts: how many the folder's comparison has.
+        outgrown: whether it has fewer of them, and is this one else; `grow` makes it this one.
+
     Raises:
         HeterostepError: it holds another comparison or a damaged one, or cannot be written to.
     """
 
     def __init__(self, path: Path, content: dict[str, Any]) -> None:
         self.path = path
+        self._content, self.prompts = content, len(content["prompts"])
+        self.outgrown = False
         self._settings, self._log = path / "settings.json", path / "work" / "generations.jsonl"
         (path / "videos").mkdir(parents=True, exist_ok=True)
         (path / "work").mkdir(exist_ok=True)
         if self._settings.is_file() or self._log.is_file():
-            if theirs := _differences(self._read_settings(), content):
+            known = self._read_settings()
+            self.prompts = len(known["prompts"])
+            self.outgrown = _is_beginning(known, content)
+            if not self.outgrown and (theirs := _differences(known, content)):
                 raise HeterostepError(
                     f"{path} holds another comparison ({'; '.join(theirs)}): give another folder, or remove it"
                 )
         else:
-            with writing(self._settings), replacing(self._settings) as part:
-                part.write_text(json.dumps(content, indent=1) + "\n")
+            self._write_settings()
+
+    def grow(self) -> None:
+        """Take the prompts that were added."""
+        self._write_settings()
+        self.prompts, self.outgrown = len(self._content["prompts"]), False
+
+    def _write_settings(self) -> None:
+        with writing(self._settings), replacing(self._settings) as part:
+            part.write_text(json.dumps(self._content, indent=1) + "\n")
 
     def lines(self, dense: str, batch: Callable[[int], Sequence[int]]) -> list[Line]:
         """What has been made. What was being written when the run was stopped is dropped, with the rest of its batch,
@@ -120,6 +137,19 @@ def _read(text: str) -> Line | None:
     # Repetitions are only timed.
     made = "rows" in line and (repeat > 0 or "psnr" in line)
     return line if made or "error" in line or "left_out" in line else None
+
+
+def _is_beginning(theirs: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Whether another comparison is of this one's first prompts, with the same settings for them."""
+    count, known, settings = len(theirs["prompts"]), theirs["settings"], dict(mine["settings"])
+    if not 0 < count < len(mine["prompts"]):
+        return False
+    # More noises are more prompts.
+    settings["seeds"] = known.get("seeds")
+    if min(known.get("shown", 0), count) == min(settings["shown"], count):
+        settings["shown"] = known.get("shown")
+    cut = {"settings": settings, "prompts": mine["prompts"][:count], "images": mine["images"][:count]}
+    return not _differences(theirs, cut)
 
 
 def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:

@@ -147,14 +147,14 @@ class Comparison:
         methods: with what.
         settings: see `Settings`.
         folder: where everything goes; a comparison of the same settings that was stopped goes on, also with other
-            methods.
+            methods, and with prompts added at the end.
         command: what the user typed, for the page.
         tell: called with one line after each call of the pipeline.
         known: methods that the folder's earlier generations may be by, in the order in which all are shown.
 
     Raises:
-        HeterostepError: the folder holds another comparison or a damaged one, or cannot be written to; or the pipeline
-            makes one video at a time.
+        HeterostepError: the folder holds another comparison or a damaged one, or cannot be written to; prompts were
+            added and a method of the folder's is not given; or the pipeline makes one video at a time.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Comparison:
             raise HeterostepError(reason)
         self.refused = {method.name: reason for method in methods if (reason := method.refuses(pipe)) is not None}
         self._store = Folder(folder, self._content())
-        self._lines = self._store.lines(DENSE, lambda prompt: self._batch(prompt - prompt % settings.batch))
+        self._lines = self._made_so_far()
         self.failed = {line["key"][2]: line["error"] for line in self._lines if "error" in line}
         # Values of a method's dial that cannot be met, and why.
         self.left_out = {tuple(line["key"][2:]): line["left_out"] for line in self._lines if "left_out" in line}
@@ -183,7 +183,19 @@ class Comparison:
         called = {method.name for method in methods}
         # All that results are about: this call's methods, and those that earlier calls made something by.
         self.shown = [method for name, method in catalogue.items() if name in called | names]
-        self.shown += [_unknown(name) for name in sorted(names - set(catalogue))]
+        for name in sorted(names - set(catalogue)):
+            values = {line["key"][3] for line in self._lines if line["key"][2] == name}
+            self.shown.append(_unknown(name, sorted(values, reverse=True)))
+        if self._store.outgrown:
+            if left := [method.name for method in self.shown if method.name not in called | set(self.failed)]:
+                theirs, first = ", ".join(left), self._store.prompts
+                raise HeterostepError(
+                    f"{folder} has {theirs} for {first} of these {len(prompts)} prompts: "
+                    f"give {theirs} too, or another folder"
+                )
+            self._store.grow()
+            # A last batch that was not full is another one now.
+            self._lines = self._made_so_far()
 
     def _content(self) -> dict[str, Any]:
         """What the comparison is of, as its folder has it."""
@@ -191,22 +203,29 @@ class Comparison:
         prompts = [[p.text, p.seed] for p in self.prompts]
         return json.loads(json.dumps({"settings": asdict(self.settings), "prompts": prompts, "images": pictures}))
 
+    def _made_so_far(self) -> list[dict[str, Any]]:
+        return self._store.lines(DENSE, lambda prompt: self._batch(prompt - prompt % self.settings.batch))
+
     def _gone(self, name: str, value: float) -> bool:
         """Whether the method is not run at the value, this time or again."""
         return name in self.failed or (name, value) in self.left_out
 
     def _batch(self, first: int) -> range:
         """The prompts that are generated together, of which the first is given."""
-        return range(first, min(first + self.settings.batch, len(self.prompts)))
+        return range(first, min(first + self.settings.batch, self._store.prompts))
 
-    def visits(self) -> Iterator[Visit]:
-        """All generations in their order: A B A B over methods, batch by batch of prompts, then all again."""
+    def visits(self, methods: Sequence[Method] | None = None) -> Iterator[Visit]:
+        """All generations in their order: A B A B over methods, batch by batch of prompts, then all again.
+
+        Args:
+            methods: by default this call's.
+        """
         for repeat in range(self.settings.repeats):
             for prompts in map(self._batch, range(0, len(self.prompts), self.settings.batch)):
                 yield Visit(repeat, prompts, DENSE, 1.0, None)
                 if repeat == 0:
                     yield Visit(repeat, prompts, CHANCE, 1.0, None)
-                for method in self.methods:
+                for method in self.methods if methods is None else methods:
                     if method.name not in self.refused:
                         for value in sweep(method, self.settings):
                             yield Visit(repeat, prompts, method.name, value, method)
@@ -245,7 +264,13 @@ class Comparison:
             self._settle(waiting, 0)
         finally:
             judges.close()
-        return self._write(complete=True)
+        return self._write(complete=self._complete())
+
+    def _complete(self) -> bool:
+        """Whether nothing is missing, also of the methods that only earlier calls were of."""
+        made = {json.dumps(line["key"]) for line in self._lines}
+        kept = [visit for visit in self.visits(self.shown) if not self._gone(visit.name, visit.value)]
+        return all(json.dumps(key) in made for visit in kept for key in visit.keys)
 
     def _settle(self, waiting: deque[_Made], most: int) -> None:
         """Log what has been judged, in order; wait until at most so many are left."""
@@ -423,13 +448,13 @@ class Comparison:
         }
 
 
-def _unknown(name: str) -> Method:
-    """A method that is known by its generations alone."""
+def _unknown(name: str, values: Sequence[float]) -> Method:
+    """A method that is known by its generations alone, which are at these values of its dial."""
 
     def apply(pipe: Any, value: float, num_steps: int) -> NoReturn:
         raise HeterostepError(f"no such method: {name}")
 
-    return Method(name, name, "its dial", (), apply)
+    return Method(name, name, "its dial", tuple(values), apply)
 
 
 def _slug(name: str) -> str:

@@ -93,6 +93,7 @@ def score(folder: Path, shown: int, tell: Callable[[str], None] = lambda line: N
     """
     program = command()
     results = json.loads((folder / "results.json").read_text())
+    complete = results["complete"]
     results["settings"]["shown"] = shown
     prompts = [prompt["prompt"] for prompt in results["prompts"]]
     failed: list[dict[str, Any]] = []
@@ -113,7 +114,7 @@ def score(folder: Path, shown: int, tell: Callable[[str], None] = lambda line: N
         _write(folder, results, complete=False)
         if said is not None:
             tell(f"{position}/{len(todo)} VBench {evaluation.method} {evaluation.value:g}: {said}")
-    _write(folder, results, complete=True)
+    _write(folder, results, complete)
     return results
 
 
