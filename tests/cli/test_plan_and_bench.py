@@ -113,6 +113,10 @@ def test_plan_without_known_memory(capsys):
     assert "run's peak   " in out and "none are kept" in out and not rows(out, STORES) and "no effect" not in out
     out, _ = works(capsys, *arguments, "--kv-store", "fp8")
     assert "none are kept: a step evaluates all tokens or none; --kv-store has no effect" in out
+    out, _ = works(capsys, *arguments, "--share", "0.55")
+    assert "0.55 with single tokens, where their K and V fit: give the gigabytes of a GPU as --vram" in out
+    out, _ = works(capsys, *arguments, "--share", "0.55", "--vram", "0.0001", code=1)
+    assert out.splitlines()[-3].endswith("0.55 with single tokens, where their K and V fit")
 
 
 def test_plan_as_json(capsys):

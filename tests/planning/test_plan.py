@@ -256,26 +256,27 @@ def test_no_k_and_v_without_single_tokens_between(folder):
 
 
 @pytest.mark.parametrize(
-    ("options", "store"),
+    ("options", "store", "roomy"),
     [
         # Of 12 steps 6.6 and 6.24: what whole steps leave is much, little, and not to be spent.
-        (dict(share=0.55, vram=8), "device"),
-        (dict(share=0.52, vram=8), "none"),
-        (dict(share=0.55, vram=8, sparse_share=0), "none"),
+        (dict(share=0.55, vram=8), "device", None),
+        (dict(share=0.52, vram=8), "none", None),
+        (dict(share=0.55, vram=8, sparse_share=0), "none", None),
         # Nobody asked for single tokens: not without the room for K and V on the device.
-        (dict(share=0.55, vram=1e-4), "none"),
-        (dict(share=0.55), "none"),
-        (dict(runtime=0.5), "none"),
-        (dict(share=0.55, sparse_share=0.2), "device"),
-        (dict(runtime=0.5, sparse_share=0.2), "device"),
-        (dict(share=0.55, policy="hsa"), "device"),
-        (dict(share=1), "none"),
-        (dict(share=0.55, sparse_share=0.2, sync="fresh"), "none"),
+        (dict(share=0.55, vram=1e-4), "none", 0.55),
+        (dict(share=0.55), "none", 0.55),
+        (dict(runtime=0.5), "none", None),
+        (dict(share=0.55, sparse_share=0.2), "device", None),
+        (dict(runtime=0.5, sparse_share=0.2), "device", None),
+        (dict(share=0.55, policy="hsa"), "device", None),
+        (dict(share=1), "none", None),
+        (dict(share=0.55, sparse_share=0.2, sync="fresh"), "none", None),
     ],
 )
-def test_k_and_v_are_kept_for_single_tokens_alone(folder, options, store):
+def test_k_and_v_are_kept_for_single_tokens_alone(folder, options, store, roomy):
     made = plan(folder, **SMALL, **options)
     assert made.chosen.store == store
+    assert made.roomy_share == (roomy and pytest.approx(roomy, abs=0.002)) and (roomy is None or made.share == 0.5)
     assert made.share == pytest.approx(options.get("share", 0.5), abs=0.051)
 
 

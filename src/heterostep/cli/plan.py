@@ -136,6 +136,9 @@ def _show_plan(made: Plan, config: HSAConfig, asked: int | None) -> None:
             typer.echo("fits         unknown without a GPU: give the gigabytes of one as --vram")
     else:
         unused = "" if config.kv_store == "auto" else "; --kv-store has no effect"
+        if made.roomy_share is not None:
+            unknown = ": give the gigabytes of a GPU as --vram" if made.limit_bytes is None else ""
+            unused += f"; {made.roomy_share:.2f} with single tokens, where their K and V fit{unknown}"
         typer.echo(f"K and V      none are kept: a step evaluates all tokens or none{unused}")
     if made.limit_bytes is not None:
         typer.echo(f"may use      {filesize.decimal(made.limit_bytes)} of the device, a margin left")

@@ -83,6 +83,8 @@ class Plan:
         seconds, dense_seconds: of the denoising loop; None where this size was not timed on this device.
         device: that seconds are of.
         gpus: that share the video. All bytes are one's, weights too, which each has whole.
+        roomy_share: what `share` is where the K and V of a short run's single tokens fit on the device; None where this
+            is such a plan, or no run has any.
     """
 
     model: str
@@ -110,6 +112,7 @@ class Plan:
     dense_seconds: float | None
     device: str | None
     gpus: int = 1
+    roomy_share: float | None = None
 
     @property
     def evaluated(self) -> str:
@@ -282,7 +285,9 @@ def _plan(
     memory = _Memory(calls, sum(weights.values()), config, gpus)
     chosen = memory.chosen() if keeps else memory.without()
     roomy = chosen is not None and chosen.fits and (chosen.store == "device" or config.kv_store != "auto")
+    roomy_share = None
     if keeps and not roomy and schedule.leave_out_single_tokens():
+        roomy_share = sum(counts) / total / num_steps if some else None
         counts, chosen, keeps = schedule.plan(), memory.without(), False
     timed = _timed(seen, total, config, backend, gpus, keeps, chosen)
     seconds = dense_seconds = None
@@ -311,6 +316,7 @@ def _plan(
         dense_seconds=dense_seconds,
         device=None if timed is None else timed.device,
         gpus=gpus,
+        roomy_share=roomy_share,
         **sizes | {"num_frames": frames},
     )
 
