@@ -259,13 +259,6 @@ def main() -> None:
         "K/V 0.65 of that": "C0o:",
     }
     draw_lines(tables, lines, "unexplained, of K/V's change", args.out / "drift.png")
-    lines = {
-        "v over sigma": "C1o-",
-        "v half of it": "C2o-",
-        "v over log(1 - sigma)": "C0o:",
-        "v 0.65 of that": "C0o-",
-    }
-    draw_lines(tables, lines, "unexplained, of the velocity's change", args.out / "update.png")
 
 
 if __name__ == "__main__":

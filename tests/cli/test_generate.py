@@ -72,6 +72,14 @@ def only_line(err):
     return err
 
 
+def test_a_video_that_is_there_is_kept_where_no_name_was_given(pipes, capsys):
+    for name in ("video.mp4", "video-2.mp4"):
+        Path(name).write_bytes(b"mine")
+    assert cli.main(["generate", PROMPT, *SMALL]) == 0
+    assert "video-3.mp4" in capsys.readouterr().out and files() == ["video-2.mp4", "video-3.mp4", "video.mp4"]
+    assert Path("video.mp4").read_bytes() == Path("video-2.mp4").read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize("dial", [[], ["--share", "0.75"], ["--dense"], ["--share", "0.75", "--solver", "euler"]])
 def test_generate_writes_a_video(pipes, capsys, dial):
     assert cli.main(["generate", PROMPT, *SMALL, *dial, "--fps", "8", "--seed", "3"]) == 0
@@ -324,8 +332,8 @@ def test_a_folder_that_takes_no_files_is_refused(no_model, capsys):
 
 
 def test_a_folder_as_output_is_refused(no_model, capsys):
-    Path("video.mp4").mkdir()
-    assert "is a folder" in only_line(fails(capsys))
+    Path("a.mp4").mkdir()
+    assert "is a folder" in only_line(fails(capsys, "--out", "a.mp4"))
 
 
 @pytest.mark.parametrize(

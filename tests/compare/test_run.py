@@ -164,6 +164,16 @@ def test_a_method_that_was_not_gone_on_with_is_missing(pipe, tmp_path, monkeypat
     assert results["complete"] and [m["reason"] for m in results["methods"]] == [None, None]
 
 
+@pytest.mark.parametrize("name", ["index.html", "results.json", "videos/holiday.mp4", "work/thesis.txt"])
+def test_a_folder_with_other_files_is_left_alone(pipe, tmp_path, name):
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(HeterostepError, match="is not a comparison's, and would be replaced: give a new or an empty"):
+        Comparison(pipe, PROMPTS, [BY_NAME["steps"]], settings(), tmp_path, "")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine] and mine.read_text() == "mine"
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_prompts_are_added_to_a_comparison(pipe, tmp_path, monkeypatch, batch):
     from heterostep.compare import run as module
@@ -220,7 +230,9 @@ def test_damaged_settings_are_told_in_one_line(pipe, methods, tmp_path, content)
     known.unlink()
     if content is not None:
         known.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(HeterostepError, match="settings.json is missing or damaged: restore it, or remove") as caught:
+    with pytest.raises(
+        HeterostepError, match="settings.json is missing or damaged, or not a comparison's: restore it"
+    ) as caught:
         Comparison(*arguments)
     assert "\n" not in str(caught.value)
 
@@ -490,7 +502,7 @@ def test_the_table_marks_winners_and_what_was_not_reached():
     assert "30.0 *" in shown and "not reached" in shown and "Some Cache: failed: no luck [1]" in shown
     assert "runtime 0.5 of dense" in shown and "VBench of Some Cache, 2: failed" in shown and "busy" not in shown
     table.show(results | {"curves": lines}, console)
-    assert "not reached (from 0.70 on)" in console.file.getvalue()
+    assert "not reached (0.70 at the least)" in console.file.getvalue()
     table.show(results | {"chance": [{"runtime": 0.8}, {"runtime": 1.02}, {"runtime": 1.2}]}, console)
     assert "differ by 20% in seconds: the machine was busy" in console.file.getvalue()
     table.show(results | {"settings": {"cost": "evaluations"}}, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from enum import Enum
@@ -100,7 +101,10 @@ def generate(
         Solver, typer.Option(help="How steps are made: pipeline (the scheduler's own) or euler (first order).")
     ] = Solver.pipeline,
     negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
-    out: Annotated[Path, typer.Option(help="MP4 file.")] = Path("video.mp4"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="MP4 file; one of that name is replaced.  [default: video.mp4, or video-2.mp4 and so on]"),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="JSON file: what was asked, what was done.")] = None,
     heatmap: Annotated[Path | None, typer.Option(help="PNG or MP4 file: evaluations per token.")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Evaluate every step (no speed-up).")] = False,
@@ -145,6 +149,7 @@ def generate(
     check_model(model)
     steps = steps or default_steps(model)
     making.check_target(config, steps)
+    out = out or _free(Path("video.mp4"))
     check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
     picture = making.open_image(image) if image is not None else None
     making.check_known_sizes(model, height, width, frames)
@@ -183,6 +188,12 @@ def generate(
         written = [path for path in (out, report, heatmap) if path is not None]
         stores = {"--sync": sync != "hold", "--kv-store": kv_store != "auto", "--vram": vram is not None}
         typer.echo(_summary(result, reference, written, [name for name, given in stores.items() if given]))
+
+
+def _free(path: Path) -> Path:
+    """The path, or with a number the first after it that nothing is at."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(each for each in numbered if not each.exists())
 
 
 def _make(pipe: Any, config: HSAConfig, options: dict[str, Any], seed: int, name: str, quiet: bool) -> making.Result:

@@ -96,12 +96,12 @@ def plan(
     if as_json:
         typer.echo(made.to_json())
     else:
-        _show_plan(made, config, frames)
+        _show_plan(made, config, frames, offload)
     if made.chosen is None or made.chosen.fits is False:
         raise typer.Exit(1)
 
 
-def _show_plan(made: Plan, config: HSAConfig, asked: int | None) -> None:
+def _show_plan(made: Plan, config: HSAConfig, asked: int | None, offload: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -142,15 +142,16 @@ def _show_plan(made: Plan, config: HSAConfig, asked: int | None) -> None:
         typer.echo(f"K and V      none are kept: a step evaluates all tokens or none{unused}")
     if made.limit_bytes is not None:
         typer.echo(f"may use      {filesize.decimal(made.limit_bytes)} of the device, a margin left")
+    less = "give --offload model" if offload == "none" else "take sequential or group offload, in Python"
     if made.chosen is None:
         least = min(made.stores, key=lambda store: store.peak_bytes)
         typer.echo(
             f"chosen       nothing fits: {least.store} needs {filesize.decimal(least.peak_bytes)}; make a smaller or "
-            "shorter video, give --offload model, or leave out --sparse-share and --policy"
+            f"shorter video, {less}, or leave out --sparse-share and --policy"
         )
         return
     host = f", {filesize.decimal(made.chosen.host_bytes)} in host memory" if made.chosen.host_bytes else ""
-    smaller = "; this does not fit: make a smaller or shorter video, or give --offload model"
+    smaller = f"; this does not fit: make a smaller or shorter video, or {less}"
     fits = smaller if made.chosen.fits is False else ""
     peak = f"{filesize.decimal(made.chosen.peak_bytes)}{host}{fits}"
     typer.echo(f"chosen       {made.chosen.store}: peak {peak}" if keeps else f"run's peak   {peak}")

@@ -18,6 +18,17 @@ _OPTIONS = {"num_inference_steps": "steps", "num_frames": "frames", "guidance_sc
 Line = dict[str, Any]
 
 
+def check_own(folder: Path, *names: str) -> None:
+    """Check that nothing is there under the names of what is to be written into a folder without a comparison.
+
+    Raises:
+        HeterostepError: something is, which is the user's.
+    """
+    for path in (folder / name for name in names):
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise HeterostepError(f"{path} is not a comparison's, and would be replaced: give a new or an empty folder")
+
+
 class Folder:
     """The folder of one comparison, new or taken up again.
 
@@ -41,8 +52,6 @@ class Folder:
         self._content, self.prompts = content, len(content["prompts"])
         self.outgrown = False
         self._settings, self._log = path / "settings.json", path / "work" / "generations.jsonl"
-        (path / "videos").mkdir(parents=True, exist_ok=True)
-        (path / "work").mkdir(exist_ok=True)
         if self._settings.is_file() or self._log.is_file():
             known = self._read_settings()
             self.prompts = len(known["prompts"])
@@ -51,8 +60,15 @@ class Folder:
                 raise HeterostepError(
                     f"{path} holds another comparison ({'; '.join(theirs)}): give another folder, or remove it"
                 )
+            self._make_folders()
         else:
+            check_own(path, "results.json", "index.html", "videos", "work")
+            self._make_folders()
             self._write_settings()
+
+    def _make_folders(self) -> None:
+        (self.path / "videos").mkdir(parents=True, exist_ok=True)
+        (self.path / "work").mkdir(exist_ok=True)
 
     def grow(self) -> None:
         """Take the prompts that were added."""
@@ -121,7 +137,9 @@ class Folder:
                 return content
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             pass
-        raise HeterostepError(f"{self._settings} is missing or damaged: restore it, or remove the folder {self.path}")
+        raise HeterostepError(
+            f"{self._settings} is missing or damaged, or not a comparison's: restore it, or give another folder"
+        )
 
 
 def _read(text: str) -> Line | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from heterostep.compare import summary
+from heterostep.compare.folder import check_own
 from heterostep.compare.measure import Prompt
 from heterostep.compare.methods import PEERS
 from heterostep.compare.methods.calibration import calibrate_with
@@ -70,11 +71,13 @@ def compare_regimes(
         the page of the matrix.
 
     Raises:
-        HeterostepError: the pipeline cannot be put into one of the regimes, before anything is generated; or as
-            `Comparison` does.
+        HeterostepError: the pipeline cannot be put into one of the regimes, or the folder has files of another kind,
+            before anything is generated; or as `Comparison` does.
     """
     if reasons := [reason for regime in regimes if (reason := refuses(pipe, regime))]:
         raise HeterostepError(reasons[0])
+    if not (folder / "matrix.json").is_file():
+        check_own(folder, "index.html", "matrix.png")
     for number, regime in enumerate(regimes, 1):
         tell(f"regime {number} of {len(regimes)}: {regime.name} ({regime.text})")
         with in_regime(pipe, regime) as changed:

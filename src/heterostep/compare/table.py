@@ -38,7 +38,7 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
             if not row["reached"]:
                 points = lines.get(row["method"], ())
                 cheapest = min((point[cost]["mean"] for point in points if point[cost]), default=None)
-                missed = "not reached" if cheapest is None else f"not reached (from {cheapest:.2f} on)"
+                missed = "not reached" if cheapest is None else f"not reached ({cheapest:.2f} at the least)"
                 table.add_row(label, *[missed][: len(known)])
                 continue
             cells = []
@@ -53,6 +53,7 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
                 cells.append(f"{text} *" if at["winners"].get(name) == row["method"] else text)
             table.add_row(label, *cells)
         console.print(table)
+    console.print("* best  ~ interpolated between two settings", markup=False)
     if said := unsteady(results["chance"]):
         console.print(said, markup=False, soft_wrap=True)
     for method in results["methods"]:
