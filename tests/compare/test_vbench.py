@@ -137,8 +137,10 @@ def test_scores_come_into_the_results_the_table_and_the_page(install, tmp_path, 
     (point,) = results["curves"][0]["points"]
     assert point["vbench"]["mean"] == pytest.approx((4 * 0.9 + 0.5 + 0.6) / 6)
     assert point["vbench"]["spread"] > 0 and point["vbench"]["dimensions"]["dynamic_degree"] == 0.5
-    # At runtime 1 every method is done sooner, so its only point counts.
-    assert [row["vbench"] for row in results["frontier"][0]["rows"]] == pytest.approx([0.7833, 0.7833], abs=1e-4)
+    # At runtime 1 a method's only point counts, if it was done sooner: a busy machine may see to it that it was not.
+    rows = results["frontier"][0]["rows"]
+    expected = [pytest.approx(0.7833, abs=1e-4) if row["reached"] else None for row in rows]
+    assert len(rows) == 2 and [row["vbench"] for row in rows] == expected
     page = (folder / "index.html").read_text()
     assert "VBench against runtime" in page and "VBench: dynamic degree" in page
     # Both prompts' videos are kept, and the page shows those of as many prompts as were asked for.
