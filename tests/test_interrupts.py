@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from heterostep import interrupts
 from processes import heed
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as POSIX has them")
@@ -44,6 +45,28 @@ def test_a_ctrl_c_that_an_import_swallows(name, tmp_path):
     assert done.stdout == "swallowed\n"
     assert (done.returncode, done.stderr) == (130, "heterostep: interrupted\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_ctrl_c_that_a_finaliser_swallows(capsys):
+    class Interrupted:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+    class Broken:
+        def __del__(self):
+            raise ValueError("said as ever")
+
+    hook, told = sys.unraisablehook, []
+    sys.unraisablehook = lambda swallowed: told.append(swallowed.exc_type)
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupts.watched():
+            Broken()
+            Interrupted()
+            told.append("went on")
+    finally:
+        sys.unraisablehook = hook
+    assert told == [ValueError, "went on"]
 
 
 def test_a_ctrl_c_inside_of_what_runs_from_a_string(tmp_path):

@@ -23,6 +23,15 @@ def name_is_too_long(path: Path) -> bool:
     return len(os.fsencode(_part(path).name)) > LONGEST_NAME
 
 
+def told(error: OSError) -> str:
+    """What the system says of a file, in one line; what is written beside a file at first goes by that file's name."""
+    part = Path(str(error.filename))
+    if error.strerror and part.suffix == ".part":
+        name = part.stem.removeprefix(".").rpartition(".")[0]
+        return f"cannot write {part.with_name(name)}: {error.strerror}"
+    return first_line(error)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A path beside `path` to write to; it becomes `path` when the block ends, and vanishes if the block raises."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,8 @@ def check() -> None:
 def watched() -> Iterator[None]:
     """Note each Ctrl-C, which is raised as ever; raise it at the end once more where it was swallowed.
 
+    Python would print where a finaliser swallows one.
+
     Other handlers than Python's own stay as they are.
     """
     usual = signal.default_int_handler
@@ -35,8 +38,15 @@ def watched() -> Iterator[None]:
         _seen.set()
         usual(number, frame)
 
+    hook = sys.unraisablehook
+
+    def quiet(swallowed: Any) -> None:
+        if not (_seen.is_set() and issubclass(swallowed.exc_type, KeyboardInterrupt)):
+            hook(swallowed)
+
     if ours:
         signal.signal(signal.SIGINT, interrupt)
+        sys.unraisablehook = quiet
     try:
         yield
         check()
@@ -45,6 +55,7 @@ def watched() -> Iterator[None]:
         _seen.clear()
         if ours:
             signal.signal(signal.SIGINT, usual)
+            sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

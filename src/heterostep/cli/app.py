@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import heterostep
-from heterostep import interrupts, launch
+from heterostep import files, interrupts, launch
 from heterostep.cli.batch import batch
 from heterostep.cli.bench import bench
 from heterostep.cli.compare import compare
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HeterostepError as error:
         return _fail(_by_option(error), 2)
     except OSError as error:
-        return _fail(first_line(error), 2)
+        return _fail(files.told(error), 2)
     except typer.TyperException as error:
         return _fail(_told(error), 2)
     except (KeyboardInterrupt, typer.Abort):

@@ -1,4 +1,4 @@
-"""Comparisons in several regimes as one matrix: regime x share, ours, the best peer, fewer steps, HSA as published.
+"""Comparisons in several regimes as one matrix: regime x share, ours, the best cache, fewer steps, HSA as published.
 
 Each regime is a comparison in a folder of its own; the matrix is made of whatever results are there.
 """
@@ -41,7 +41,7 @@ EQUAL_MARK = "+"
 # Half of a 95 % interval, in standard errors.
 INTERVAL = 1.96
 TITLES = {"text": "Text-to-video", "image": "Image-to-video"}
-COLUMNS = {"ours": "heterostep", "peer": "best peer", "steps": "fewer steps", "hsa": "HSA as published"}
+COLUMNS = {"ours": "heterostep", "peer": "best cache", "steps": "fewer steps", "hsa": "HSA as published"}
 
 Row = dict[str, Any]
 Results = dict[str, Any]
