@@ -165,6 +165,8 @@ def test_closing_cancels_and_leaves_no_files(pipes):
 
 def test_only_so_many_wait_and_are_kept(studio, monkeypatch):
     monkeypatch.setattr(jobs, "MOST_KEPT", 2)
+    made = studio.submit(order(), "you")
+    ended(made)
     first = studio.submit(order(steps=1000), "me")
     until(lambda: first.state == "running")
     waiting = [studio.submit(order(), "me") for _ in range(jobs.MOST_WAITING)]
@@ -175,7 +177,9 @@ def test_only_so_many_wait_and_are_kept(studio, monkeypatch):
         studio.cancel(job)
     ended(first), ended(other)
     studio.submit(order(), "you")
-    assert len(studio.of_client("me")) == 1 and other in studio.of_client("you")
+    # Cancelled ones take no video's place.
+    assert len(studio.of_client("me")) == 2
+    assert made in studio.of_client("you") and other in studio.of_client("you")
 
 
 @pytest.mark.parametrize(

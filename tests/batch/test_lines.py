@@ -66,6 +66,9 @@ def test_a_first_frame_is_found_beside_the_file_and_belongs_to_the_key(file, tmp
     assert line.order().picture.name == "first.png" and line.stem == "kitty"
     Image.new("RGB", (64, 64), "red").save(tmp_path / "first.png")
     assert read(file(row)).good[0].key != line.key
+    # Its video would go by the key of the picture that was there.
+    with pytest.raises(HeterostepError, match="first.png was changed since the batch began: give the batch again"):
+        line.order()
     (tmp_path / "first.png").unlink()
     with pytest.raises(HeterostepError, match="cannot read the image"):
         line.order()

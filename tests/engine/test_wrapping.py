@@ -158,6 +158,16 @@ def test_what_is_replaced_while_enabled_is_noticed(pipe):
     pipe.transformer.set_attn_processor(WanAttnProcessor())
     with pytest.raises(HeterostepError, match="processors were replaced"):
         TEXT.run(pipe)
+
+    def replace(pipe, step, timestep, tensors):
+        if step == 2:
+            pipe.transformer.set_attn_processor(WanAttnProcessor())
+        return {}
+
+    heterostep.disable(pipe)
+    heterostep.enable(pipe, share=0.5, sparse_share=0.3)
+    with pytest.raises(HeterostepError, match="replaced in the middle of a run: set them between two calls"):
+        TEXT.run(pipe, callback_on_step_end=replace)
     heterostep.disable(pipe)
     original = pipe.scheduler
     heterostep.enable(pipe, share=0.5, sparse_share=0.3)

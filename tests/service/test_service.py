@@ -332,6 +332,56 @@ def test_a_first_frame_waits_in_the_size_of_the_video():
         LIMITS.order({"prompt": "a"}, read_picture(picture(400, 20), "first.png"), ABOUT, None)
 
 
+async def until(video, status):
+    for _ in range(500):
+        if video.status == status:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(video.status)
+
+
+def test_the_videos_that_ended_last_are_kept(tmp_path):
+    workers = [FakeWorker("one"), FakeWorker("two")]
+
+    async def walk():
+        async with Videos(workers, ABOUT, None, Limits(keep=2, queue=50), Store(tmp_path)) as videos:
+            long = await videos.create({"prompt": "wait", "steps": 12}, None)
+            await until(long, "in_progress")
+            made = [await videos.create({"prompt": f"cat {number}", "steps": 12}, None) for number in range(3)]
+            for video in made:
+                await until(video, "completed")
+            workers[0].gate.set()
+            await until(long, "completed")
+            assert [video.id for video in videos.all()] == [long.id, made[2].id]
+            # What came to nothing takes no video's place.
+            workers[0].gate.clear()
+            await videos.create({"prompt": "wait", "steps": 12}, None)
+            for number in range(4):
+                await videos.end(await videos.create({"prompt": f"dog {number}", "steps": 12}, None))
+            assert {long.id, made[2].id} <= {video.id for video in videos.all()}
+            workers[0].gate.set()
+
+    asyncio.run(walk())
+
+
+def test_what_was_lost_with_the_last_worker_has_an_end(tmp_path):
+    worker = FakeWorker("one")
+
+    async def walk():
+        async with Videos([worker], ABOUT, None, Limits(keep=3, queue=50), Store(tmp_path)) as videos:
+            await videos.create({"prompt": "wait", "steps": 12}, None)
+            broken = await videos.create({"prompt": "die", "steps": 12}, None)
+            last = await videos.create({"prompt": "cat", "steps": 12}, None)
+            worker.broken = True
+            worker.gate.set()
+            for video in (broken, last):
+                await until(video, "failed")
+            videos.all()
+            assert last.completed_at is not None and last.expires_at > last.completed_at
+
+    asyncio.run(walk())
+
+
 def test_limits_alone():
     order = LIMITS.order({"prompt": "a", "model": "heterostep-tiny", "seconds": 0.5}, None, ABOUT, None)
     assert isinstance(order, Order) and order.frames == 9 and order.model is None

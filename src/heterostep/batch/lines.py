@@ -25,22 +25,26 @@ class Line:
 
     key: a digest of everything that its video depends on, and of its name: equal lines have one.
     stem: its files' name without the suffix.
-    data: the order's fields; image: where its first frame is.
+    data: the order's fields; content: a digest of them and of the first frame; image: where that is.
     """
 
     number: int
     key: str
     stem: str
     data: dict[str, Any] = dataclasses.field(repr=False)
+    content: str
     image: Path | None = None
 
     def order(self) -> Order:
         """The order with its first frame, read again: a long file's pictures are not held all at once.
 
         Raises:
-            HeterostepError: the picture is not to be had any more.
+            HeterostepError: the picture is not to be had any more, or is another one.
         """
-        return _order(self.data, self.image)
+        order = _order(self.data, self.image)
+        if _digest(order.data()) != self.content:
+            raise HeterostepError(f"{self.image} was changed since the batch began: give the batch again")
+        return order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +122,13 @@ def _line(number: int, raw: bytes, folder: Path, defaults: Mapping[str, Any], mo
         raise HeterostepError("image should be the path of a picture", "image")
     where = None if image is None else folder / image
     order = _order(data, where)
-    key = hashlib.sha256(json.dumps([order.data(), name], sort_keys=True).encode()).hexdigest()
+    key = _digest([order.data(), name])
     slug = re.sub(r"[^a-z0-9]+", "-", order.prompt.lower())[:SLUG].strip("-") or "video"
-    return Line(number, key, name or f"{slug}-{key[:SHORT_KEY]}", data, where)
+    return Line(number, key, name or f"{slug}-{key[:SHORT_KEY]}", data, _digest(order.data()), where)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _missing(defaults: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:

@@ -155,12 +155,12 @@ def generate(
     making.check_known_sizes(model, height, width, frames)
     start_ranks(gpus, device, context.obj)
     quiet = quiet or not is_seen(gpus)
-    if model is None and not quiet and (reason := why_foreign(prompt)):
-        typer.echo(
-            f"note: the bundled model knows drawn shapes only, and {reason}; for any other prompt give --model",
-            err=True,
-        )
     with silence(), on_device(gpus, device) as place:
+        if model is None and not quiet and (reason := why_foreign(prompt)):
+            typer.echo(
+                f"note: the bundled model knows drawn shapes only, and {reason}; for any other prompt give --model",
+                err=True,
+            )
         precision = precision_of(dtype, place)
         pipe, defaults = making.load(model, picture is not None, precision)
         asked: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance}
@@ -215,13 +215,14 @@ def _write(
 
     shown = result.clip if reference is None else making.beside(reference, result)
     video.write_video(out, shown, fps, result.audio)
+    # Right after the video that it is of.
+    if report is not None:
+        with replacing(report) as part:
+            part.write_text(json.dumps(making.report_content(result, reference)) + "\n", encoding="utf-8")
     if heatmap is not None:
         from heterostep.viz import write_heatmap
 
         write_heatmap(heatmap, result.clip, result.report.steps_map, fps)
-    if report is not None:
-        with replacing(report) as part:
-            part.write_text(json.dumps(making.report_content(result, reference)) + "\n", encoding="utf-8")
 
 
 def _summary(

@@ -85,18 +85,22 @@ class Expert:
             return True
         return any(getattr(parent, leaf, None) is not module for parent, leaf, module in self._places)
 
+    @property
+    def lost_processors(self) -> bool:
+        """Whether others have set attention processors, so that active tokens would attend to each other alone."""
+        return any(attn.processor is not processor for attn, processor in self.patches.attentions)
+
     def follow(self) -> None:
         """Set hooks and processors anew where modules were replaced since: by a LoRA, by quantisation.
 
         Raises:
-            HeterostepError: somebody has set other attention processors, so active tokens would attend to each other
-                alone.
+            HeterostepError: there are `lost_processors`.
         """
         modules = dict(self.model.named_modules())
         if any(modules.get(name) is not module for name, module in self._names.items()):
             self.undo()
             self.patches = self._install(self.model)
-        elif any(attn.processor is not processor for attn, processor in self.patches.attentions):
+        elif self.lost_processors:
             raise HeterostepError("the attention processors were replaced: call heterostep.enable again")
         self._note_places()
 

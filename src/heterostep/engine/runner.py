@@ -234,6 +234,11 @@ class Runner:
         call.active = None if call.stale else call.for_batch(generation.index)
         # Without K/V (they went with a store that failed) everyone runs, and the active tokens count.
         index = call.active if sync != "fresh" and branch.stores else None
+        if index is not None and call.expert.lost_processors:
+            raise HeterostepError(
+                "the attention processors were replaced in the middle of a run: set them between two calls of the "
+                "pipeline"
+            )
         keep = sync != "fresh" and generation.wants_kv(sync == "drift")
         if keep and generation.stores is None:
             stores.place_for(call.expert, generation, call.inputs)

@@ -43,6 +43,7 @@ class Video:
     fixed: dict[str, Any]
     job: Job
     began: float | None = None
+    ended: float | None = None
     completed_at: int | None = None
     expires_at: int | None = None
     summary: dict[str, str] = field(default_factory=dict)
@@ -202,15 +203,24 @@ class Videos:
         _log.warning("%s: its worker was lost; %s", job.id, what)
 
     def _finished(self, video: Video) -> None:
-        video.completed_at = int(time.time())
+        video.ended = time.time()
+        video.completed_at = int(video.ended)
         video.expires_at = int(video.completed_at + self.limits.keep_seconds)
 
     def _forget(self) -> None:
-        """Keep the newest of the finished videos, and those that are not too old."""
+        """Keep the videos that were finished last, and are not too old; as many requests that came to nothing."""
         finished = [video for video in self._videos.values() if video.job.state in FINAL]
+        for video in finished:
+            if video.completed_at is None:
+                # The last worker was lost, and its request with it.
+                self._finished(video)
+        finished.sort(key=lambda video: video.ended or 0)
         now = time.time()
-        old = [video for video in finished if video.expires_at is not None and video.expires_at <= now]
-        for video in {*old, *finished[: max(0, len(finished) - self.limits.keep)]}:
+        gone = {video for video in finished if video.expires_at is not None and video.expires_at <= now}
+        for made in (True, False):
+            alike = [video for video in finished if (video.job.state == "done") is made]
+            gone.update(alike[: max(0, len(alike) - self.limits.keep)])
+        for video in gone:
             self._remove(video)
 
     def _remove(self, video: Video) -> None:
@@ -233,4 +243,5 @@ def _taken_up(video_id: str, content: dict[str, Any]) -> Video | None:
     fixed = {name: told[name] for name in FIXED}
     summary = fixed["heterostep"].pop("summary", {})
     job = Job(video_id, lambda: Order(told["prompt"]), state="done")
-    return Video(video_id, fixed, job, None, told["completed_at"], told["expires_at"], summary)
+    completed, expires = told["completed_at"], told["expires_at"]
+    return Video(video_id, fixed, job, ended=completed, completed_at=completed, expires_at=expires, summary=summary)

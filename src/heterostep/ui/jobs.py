@@ -226,11 +226,12 @@ class Studio:
         }
 
     def _forget(self) -> None:
-        """Keep the newest of the finished jobs."""
-        finished = [job for job in self._jobs.values() if job.state in FINAL]
-        for job in finished[: max(0, len(finished) - MOST_KEPT)]:
-            del self._jobs[job.id]
-            shutil.rmtree(job.folder, ignore_errors=True)
+        """Keep the newest of the videos that were made, and as many of the jobs that came to nothing."""
+        for states in (("done",), ("failed", "cancelled")):
+            finished = [job for job in self._jobs.values() if job.state in states]
+            for job in finished[: max(0, len(finished) - MOST_KEPT)]:
+                del self._jobs[job.id]
+                shutil.rmtree(job.folder, ignore_errors=True)
 
     def _work(self) -> None:
         while True:
