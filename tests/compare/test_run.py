@@ -169,7 +169,7 @@ def test_a_folder_with_other_files_is_left_alone(pipe, tmp_path, name):
     mine = tmp_path / name
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("mine")
-    with pytest.raises(HeterostepError, match="is not a comparison's, and would be replaced: give a new or an empty"):
+    with pytest.raises(HeterostepError, match="is of something else, and would be replaced: give a new or an empty"):
         Comparison(pipe, PROMPTS, [BY_NAME["steps"]], settings(), tmp_path, "")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine] and mine.read_text() == "mine"
 

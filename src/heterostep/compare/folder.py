@@ -26,7 +26,7 @@ def check_own(folder: Path, *names: str) -> None:
     """
     for path in (folder / name for name in names):
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            raise HeterostepError(f"{path} is not a comparison's, and would be replaced: give a new or an empty folder")
+            raise HeterostepError(f"{path} is of something else, and would be replaced: give a new or an empty folder")
 
 
 class Folder:
