@@ -20,14 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from heterostep.compare import summary
+from heterostep.compare.matrix import read_one
+from heterostep.errors import HeterostepError
 
 LISTS = ("dense", "chance", "generations")
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A results.json, also a compressed one."""
-    data = path.read_bytes()
-    return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
 
 
 def joined(first: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +74,9 @@ def main() -> None:
     parser.add_argument("later", type=Path, help="results.json")
     args = parser.parse_args()
     try:
-        results = joined(read(args.first), read(args.later))
+        results = joined(read_one(args.first), read_one(args.later))
+    except HeterostepError as error:
+        raise SystemExit(str(error)) from error
     except ValueError as error:
         raise SystemExit(f"{args.later} cannot be added to {args.first}: {error}") from error
     data = json.dumps(results, separators=(",", ":")).encode()

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from heterostep.compare import summary
-from heterostep.compare.matrix import SHARES, matrix, read
+from heterostep.compare.matrix import HSA, OURS, SHARES, STEPS, TIE, matrix, read
+from heterostep.compare.methods import PEERS
 
-OURS, STEPS, HSA, BEST_CACHE = "heterostep", "steps", "hsa", "best cache"
+BEST_CACHE = "best cache"
 SHOWN = (OURS, STEPS, HSA)
-CACHES = ("easycache", "teacache", "first-block-cache", "magcache", "seacache", "taylorseer", "pab", "cache-dit")
-# Less than this, in dB, is no lead.
-LEVEL = 0.05
+CACHES = {method.name for method in PEERS}
 
 
 def measured(results: dict[str, Any], figure: str) -> dict[str, Any]:
@@ -59,9 +58,11 @@ def ssim_otherwise(results: dict[str, Any], share: float) -> list[str]:
     """Fewer steps and HSA, where SSIM and PSNR say different things of them and heterostep."""
     psnr, ssim = (figures(results, share, figure) for figure in ("psnr", "ssim"))
     out = []
-    for name in {STEPS, HSA} & psnr.keys():
+    for name in (STEPS, HSA):
+        if name not in psnr:
+            continue
         near, alike = psnr[OURS] - psnr[name], ssim[OURS] - ssim[name]
-        if near * alike < 0 and abs(near) >= LEVEL:
+        if near * alike < 0 and abs(near) >= TIE:
             out.append(f"{share:g}, {name}: {near:+.2f} dB, SSIM {alike:+.5f}")
     return out
 
@@ -98,12 +99,12 @@ def main() -> None:
     regimes = {folder.name: read(folder) for folder in parser.parse_args().folders}
     rows = {(folder, f"{row['regime']} {row['share']:g}"): row for folder in regimes for row in matrix(regimes[folder])}
     leads = sorted((row["ahead"], *name) for name, row in rows.items())
-    ahead = [lead for lead, *_ in leads if lead >= LEVEL]
+    ahead = [lead for lead, *_ in leads if lead >= TIE]
     print(f"Ahead of all others in {len(ahead)} of {len(rows)} rows, by up to {ahead[-1]:.2f} dB; the least:\n")
     print(*(f"- {folder} {name}: {lead:+.2f} dB" for lead, folder, name in leads[:15]), sep="\n")
     print("\nThe worst tenth is behind:\n")
     for (folder, name), row in rows.items():
-        if row["low_ahead"] <= -LEVEL:
+        if row["low_ahead"] <= -TIE:
             print(f"- {folder} {name}: {row['low_ahead']:+.2f} dB ({', '.join(row['loses']['low'])})")
     cells = [(folder, name, each[name], share) for folder, each in regimes.items() for name in each for share in SHARES]
     print("\nSSIM says otherwise than PSNR:\n")

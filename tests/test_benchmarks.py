@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from heterostep.compare import summary
-from heterostep.compare.matrix import matrix, read, table
+from heterostep.compare.matrix import matrix, read, read_one, table
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -39,7 +39,7 @@ def part(results, prompts):
 
 
 def test_two_runs_are_joined(joined, tmp_path, monkeypatch, capsys):
-    whole = joined.read(BENCHMARKS / "rooms" / "text" / "ltx-2.json.gz")
+    whole = read_one(BENCHMARKS / "rooms" / "text" / "ltx-2.json.gz")
     first, later = part(whole, range(32)), part(whole, range(32, 64))
     later["command"] += " --out somewhere/else"
     path = tmp_path / "results.json.gz"
@@ -48,7 +48,7 @@ def test_two_runs_are_joined(joined, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["joined", str(path), str(tmp_path / "later.json")])
     joined.main()
     assert capsys.readouterr().out == f"{path}: 64 prompts\n"
-    made = joined.read(path)
+    made = read_one(path)
     assert made["prompts"] == whole["prompts"] and made["added"]["prompts"] == [32, 64]
     assert made["added"]["command"] == whole["command"]
     assert made["curves"] == summary.curves(whole["generations"], whole["dense"], "evaluations")
@@ -67,7 +67,7 @@ def test_two_runs_are_joined(joined, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_runs_that_do_not_go_together_are_refused(joined, change, reason):
-    whole = joined.read(BENCHMARKS / "rooms" / "text" / "ltx-2.json.gz")
+    whole = read_one(BENCHMARKS / "rooms" / "text" / "ltx-2.json.gz")
     first, later = part(whole, range(32)), part(whole, range(32, 64))
     change(later)
     with pytest.raises(ValueError, match=reason):

@@ -47,7 +47,7 @@ def test_a_ctrl_c_that_an_import_swallows(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_ctrl_c_that_a_finaliser_swallows(capsys):
+def test_a_ctrl_c_that_a_finaliser_swallows():
     class Interrupted:
         def __del__(self):
             os.kill(os.getpid(), signal.SIGINT)

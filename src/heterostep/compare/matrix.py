@@ -227,6 +227,22 @@ def _lead(ours: tuple[Row, dict[str, float]] | None, theirs: tuple[Row, dict[str
     return {"mean": statistics.mean(gaps), "interval": _interval(gaps), "above": above}
 
 
+def read_one(path: Path) -> Results:
+    """The results of one comparison, from its results.json, compressed or not.
+
+    Raises:
+        HeterostepError: it cannot be read, or holds something else.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        results = json.loads(content)
+    except (OSError, EOFError, ValueError) as error:
+        raise HeterostepError(f"{path} cannot be read: {error}") from error
+    if not isinstance(results, dict) or "generations" not in results:
+        raise HeterostepError(f"{path} does not hold a comparison's results")
+    return results
+
+
 def read(folder: Path) -> dict[str, Results]:
     """The results of a folder's regimes, in the order of `REGIMES`, then of others in it by name.
 
@@ -244,13 +260,7 @@ def read(folder: Path) -> dict[str, Results]:
         path = next((path for path in places if path.is_file()), None)
         if path is None:
             continue
-        try:
-            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            found[name] = json.loads(content)
-        except (OSError, EOFError, ValueError) as error:
-            raise HeterostepError(f"{path} cannot be read: {error}") from error
-        if not isinstance(found[name], dict) or "generations" not in found[name]:
-            raise HeterostepError(f"{path} does not hold a comparison's results")
+        found[name] = read_one(path)
     if not found:
         raise HeterostepError(f"{folder} has no results of any regime yet")
     return found
