@@ -14,6 +14,7 @@ from typing import Any
 
 from heterostep.checkpoints import about
 from heterostep.compare.matrix import matrix, read, table
+from heterostep.errors import HeterostepError
 
 
 def of_prompts(results: dict[str, Any], wanted: set[str]) -> dict[str, Any]:
@@ -27,16 +28,27 @@ def of_prompts(results: dict[str, Any], wanted: set[str]) -> dict[str, Any]:
     return {**results, **parts, "prompts": [results["prompts"][number] for number in numbers]}
 
 
+def cameras(model: str) -> dict[str, set[str]]:
+    """The model's held-out prompts by camera, "moving" before "still".
+
+    Raises:
+        HeterostepError: the model's `heterostep.json` does not say which.
+    """
+    found: dict[str, set[str]] = {}
+    for entry in about(model).get("held_out", []):
+        found.setdefault(entry["camera"], set()).add(entry["prompt"])
+    if not found:
+        raise HeterostepError(f"{model} does not say with which camera its held-out prompts are: give another --model")
+    return dict(sorted(found.items()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", required=True)
     args = parser.parse_args()
-    cameras: dict[str, set[str]] = {}
-    for entry in about(args.model).get("held_out", []):
-        cameras.setdefault(entry["camera"], set()).add(entry["prompt"])
     found = read(args.folder)
-    for camera, prompts in sorted(cameras.items()):
+    for camera, prompts in cameras(args.model).items():
         some = {name: of_prompts(results, prompts) for name, results in found.items()}
         counts = sorted({len({record["prompt"] for record in results["dense"]}) for results in some.values()})
         print(f"### {camera.capitalize()} camera ({' to '.join(map(str, counts))} prompts)\n\n{table(matrix(some))}\n")
