@@ -192,7 +192,7 @@ def test_a_lora_put_on_and_taken_off_while_enabled(row, options):
     assert equal(row.run(pipe, steps=STEPS), dense) and not equal(dense, plain)
 
 
-@pytest.mark.parametrize("how", ["its weight", "attention_kwargs"])
+@pytest.mark.parametrize("how", ["its weight", "attention_kwargs", "written to in place"])
 def test_a_lora_turned_down_in_mid_run_is_noticed_by_what_is_kept_of_the_text(how):
     row = ROWS["wan2.1-t2v"]
     pipe = row.build()
@@ -200,10 +200,16 @@ def test_a_lora_turned_down_in_mid_run_is_noticed_by_what_is_kept_of_the_text(ho
     config = LoraConfig(r=4, lora_alpha=24, target_modules=r".*attn2\.(to_k|to_v)", init_lora_weights=False)
     pipe.transformer.add_adapter(config)
     scale = {"scale": 1.0}
+    ups = [layer.lora_B["default"].weight for layer in compat.lora_layers(pipe.transformer)]
+    full = [weight.detach().clone() for weight in ups]
 
     def turn(to):
         if how == "attention_kwargs":
             scale["scale"] = to
+        elif how == "written to in place":
+            with torch.no_grad():
+                for weight, at_first in zip(ups, full):
+                    weight.copy_(to * at_first)
         else:
             pipe.transformer.set_adapters("default", to)
 
@@ -1161,3 +1167,49 @@ def test_the_replay_of_an_interrupted_run_is_whole():
     heterostep.enable(pipe, **report.replay)
     run(pipe)
     assert heterostep.report(pipe).active_share == report.replay["share"]
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v", "ltx0.9-t2v"])
+@pytest.mark.parametrize("options", [WHOLE, {**WHOLE, "extrapolate": 0}, SINGLE])
+def test_a_hook_may_write_to_what_the_transformer_returns(name, options):
+    row = ROWS[name]
+
+    def video(hook):
+        pipe = row.build()
+        pipe.transformer.register_forward_hook(hook)
+        with heterostep.enabled(pipe, **options):
+            return row.run(pipe, steps=STEPS)
+
+    def in_place(model, args, output):
+        output[0].mul_(0.9)
+
+    assert equal(video(in_place), video(lambda model, args, output: (0.9 * output[0], *output[1:])))
+
+
+def test_a_call_that_was_kept_from_before_disable_is_a_plain_one():
+    pipe = small_pipeline()
+    plain = run(pipe)
+    heterostep.enable(pipe, **WHOLE)
+    kept = pipe.__call__
+    heterostep.disable(pipe)
+    video = kept(
+        "a red circle moving right",
+        guidance_scale=3.0,
+        output_type="latent",
+        height=64,
+        width=64,
+        num_frames=9,
+        num_inference_steps=12,
+        generator=torch.Generator().manual_seed(0),
+    ).frames
+    assert torch.equal(video, plain)
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps])
+def test_an_enabled_transformer_is_not_copied(take):
+    pipe = small_pipeline()
+    heterostep.enable(pipe, **WHOLE)
+    with pytest.raises(HeterostepError, match="cannot be copied or pickled while heterostep is enabled"):
+        take(pipe.transformer)
+    heterostep.disable(pipe)
+    take(pipe.transformer)

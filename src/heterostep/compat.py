@@ -64,6 +64,12 @@ def lora_state(layers: Iterable[Any]) -> list[Any]:
     return [(dict(x.scaling), list(x.active_adapters), x.disable_adapters, x.merged) for x in layers]
 
 
+def lora_versions(layers: Iterable[Any]) -> list[int | None]:
+    """What tells whether adapters' weights were written to since."""
+    parts = (getattr(x, name) for x in layers for name in getattr(x, "adapter_layer_names", ()))
+    return [None if weight.is_inference() else weight._version for part in parts for weight in part.parameters()]
+
+
 def scheduler_step(pipe: Any) -> int:
     """The scheduler's step of a transformer's call. Schedulers count it themselves, but only from their first step on.
 

@@ -148,6 +148,9 @@ def _enabled_class(cls: Any) -> Any:
     @functools.wraps(cls.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         session = _open.get(self)
+        if session is None and not isinstance(self, _Enabled):
+            # Somebody kept the bound call from before `disable`.
+            return cls.__call__(self, *args, **kwargs)
         if session is None:
             raise HeterostepError(
                 "this is a copy of a pipeline that heterostep was enabled on: make it with from_pipe() instead"

@@ -221,8 +221,6 @@ class Runner:
 
     def _skip(self, call: _TransformerCall) -> Any:
         """The transformer's last output, with the velocities that the tokens are held at."""
-        if call.branch.slope is None:
-            return call.branch.output
         return self._with_velocities(call, call.branch.output, held(call.generation, call.branch))
 
     def _evaluate(self, call: _TransformerCall) -> Any:
@@ -247,7 +245,8 @@ class Runner:
             branch.free_kv()
         # diffusers applies the scale of `attention_kwargs` within the forward.
         scale = (call.inputs.get("attention_kwargs") or {}).get("scale")
-        loras = compat.lora_state(call.expert.loras), scale
+        layers = call.expert.loras
+        loras = compat.lora_state(layers), compat.lora_versions(layers), scale
         branch.follow_text(call.inputs.get("encoder_hidden_states"), loras)
         try:
             output = self._call_model(call, index, keep)

@@ -47,7 +47,8 @@ def velocity_slope(new: torch.Tensor, old: torch.Tensor, interval: torch.Tensor)
 
 
 def held(generation: Generation, branch: Branch, log_alpha: float | None = None) -> torch.Tensor:
-    """Everyone's velocities at this step [b, N, C]: of the tokens evaluated at it, and extrapolated ones.
+    """Everyone's velocities at this step [b, N, C]: of the tokens evaluated at it, and extrapolated ones. A new tensor,
+    for whoever gets the model's output may write to it.
 
     Args:
         log_alpha: of the call's sigma, where that is not the step's: some samplers call the model between two steps.
@@ -55,7 +56,7 @@ def held(generation: Generation, branch: Branch, log_alpha: float | None = None)
     velocity = branch.velocity
     assert velocity is not None
     if branch.slope is None:
-        return velocity
+        return velocity.clone()
     now = generation.log_alphas[generation.step] if log_alpha is None else log_alpha
     ahead = generation.weight[:, None] * (now - sigmas.log_alpha(generation.evaluated_at))
     ahead = ahead.repeat(velocity.shape[0] // generation.samples, 1)[..., None]
@@ -77,15 +78,17 @@ def record(
         everyone's velocities at this step, [b, N, C].
     """
     old = branch.velocity
+    # What is returned becomes the model's output, which a hook of the user's may write to.
+    kept = rows.clone() if generation.skips_follow else rows
     if old is None or stale:
         # Of a change over missed steps, or from another model's velocity, nothing follows.
-        branch.velocity, branch.slope = rows, None
+        branch.velocity, branch.slope = kept, None
         return rows
     copies = rows.shape[0] // generation.samples
     elapsed_sigma = generation.elapsed_sigma.repeat(copies, 1)
     interval = generation.interval.repeat(copies, 1)
     if active is None:
-        branch.velocity = rows
+        branch.velocity = kept
         if scored:
             branch.scores = velocity_change(rows, old, elapsed_sigma)
         if generation.config.extrapolate != 0 and generation.skips_follow:

@@ -11,6 +11,7 @@ import torch
 
 from heterostep.engine.trajectory import SchedulerInput
 from heterostep.errors import HeterostepError
+from heterostep.models.base import NOT_COPIED
 
 
 def _places(model: Any) -> list[tuple[Any, str]]:
@@ -62,13 +63,13 @@ class WrappedForward:
                 else:
                     setattr(holder, name, self.inner)
 
-    def __deepcopy__(self, memo: dict) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy would answer for the model that it was taken from.
 
         Raises:
             HeterostepError: always.
         """
-        raise HeterostepError("a transformer cannot be copied while heterostep is enabled: call disable first")
+        raise HeterostepError(NOT_COPIED)
 
 
 def is_wrapped(model: Any) -> bool:
@@ -124,3 +125,6 @@ class WrappedStep:
     def __deepcopy__(self, memo: dict) -> Any:
         # LTX-2's pipelines copy the scheduler for the sound: that one gets the step that ours had.
         return copy.deepcopy(self._inner, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise HeterostepError("a scheduler cannot be pickled in the middle of a run: do it between two calls")

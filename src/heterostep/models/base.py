@@ -37,6 +37,22 @@ class Call:
         return rows if self.index is None else rows[:, : self.index.shape[1]]
 
 
+NOT_COPIED = "a transformer cannot be copied or pickled while heterostep is enabled: call disable first"
+
+
+@dataclass(frozen=True)
+class _OutputHook:
+    """A forward hook that belongs to a run, and so to no copy of the model."""
+
+    change: Callable[[Any], Any]
+
+    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        return self.change(output)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise HeterostepError(NOT_COPIED)
+
+
 @dataclass
 class ModelPatches:
     """What `Adapter.install` changed on a model.
@@ -68,7 +84,7 @@ class ModelPatches:
     def hook_output(self, module: torch.nn.Module, change: Callable[[Any], Any]) -> None:
         """Let `change(output)` replace what a module returns, or leave it where it gives None."""
         self.hooked.append(module)
-        self.undo.append(module.register_forward_hook(lambda module, args, output: change(output)).remove)
+        self.undo.append(module.register_forward_hook(_OutputHook(change)).remove)
 
 
 def _per_token(timestep: torch.Tensor) -> bool:
