@@ -32,7 +32,7 @@ from heterostep.sigmas import log_alpha, nominal_sigmas
 
 FIRST_CAPTION = 1000
 STEPS = 40
-# Steps at which tokens fall asleep, and for how many steps.
+# Steps after which tokens are skipped, and for how many steps.
 STARTS = (8, 16, 24)
 AHEAD = (1, 2, 4, 8)
 # How far a change is followed, sigma at three steps: the two evaluations', and the one to be predicted.
@@ -40,7 +40,6 @@ RULES: dict[str, Callable[[float, float, float], float]] = {
     "over sigma": lambda before, last, now: (now - last) / (last - before),
     "half of it": lambda before, last, now: 0.5 * (now - last) / (last - before),
     "over log(1 - sigma)": lambda before, last, now: (_time(now) - _time(last)) / (_time(last) - _time(before)),
-    "0.65 of that": lambda before, last, now: 0.65 * (_time(now) - _time(last)) / (_time(last) - _time(before)),
 }
 
 
@@ -85,7 +84,7 @@ class DenseRun:
         self.calls.inputs = {**self.inputs[step], "return_dict": False}
 
     def alone(self, start: int, step: int, index: torch.Tensor, drift: bool) -> float:
-        """Relative error of the velocities of the tokens of `index`, evaluated alone; the others fell asleep before."""
+        """Relative error of the velocities of the tokens of `index`, evaluated alone; others are held since `start`."""
         calls, sigmas = self.calls, self.sigmas
         calls.use("device")
         calls.workspace.extrapolation = torch.zeros(1, calls.num_tokens) if drift else None
@@ -147,8 +146,8 @@ def measured(runs: list[DenseRun]) -> dict[str, Any]:
             for run in runs:
                 index = torch.randperm(run.calls.num_tokens, generator=torch.Generator().manual_seed(start))
                 index = index[: run.calls.num_tokens // 5].sort().values[None]
-                asleep, now = run.velocity[start], run.velocity[start + k]
-                row = {"not evaluated": _error(asleep[0, index[0]], now[0, index[0]])}
+                old, now = run.velocity[start], run.velocity[start + k]
+                row = {"not evaluated": _error(old[0, index[0]], now[0, index[0]])}
                 row["alone, K/V held"] = run.alone(start, start + k, index, drift=False)
                 row["alone, K/V drift"] = run.alone(start, start + k, index, drift=True)
                 row |= {f"K/V {n}": v for n, v in unexplained(lambda s, r=run: r.kv[s], run, start, k).items()}
@@ -212,15 +211,17 @@ def draw_plans(path: Path) -> None:
     plt.close(figure)
 
 
-def draw_lines(tables: dict[str, Any], lines: dict[str, str], label: str, path: Path) -> None:
+def draw_lines(tables: dict[str, Any], lines: dict[str, tuple[str, str]], label: str, path: Path) -> None:
+    """`lines`: by the name of a column of the tables, its style and its title."""
     figure, axes = plt.subplots(1, 2 * len(STARTS), figsize=(14, 3), sharey=True)
     places = [(task, start) for task in tables for start in STARTS]
     for axis, (task, start) in zip(axes, places):
         rows = [row for row in tables[task]["steps"] if row["step"] == start]
-        for name, style in lines.items():
-            axis.plot([row["ahead"] for row in rows], [row[name] for row in rows], style, label=name)
+        for name, (style, title) in lines.items():
+            axis.plot([row["ahead"] for row in rows], [row[name] for row in rows], style, label=title)
         axis.set_title(f"{task}, step {start}, sigma {rows[0]['sigma']:.2f}", fontsize=9)
-        axis.set_xlabel("steps asleep")
+        axis.set_xlabel("steps since then")
+        axis.set_xticks(AHEAD)
         axis.set_ylim(0, None)
     axes[0].set_ylabel(label)
     axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -249,16 +250,19 @@ def main() -> None:
     (args.out / "figures.json").write_text(json.dumps(result, indent=1) + "\n")
     draw_score(runs, args.out / "score.png")
     draw_plans(args.out / "plans.png")
-    lines = {"not evaluated": "k:", "alone, K/V held": "C1o-", "alone, K/V drift": "C0o-"}
+    lines = {
+        "not evaluated": ("k:", "not evaluated again"),
+        "alone, K/V held": ("C1o-", "alone, others' K/V held"),
+        "alone, K/V drift": ("C0o-", "alone, others' K/V in drift"),
+    }
     draw_lines(tables, lines, "error of the velocity", args.out / "sync.png")
     lines = {
-        "K/V of its place": "C3o-",
-        "K/V over sigma": "C1o-",
-        "K/V half of it": "C2o-",
-        "K/V over log(1 - sigma)": "C0o-",
-        "K/V 0.65 of that": "C0o:",
+        "K/V of its place": ("C3o-", "mean change of its row and column"),
+        "K/V over sigma": ("C1o-", "own change, over sigma"),
+        "K/V half of it": ("C2o-", "half of that"),
+        "K/V over log(1 - sigma)": ("C0o-", "own change, over log(1 - sigma) (used)"),
     }
-    draw_lines(tables, lines, "unexplained, of K/V's change", args.out / "drift.png")
+    draw_lines(tables, lines, "left of K/V's squared change", args.out / "drift.png")
 
 
 if __name__ == "__main__":
