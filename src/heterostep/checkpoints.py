@@ -150,6 +150,16 @@ def check_gpus(model: str, gpus: int) -> None:
         parallel.check_head_counts(kind, part, gpus)
 
 
+def has_second_expert(model: str) -> bool | None:
+    """Whether a second transformer takes over in the middle of a run; None where the configuration cannot be read."""
+    try:
+        config = diffusers.DiffusionPipeline.load_config(model)
+    except Exception:
+        # Loading it will tell what is wrong.
+        return None
+    return config.get("boundary_ratio") is not None and bool((config.get("transformer_2") or [None])[0])
+
+
 def _defaults(pipeline: type, kind: Checkpoint, model: str) -> dict[str, Any]:
     parameters = inspect.signature(pipeline.__call__).parameters
     defaults = {size: parameters[size].default for size in SIZES} | {"fps": kind.fps}

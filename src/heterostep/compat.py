@@ -84,6 +84,11 @@ def scheduler_step(pipe: Any) -> int:
     return 0 if scheduler.timesteps.is_meta else int(scheduler.index_for_timestep(now))
 
 
+def execution_device(pipe: Any) -> torch.device:
+    """Where a pipeline computes: its weights may wait elsewhere."""
+    return pipe._execution_device
+
+
 def blocks_compiled(model: torch.nn.Module) -> bool:
     """Whether parts of the model are compiled (`compile_repeated_blocks`)."""
     return any(module._compiled_call_impl is not None for module in model.modules())

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # Percent between the seconds that a run expects, or was to take, and those measured, from which on a word is due.
 SPEED_DIFFERS = 5
 SIZES = ("height", "width", "num_frames")
+# Where a pipeline's weights wait: on its device, or in host memory until a model or a layer of it is called.
+OFFLOADS = ("none", "model", "sequential")
 
 
 class Cancelled(Exception):
@@ -99,6 +101,16 @@ def load(model: str | None, with_image: bool, precision: Any) -> tuple[Any, dict
     # Most imports are behind us.
     interrupts.check()
     return pipe, defaults
+
+
+def place(pipe: Any, device: Any, offload: str = "none") -> None:
+    """Bring a loaded pipeline to its device, or let its weights wait in host memory (one of `OFFLOADS`)."""
+    if offload == "none":
+        pipe.to(device)
+    elif offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.enable_sequential_cpu_offload(device=device)
 
 
 def sibling(pipe: Any, model: str | None, with_image: bool) -> tuple[Any, dict[str, Any]] | None:
@@ -198,6 +210,18 @@ def ignores_negative(pipe: Any, options: dict[str, Any]) -> bool:
     return bool(options.get("negative_prompt")) and (embedded or options["guidance_scale"] <= 1)
 
 
+def check_second_guidance(model: str | None) -> None:
+    """Check that a model has a second expert, as far as its configuration tells: no weights are loaded.
+
+    Raises:
+        HeterostepError: it has none, so a second guidance scale is of no use.
+    """
+    from heterostep import checkpoints
+
+    if model is None or checkpoints.has_second_expert(model) is False:
+        raise HeterostepError(f"{model or 'the bundled model'} has no second expert: leave out --guidance-2")
+
+
 def check_policy(name: str) -> None:
     """Check that there is a policy that its name alone asks for.
 
@@ -265,12 +289,14 @@ def make(
     """Run the pipeline once with heterostep enabled; afterwards it is as it was."""
     import torch
 
+    from heterostep import compat
     from heterostep.pipeline import enabled, report
     from heterostep.video import Audio
 
-    if pipe.device.type == "cuda":
+    device = compat.execution_device(pipe)
+    if device.type == "cuda":
         # Otherwise the peak of a dense run before this one would be reported again.
-        torch.cuda.reset_peak_memory_stats(pipe.device)
+        torch.cuda.reset_peak_memory_stats(device)
     with enabled(pipe, config=config, on_step=on_step):
         generator = torch.Generator("cpu").manual_seed(seed)
         output = pipe(**options, generator=generator, output_type="np")

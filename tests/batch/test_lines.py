@@ -132,6 +132,13 @@ def test_files_without_lines(file, tmp_path):
         read(file("", "  "))
 
 
+def test_a_file_that_is_no_text_is_told_once(tmp_path):
+    path = tmp_path / "video.mp4"
+    path.write_bytes(b"\0\0\0\x20ftypisom\n\xff\n{\n")
+    with pytest.raises(HeterostepError, match=r"video\.mp4 is not a text file; expected lines such as"):
+        read(path)
+
+
 MADE = Made(b"video", {"schema": 3}, {"seed": 0}, {})
 
 

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 
 import heterostep
@@ -126,6 +127,13 @@ def test_the_report_and_the_map_agree(pipes):
     report = json.loads(Path("report.json").read_text())
     assert np.mean(report["steps_maps"]) == pytest.approx(report["steps"]["mean"])
     assert len(read_video("heat.mp4")[0]) == 9
+
+
+@pytest.mark.parametrize(("sparse_share", "flat"), [("0", True), ("0.4", False)])
+def test_a_map_of_one_colour_is_told_of(pipes, capsys, sparse_share, flat):
+    arguments = [*SMALL, "--share", "0.5", "--sparse-share", sparse_share, "--heatmap", "map.png"]
+    assert cli.main(["generate", PROMPT, *arguments]) == 0
+    assert ("the heat map is of one colour" in capsys.readouterr().err) == flat and Path("map.png").is_file()
 
 
 def test_quiet_is_quiet(pipes, capsys):
@@ -254,6 +262,48 @@ def test_two_experts_through_the_command(tmp_path, monkeypatch):
     assert json.loads(Path("report.json").read_text())["share"]["achieved"] == pytest.approx(0.6, abs=0.01)
 
 
+def test_the_second_expert_has_a_guidance_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small_wan("wan2.2-t2v").save_pretrained("model")
+    arguments = ["generate", PROMPT, *SMALL, "--model", "model", "--share", "0.6", "--quiet"]
+    clips = {}
+    for name, more in {"same": [], "given": ["--guidance-2", "5"], "other": ["--guidance-2", "2"]}.items():
+        assert cli.main([*arguments, "--guidance", "5", *more, "--out", f"{name}.mp4"]) == 0
+        clips[name] = Path(f"{name}.mp4").read_bytes()
+    assert clips["same"] == clips["given"] != clips["other"]
+    small_pipeline().save_pretrained("one")
+    line = only_line(fails(capsys, "--model", "one", "--guidance-2", "3"))
+    assert line.strip() == "heterostep: one has no second expert: leave out --guidance-2"
+
+
+@pytest.mark.parametrize("how", ["model", "sequential"])
+def test_weights_wait_in_host_memory(pipes, monkeypatch, how):
+    """As on a GPU, but that the hooks of accelerate bring weights from the CPU to the CPU."""
+    arguments = ["generate", PROMPT, *SMALL, "--share", "0.5", "--quiet"]
+    assert cli.main([*arguments, "--out", "all.mp4"]) == 0
+    monkeypatch.setattr("heterostep.cli.generate.check_offload", lambda *given: None)
+    if how == "sequential":
+        # On the CPU alone accelerate stumbles over the text encoder, whose embedding is two of its weights.
+        monkeypatch.setattr(
+            type(pipes[0]), "enable_sequential_cpu_offload", lambda pipe, device: cpu_offload(pipe.transformer, device)
+        )
+    assert cli.main([*arguments, "--offload", how, "--out", "parts.mp4"]) == 0
+    hooks = [type(pipe.transformer.__dict__.get("_hf_hook")).__name__ for pipe in pipes]
+    assert hooks == ["NoneType", "CpuOffload" if how == "model" else "SequentialHook"]
+    assert Path("parts.mp4").read_bytes() == Path("all.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("offload", "advice"),
+    [
+        (None, "lower --height, --width or --frames, or take a smaller --dtype"),
+        ("model", "lower --height, --width or --frames, take a smaller --dtype, or give --offload model"),
+    ],
+)
+def test_what_needs_less_memory(offload, advice):
+    assert cli.generate._smaller(offload) == advice
+
+
 def test_every_pipeline_that_the_command_loads_is_supported():
     loaded = {name for kind in known_checkpoints().values() for name in (kind.text, kind.image) if name}
     assert loaded <= set(heterostep.pipeline.supported())
@@ -310,6 +360,11 @@ def test_scene_without_a_shape_fails_in_one_line(no_model, capsys):
         (["--guidance", "nan"], "--guidance must be a number of at least 0, not nan"),
         (["--guidance", "inf"], "--guidance"),
         (["--guidance", "-0.5"], "--guidance"),
+        (["--guidance-2", "-1"], "heterostep: --guidance-2 must be a number of at least 0, not -1"),
+        (["--guidance-2", "3"], "heterostep: the bundled model has no second expert: leave out --guidance-2"),
+        (["--offload", "layers"], "heterostep: --offload must be one of none, model, sequential, not layers"),
+        (["--offload", "model", "--device", "cpu"], "heterostep: --offload needs a GPU: leave it out"),
+        (["--offload", "model", "--gpus", "2"], "heterostep: --offload is for one GPU: leave it out, or --gpus"),
         (["--fps", "0"], "--fps"),
         (["--fps", "inf"], "--fps"),
         (["--seed", str(2**64)], "--seed"),

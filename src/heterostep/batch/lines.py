@@ -15,6 +15,7 @@ from heterostep.order import DIALS, Order, read_picture
 
 # A line's fields beside those of an order.
 OWN = ("image", "name")
+EXAMPLE = '{"prompt": "a red circle", "seed": 1}'
 # Characters of a prompt in its video's name, and of the key after it.
 SLUG, SHORT_KEY = 40, 10
 
@@ -72,15 +73,18 @@ def read(path: Path, defaults: Mapping[str, Any], model: str | None) -> Lines:
         model: the batch's; a line may name no other.
 
     Raises:
-        HeterostepError: there is no such file, or it has no lines.
+        HeterostepError: there is no such file, it is no text, or it has no lines.
     """
     if not path.is_file():
         raise HeterostepError(f"{path} does not exist")
+    content = path.read_bytes()
+    if b"\0" in content:
+        raise HeterostepError(f"{path} is not a text file; expected lines such as {EXAMPLE}")
     good: dict[str, Line] = {}
     bad: list[BadLine] = []
     stems: dict[str, int] = {}
     repeated = 0
-    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         if not raw.strip():
             continue
         try:
@@ -105,11 +109,9 @@ def _line(number: int, raw: bytes, folder: Path, defaults: Mapping[str, Any], mo
     except UnicodeDecodeError as error:
         raise HeterostepError("not UTF-8 text") from error
     except (ValueError, RecursionError) as error:
-        raise HeterostepError(
-            'not valid JSON; expected a line such as {"prompt": "a red circle", "seed": 1}'
-        ) from error
+        raise HeterostepError(f"not valid JSON; expected a line such as {EXAMPLE}") from error
     if not isinstance(data, dict):
-        raise HeterostepError('not a JSON object, such as {"prompt": "a red circle", "seed": 1}')
+        raise HeterostepError(f"not a JSON object, such as {EXAMPLE}")
     image, name = (data.pop(each, None) for each in OWN)
     if data.get("model") not in (None, model):
         raise HeterostepError("a batch has one model: name it for the whole batch, not in a line", "model")

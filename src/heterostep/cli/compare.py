@@ -149,7 +149,7 @@ def _check(
     given = those_given({"--steps": steps is not None, "--guidance": guidance is not None, "--vbench": vbench})
     if regime is not None and given:
         raise HeterostepError(f"--regime has settings of its own: leave out {given}")
-    check_guidance(guidance)
+    check_guidance("--guidance", guidance)
     check_folder(out)
     if prompts is not None and prompts.is_dir():
         raise HeterostepError(f"{prompts} is a folder, not a file of prompts")

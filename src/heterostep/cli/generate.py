@@ -18,9 +18,11 @@ from heterostep.cli.options import (
     DTYPE_HELP,
     GPUS_HELP,
     MOST_STEPS,
+    OFFLOAD_HELP,
     POLICY_HELP,
     SYNC_HELP,
     check_guidance,
+    check_offload,
     check_outputs,
     is_seen,
     on_device,
@@ -35,6 +37,8 @@ from heterostep.errors import HeterostepError
 from heterostep.files import replacing
 from heterostep.order import check_model, check_prompt, default_steps
 
+# Of the ways to keep the weights, what takes less of the GPU's memory than each.
+OFFLOAD_MORE = {"none": "model", "model": "sequential"}
 STEPS_HELP = "Denoising steps.  [default: the model's, as in plan, or 40 where they are not known]"
 
 
@@ -87,6 +91,10 @@ def generate(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=MOST_STEPS, help=STEPS_HELP)] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.  [default: the model's]")] = None,
+    guidance_2: Annotated[
+        float | None,
+        typer.Option("--guidance-2", help="The second expert's (Wan 2.2 A14B).  [default: as --guidance]"),
+    ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.  [default: the model's]")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Length of the video.  [default: the model's]")] = None,
@@ -96,6 +104,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the initial noise.")] = 0,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     gpus: Annotated[int, typer.Option(min=1, help=GPUS_HELP)] = 1,
+    offload: Annotated[str, typer.Option(help=OFFLOAD_HELP)] = "none",
     dtype: Annotated[Dtype, typer.Option(help=DTYPE_HELP)] = Dtype.auto,
     solver: Annotated[
         Solver, typer.Option(help="How steps are made: pipeline (the scheduler's own) or euler (first order).")
@@ -116,7 +125,8 @@ def generate(
         raise HeterostepError("give --sparse-share or --no-kv, not both of them")
     sparse_share = 0.0 if no_kv else sparse_share
     check_prompt(prompt)
-    check_guidance(guidance)
+    check_guidance("--guidance", guidance)
+    check_guidance("--guidance-2", guidance_2)
     given = those_given(
         {
             "--runtime": runtime is not None,
@@ -153,6 +163,9 @@ def generate(
     check_outputs((out, (".mp4",)), (report, (".json",)), (heatmap, (".png", ".mp4")))
     picture = making.open_image(image) if image is not None else None
     making.check_known_sizes(model, height, width, frames)
+    if guidance_2 is not None:
+        making.check_second_guidance(model)
+    check_offload(offload, device, gpus)
     start_ranks(gpus, device, context.obj)
     quiet = quiet or not is_seen(gpus)
     with silence(), on_device(gpus, device) as place:
@@ -166,16 +179,18 @@ def generate(
         asked: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "guidance_scale": guidance}
         asked |= {"fps": fps, "prompt": prompt, "negative_prompt": negative, "num_inference_steps": steps}
         options, fps = making.call_options(pipe, defaults, asked, picture)
+        if guidance_2 is not None:
+            options["guidance_scale_2"] = guidance_2
         if not quiet and making.ignores_negative(pipe, options):
             typer.echo("note: --negative has no effect, for this run has no guidance by a negative prompt", err=True)
         with making.memory_advice(
             pipe,
             config,
             options,
-            "lower --height, --width or --frames, or take a smaller --dtype",
+            _smaller(OFFLOAD_MORE.get(offload) if place.type != "cpu" and gpus == 1 else None),
             "leave out --sparse-share and --policy",
         ):
-            pipe.to(place)
+            making.place(pipe, place, offload)
             if gpus > 1:
                 from heterostep.pipeline import enable_context_parallel
 
@@ -185,6 +200,8 @@ def generate(
     if is_seen(gpus):
         _write(result, reference, out, report, heatmap, fps)
     if not quiet:
+        if heatmap is not None and result.report.steps.min == result.report.steps.max:
+            typer.echo("note: every token was evaluated equally often, so the heat map is of one colour", err=True)
         written = [path for path in (out, report, heatmap) if path is not None]
         stores = {"--sync": sync != "hold", "--kv-store": kv_store != "auto", "--vram": vram is not None}
         typer.echo(_summary(result, reference, written, [name for name, given in stores.items() if given]))
@@ -194,6 +211,14 @@ def _free(path: Path) -> Path:
     """The path, or with a number the first after it that nothing is at."""
     numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
     return path if not path.exists() else next(each for each in numbered if not each.exists())
+
+
+def _smaller(offload: str | None) -> str:
+    """How to ask for a run that needs less memory, with another --offload where that is one."""
+    less = "lower --height, --width or --frames"
+    if offload is None:
+        return f"{less}, or take a smaller --dtype"
+    return f"{less}, take a smaller --dtype, or give --offload {offload}"
 
 
 def _make(pipe: Any, config: HSAConfig, options: dict[str, Any], seed: int, name: str, quiet: bool) -> making.Result:

@@ -18,7 +18,7 @@ from heterostep import interrupts, launch
 from heterostep.devices import device_of
 from heterostep.errors import HeterostepError
 from heterostep.files import name_is_too_long
-from heterostep.making import is_out_of_memory
+from heterostep.making import OFFLOADS, is_out_of_memory
 
 DEVICE_HELP = "cpu, cuda or cuda:N; auto takes CUDA where there is one."
 DTYPE_HELP = (
@@ -35,9 +35,25 @@ POLICY_HELP = "Where evaluations go: auto, or hsa (the paper's step divisors)."
 SYNC_HELP = "K/V of skipped tokens: hold; drift along their last change; or fresh, a bound that saves nothing."
 
 
-def check_guidance(guidance: float | None) -> None:
+def check_guidance(option: str, guidance: float | None) -> None:
     if guidance is not None and not 0 <= guidance < math.inf:
-        raise HeterostepError(f"--guidance must be a number of at least 0, not {guidance:g}")
+        raise HeterostepError(f"{option} must be a number of at least 0, not {guidance:g}")
+
+
+def check_offload(offload: str, device: str, gpus: int) -> None:
+    """Check that weights can wait in host memory, before they are loaded.
+
+    Raises:
+        HeterostepError: they cannot; says why.
+    """
+    if offload not in OFFLOADS:
+        raise HeterostepError(f"--offload must be one of {', '.join(OFFLOADS)}, not {offload}")
+    if offload == "none":
+        return
+    if gpus > 1:
+        raise HeterostepError("--offload is for one GPU: leave it out, or --gpus")
+    if device_of(device).type == "cpu":
+        raise HeterostepError("--offload needs a GPU: leave it out")
 
 
 def check_folder(path: Path) -> None:
@@ -102,6 +118,7 @@ def silence() -> Iterator[None]:
         yield
 
 
+OFFLOAD_HELP = "none; model: one model on the GPU at a time; sequential: one layer at a time, slow."
 GPUS_HELP = "GPUs of this machine that make one video together."
 
 

@@ -142,7 +142,7 @@ def _show_plan(made: Plan, config: HSAConfig, asked: int | None, offload: str) -
         typer.echo(f"K and V      none are kept: a step evaluates all tokens or none{unused}")
     if made.limit_bytes is not None:
         typer.echo(f"may use      {filesize.decimal(made.limit_bytes)} of the device, a margin left")
-    less = "give --offload model" if offload == "none" else "take sequential or group offload, in Python"
+    less = "give --offload model" if offload == "none" else "generate with --offload sequential"
     if made.chosen is None:
         least = min(made.stores, key=lambda store: store.peak_bytes)
         typer.echo(
