@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from heterostep.errors import HeterostepError, first_line
 
@@ -30,6 +31,26 @@ def told(error: OSError) -> str:
         name = part.stem.removeprefix(".").rpartition(".")[0]
         return f"cannot write {part.with_name(name)}: {error.strerror}"
     return first_line(error)
+
+
+def locked(folder: Path) -> IO[str]:
+    """A file in a folder that one process may have open, until it is closed or the process ends.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    file = (folder / ".lock").open("a")
+    try:
+        import fcntl
+    except ImportError:
+        # Windows has no such lock: there it is the user who must not start two.
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from crews import ABOUT, FakeWorker
 from heterostep import cli
+from heterostep.cli import serve
 from heterostep.errors import HeterostepError
 from heterostep.order import Order, read_picture
 from heterostep.service.app import application, digest
@@ -225,15 +226,20 @@ def test_without_workers_requests_are_refused(bench):
     assert "no worker is left" in fault(bench.client.post("/v1/videos", json=ASKED), 503)["message"]
 
 
-def test_what_cannot_be_kept_fails_one_video_alone(bench, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(OSError(28, "No space left on device"), "No space left"), (TypeError("no JSON\nat all"), "no JSON")],
+)
+def test_what_cannot_be_kept_fails_one_video_alone(bench, monkeypatch, error, said):
     def full(*arguments):
-        raise OSError(28, "No space left on device")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(bench.videos.store, "add", full)
         video = bench.create()
         bench.until(video, "failed")
-    assert "No space left" in bench.client.get(f"/v1/videos/{video}").json()["error"]["message"]
+    message = bench.client.get(f"/v1/videos/{video}").json()["error"]["message"]
+    assert said in message and "\n" not in message
     bench.until(bench.create(), "completed")
 
 
@@ -408,6 +414,17 @@ def test_the_command_used_wrongly(monkeypatch, capsys, arguments, message):
     assert cli.main(["serve", "--port", "8197", *arguments]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def test_a_folder_is_one_services(tmp_path):
+    pytest.importorskip("fcntl")
+    folder = tmp_path / "videos"
+    with serve._folder(folder) as place:
+        assert place == folder.resolve()
+        with pytest.raises(HeterostepError, match="another service keeps its videos in"), serve._folder(folder):
+            pass
+    with serve._folder(folder):
+        pass
 
 
 def test_closing_ends_what_runs(tmp_path):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from heterostep.batch.lines import Line
 from heterostep.errors import HeterostepError
-from heterostep.files import replacing
+from heterostep.files import locked, replacing
 
 if TYPE_CHECKING:
     from heterostep.workers.maker import Made
@@ -33,7 +33,10 @@ class Manifest:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.path = folder, folder / NAME
         self._noted: set[str] = set()
-        self._lock = _locked(folder)
+        try:
+            self._lock = locked(folder)
+        except BlockingIOError as error:
+            raise HeterostepError(f"another batch writes to {folder}: let it end, or give another", "out") from error
         self._read()
 
     def close(self) -> None:
@@ -118,22 +121,6 @@ def _key_of(report: Path) -> str | None:
         return json.loads(report.read_text(encoding="utf-8"))["key"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _locked(folder: Path) -> Any:
-    """A file that one process may have open, until it is closed."""
-    file = (folder / ".lock").open("a")
-    try:
-        import fcntl
-    except ImportError:
-        # Windows has no such lock: there it is the user who must not start two.
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise HeterostepError(f"another batch writes to {folder}: let it end, or give another", "out") from error
-    return file
 
 
 @contextlib.contextmanager

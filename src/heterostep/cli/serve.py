@@ -19,6 +19,7 @@ from heterostep.cli.batch import MODEL_HELP, PER_VIDEO_HELP, WORKERS_HELP, check
 from heterostep.cli.options import DEVICE_HELP, DTYPE_HELP, check_folder, silence
 from heterostep.devices import Dtype
 from heterostep.errors import HeterostepError
+from heterostep.files import locked
 
 LEAST_TOKEN = 16
 
@@ -100,9 +101,20 @@ def _pixels(size: str) -> int:
 
 @contextlib.contextmanager
 def _folder(given: Path | None) -> Iterator[Path]:
-    """The videos' folder, as an absolute path: the service's process has another working folder."""
+    """The videos' folder, as an absolute path: the service's process has another working folder. It is this service's
+    alone.
+
+    Raises:
+        HeterostepError: it is another service's.
+    """
     if given is not None:
-        yield given.resolve()
+        given.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = locked(given)
+        except BlockingIOError as error:
+            raise HeterostepError(f"another service keeps its videos in {given}: give another --folder") from error
+        with lock:
+            yield given.resolve()
         return
     made = Path(tempfile.mkdtemp(prefix="heterostep-serve-"))
     try:

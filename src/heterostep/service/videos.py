@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from heterostep.errors import HeterostepError
+from heterostep.errors import HeterostepError, first_line
 from heterostep.order import Order, Picture
 from heterostep.service.limits import Limits, Refused, model_name
 from heterostep.service.store import Store
@@ -188,9 +188,11 @@ class Videos:
             content = {"object": told, "settings": made.settings, "report": made.report}
             try:
                 await asyncio.to_thread(self.store.add, job.id, made.video, content)
-            except OSError as error:
+            except Exception as error:
+                # Whatever it is, the next video may go well.
                 _log.error("a video cannot be kept", exc_info=error)
-                raise HeterostepError(f"it cannot be kept: {error.strerror or error}") from error
+                why = getattr(error, "strerror", None) or first_line(error)
+                raise HeterostepError(f"it cannot be kept: {why}") from error
             if job.state in FINAL:
                 # It was cancelled meanwhile.
                 self.store.remove(job.id)
