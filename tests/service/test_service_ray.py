@@ -96,8 +96,9 @@ def service(tmp_path_factory):
     with Service("--workers", 2, "--queue", QUEUE, "--max-size", "96x96", "--folder", folder) as made:
         yield made
     assert made.process.returncode == 130 and made.err == "heterostep: interrupted\n"
-    # What was finished stays, for the next service.
-    assert len(list(folder.iterdir())) == len(list(folder.glob("video_*/video.mp4"))) > 0
+    # What was finished stays, for the next service, and nothing else but the lock.
+    videos = {path.parent for path in folder.glob("video_*/video.mp4")}
+    assert set(folder.iterdir()) == {*videos, folder / ".lock"} and videos
 
 
 def test_only_this_machine_is_listened_to(service):
