@@ -19,7 +19,7 @@ def main(
     num_frames=121,
     num_inference_steps=50,
 ):
-    if image is None:
+    if image in (None, "--help"):
         sys.exit("give a first frame, a file or a URL: python hunyuan15_i2v.py IMAGE [PROMPT]")
     image = load_image(image)
     pipe = HunyuanVideo15ImageToVideoPipeline.from_pretrained(model, dtype=torch.bfloat16)

@@ -19,6 +19,8 @@ def main(
     num_frames=121,
     num_inference_steps=50,
 ):
+    if prompt == "--help":
+        sys.exit("python hunyuan15_t2v.py [PROMPT]")
     pipe = HunyuanVideo15Pipeline.from_pretrained(model, dtype=torch.bfloat16)
     pipe.enable_model_cpu_offload()
     pipe.vae.enable_tiling()

@@ -21,7 +21,7 @@ def main(
     num_frames=121,
     num_inference_steps=40,
 ):
-    if image is None:
+    if image in (None, "--help"):
         sys.exit("give a first frame, a file or a URL: python ltx2_i2v.py IMAGE [PROMPT]")
     image = ImageOps.fit(load_image(image), (width, height))
     pipe = LTX2ImageToVideoPipeline.from_pretrained(model, dtype=torch.bfloat16)

@@ -19,6 +19,8 @@ def main(
     num_frames=121,
     num_inference_steps=40,
 ):
+    if prompt == "--help":
+        sys.exit("python ltx2_t2v.py [PROMPT]")
     pipe = LTX2Pipeline.from_pretrained(model, dtype=torch.bfloat16)
     pipe.enable_model_cpu_offload()
     # The sound attends to the video's keys and values, so these are kept: 16 GB with

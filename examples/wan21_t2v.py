@@ -20,6 +20,8 @@ def main(
     num_frames=81,
     num_inference_steps=50,
 ):
+    if prompt == "--help":
+        sys.exit("python wan21_t2v.py [PROMPT]")
     # Half precision in the VAE shows in the pixels.
     pipe = WanPipeline.from_pretrained(model, dtype={"default": torch.bfloat16, "vae": torch.float32})
     pipe.to("cuda")

@@ -21,7 +21,7 @@ def main(
     num_frames=81,
     num_inference_steps=50,
 ):
-    if video is None:
+    if video in (None, "--help"):
         sys.exit("give a video file: python wan21_v2v.py VIDEO [PROMPT]")
     frames, fps = read_video(video)
     video = [ImageOps.fit(Image.fromarray(frame), (width, height)) for frame in frames[:num_frames]]

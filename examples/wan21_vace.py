@@ -22,7 +22,7 @@ def main(
     num_frames=81,
     num_inference_steps=50,
 ):
-    if image is None:
+    if image in (None, "--help"):
         sys.exit("give a first frame, a file or a URL: python wan21_vace.py IMAGE [PROMPT]")
     # What is black in the mask is given, what is white is made: here all but the first frame.
     size = (width, height)

@@ -22,7 +22,7 @@ def main(
     num_frames=81,
     num_inference_steps=40,
 ):
-    if image is None:
+    if image in (None, "--help"):
         sys.exit("give a first frame, a file or a URL: python wan22_a14b_i2v.py IMAGE [PROMPT]")
     image = ImageOps.fit(load_image(image), (width, height))
     # Half precision in the VAE shows in the pixels.

@@ -19,6 +19,8 @@ def main(
     num_frames=121,
     num_inference_steps=50,
 ):
+    if prompt == "--help":
+        sys.exit("python wan22_ti2v_5b_t2v.py [PROMPT]")
     # Half precision in the VAE shows in the pixels.
     pipe = WanPipeline.from_pretrained(model, dtype={"default": torch.bfloat16, "vae": torch.float32})
     pipe.enable_model_cpu_offload()

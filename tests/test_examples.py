@@ -129,6 +129,13 @@ def test_a_missing_file_is_asked_for_before_a_model_is_loaded(name, monkeypatch)
         main_of(name)(*needed[1:])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_help_is_no_prompt_and_no_file(name, monkeypatch):
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *given: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit, match=rf"python {name}\.py [A-Z ]*\[PROMPT\]$"):
+        main_of(name)("--help")
+
+
 def test_the_command_asks_in_one_line(tmp_path):
     command = [sys.executable, str(EXAMPLES / "wan21_i2v.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
