@@ -59,6 +59,16 @@ def test_what_is_missing_is_made_and_then_there_is_nothing_to_do(batch, tmp_path
     assert counts == Counts(4, 4, 0, 0) and idle.starts == 0
 
 
+def test_of_many_faulty_lines_the_first_are_told_and_the_others_counted(batch, tmp_path):
+    counts, watcher = batch(["broken"] * 4 + [{"prompt": "a"}, *["broken"] * 3], FakeWorker())
+    assert counts == Counts(8, 0, 1, 7) and [fault[:13] for fault in watcher.faults[:5]] == [
+        f"line {number} failed" for number in (1, 2, 3, 4, 6)
+    ]
+    noted = tmp_path / "out" / manifest.NAME
+    assert watcher.faults[5:] == [f"2 more lines failed: {noted} says why"]
+    assert noted.read_text().count("not valid JSON") == 7
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_batch_in_one_line(batch):
     worker = FakeWorker()
     worker.fault = "x/y is no diffusers model folder or hub id"

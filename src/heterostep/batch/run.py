@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Seconds between two looks at the running videos.
 LOOK_EVERY = 0.5
+# Faulty lines that are told of one by one.
+MOST_TOLD = 5
 
 
 @dataclasses.dataclass
@@ -78,7 +80,8 @@ def _missing(lines: Lines, manifest: Manifest, counts: Counts, watcher: Watcher)
     def fail(number: int, key: str | None, message: str) -> None:
         counts.failed += 1
         manifest.fail(number, key, message)
-        watcher.say(f"line {number} failed: {message}", fault=True)
+        if counts.failed <= MOST_TOLD:
+            watcher.say(f"line {number} failed: {message}", fault=True)
 
     for bad in lines.bad:
         fail(bad.number, None, bad.message)
@@ -90,6 +93,8 @@ def _missing(lines: Lines, manifest: Manifest, counts: Counts, watcher: Watcher)
                 missing.append(line)
         except HeterostepError as error:
             fail(line.number, line.key, str(error))
+    if (more := counts.failed - MOST_TOLD) > 0:
+        watcher.say(f"{more} more line{'s' * (more > 1)} failed: {manifest.path} says why", fault=True)
     if counts.before:
         watcher.say(f"{counts.before} of {counts.all} were made before")
     return missing
