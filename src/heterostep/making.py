@@ -184,7 +184,7 @@ def check_known_sizes(model: str | None, height: int | None, width: int | None, 
     """Check that a model makes videos of this size, as far as its configuration tells: no weights are loaded.
 
     Args:
-        model: as `load` takes it; of hub ids those are known that `heterostep.configs` has.
+        model: as `load` takes it, or a name of `heterostep.configs`; of hub ids those are known that it has.
         height, width, num_frames: pixels and frames; None is the model's.
 
     Raises:

@@ -271,6 +271,9 @@ def test_the_second_expert_has_a_guidance_of_its_own(tmp_path, monkeypatch, caps
         assert cli.main([*arguments, "--guidance", "5", *more, "--out", f"{name}.mp4"]) == 0
         clips[name] = Path(f"{name}.mp4").read_bytes()
     assert clips["same"] == clips["given"] != clips["other"]
+    capsys.readouterr()
+    assert cli.main([*arguments[:-1], "--guidance", "1", "--guidance-2", "2"]) == 0
+    assert "note: --guidance-2 has no effect, for --guidance is not above 1" in capsys.readouterr().err
     small_pipeline().save_pretrained("one")
     line = only_line(fails(capsys, "--model", "one", "--guidance-2", "3"))
     assert line.strip() == "heterostep: one has no second expert: leave out --guidance-2"
@@ -442,6 +445,13 @@ def test_dense_goes_with_nothing_that_skips(no_model, capsys, option):
         ([], "Missing command; see heterostep --help"),
         (["draw"], "No such command 'draw'; see heterostep --help"),
         (["generate"], "Missing argument 'prompt'; see heterostep generate --help"),
+        (["generate", "x", "--frames", "1.5"], "--frames must be a whole number, not '1.5'; see heterostep generate"),
+        (["generate", "x", "--frames", "0"], "heterostep: --frames must be at least 1, not 0; see heterostep generate"),
+        (["generate", "x", "--frames", "9" * 5000], "heterostep: --frames must be a smaller number, not '999"),
+        (["generate", "x", "--steps", "20000"], "heterostep: --steps must be at most 10,000, not 20000; see"),
+        (["generate", "x", "--sparse-share", "2"], "heterostep: --sparse-share must be at most 1, not 2; see"),
+        (["batch", "x", "--out", "y", "--runtime", "half"], "heterostep: --runtime must be a number, not 'half'; see"),
+        (["serve", "--keep-hours", "0"], "heterostep: --keep-hours must be at least 0.01, not 0; see heterostep serve"),
         (["generate", ""], "the prompt is empty: say what the video should show"),
         (["generate", " \n"], "the prompt is empty"),
         (

@@ -94,10 +94,16 @@ def test_an_option_goes_on_working_under_its_old_name(capsys):
 
 def test_plan_says_what_does_not_fit(capsys):
     out, _ = works(capsys, *PLAN, "--vram", "6", "--policy", "hsa", code=1)
-    assert "chosen       nothing fits" in out and "--offload model, or leave out --sparse-share and --policy" in out
+    assert "chosen       nothing fits" in out
+    assert "give plan and generate --offload model, or leave out --sparse-share and --policy" in out
     assert {row[-1] for row in rows(out, STORES)} == {"no"}
     out, _ = works(capsys, *PLAN, "--vram", "6", code=1)
-    assert "run's peak   " in out and "this does not fit: make a smaller" in out and "chosen" not in out
+    less = "make a smaller or shorter video"
+    assert f"this does not fit: {less}, or give plan and generate --offload model\n" in out and "chosen" not in out
+    out, _ = works(capsys, *PLAN, "--vram", "1", "--offload", "model", code=1)
+    assert f"this does not fit: {less}, or generate with --offload sequential\n" in out
+    out, _ = works(capsys, *PLAN, "--vram", "1", "--gpus", "2", code=1)
+    assert f"this does not fit: {less}\n" in out
     sparse = ["--kv-store", "fp8", "--share", "0.55", "--sparse-share", "0.2"]
     out, _ = works(capsys, *PLAN, "--vram", "6", *sparse, code=1)
     assert "chosen       fp8: peak" in out and "this does not fit" in out and "share 0.55" in out
@@ -169,7 +175,7 @@ def test_the_known_models_are_listed(capsys):
         ([*PLAN, "--sparse-share", "2"], "--sparse-share"),
         ([*PLAN, "--steps", "0"], "--steps"),
         ([*PLAN, "--height", "0"], "--height"),
-        ([*PLAN, "--height", "100"], "divisible by 16"),
+        ([*PLAN, "--height", "100"], "heterostep: --height must be a multiple of 16 for this model, not 100"),
         ([*PLAN, "--image-to-video"], "does not take a first frame"),
         ([*PLAN, "--guidance", "nan"], "guidance"),
         ([*PLAN, "--dtype", "int3"], "--dtype"),
@@ -179,6 +185,21 @@ def test_the_known_models_are_listed(capsys):
 )
 def test_plan_used_wrongly(capsys, arguments, message):
     assert message in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frames", "10"], "--frames must be a multiple of 4 plus 1 for this model, such as 9, not 10"),
+        (["--height", "100"], "--height must be a multiple of 16 for this model, not 100"),
+        (["--width", "20000"], "--width can be 1024 at the most for this model, not 20000"),
+    ],
+)
+def test_what_generate_refuses_is_refused_alike(capsys, monkeypatch, arguments, message):
+    for module in ("heterostep.planning.plan.dry_run", "heterostep.bench.dry_run"):
+        monkeypatch.setattr(module, lambda *args, **options: pytest.fail("it went on"))
+    for command in (["generate", "a cat", "--model"], ["plan", "--model"], ["bench", "--config"]):
+        assert fails(capsys, *command, "model", *arguments) == f"heterostep: {message}\n"
 
 
 def test_bench_shows_tables_and_one_line_of_json(capsys):
@@ -251,7 +272,6 @@ def test_out_of_memory_in_a_bench_is_one_line(capsys, monkeypatch):
         ([*BENCH, "--layers", "4"], "model has 3 layers, not 4"),
         ([*BENCH, "--layers", "0"], "--layers"),
         ([*BENCH, "--repeats", "0"], "--repeats"),
-        ([*BENCH, "--height", "100"], "divisible by 16"),
         ([*BENCH, "--device", "abacus"], "unknown device"),
         ([*BENCH, "--json", "nowhere/result.json"], "there is no folder nowhere"),
         ([*BENCH, "--json", "result.txt"], ".json"),

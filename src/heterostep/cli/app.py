@@ -96,9 +96,30 @@ def _by_option(error: HeterostepError) -> str:
 
 def _told(error: typer.TyperException) -> str:
     """A fault of the command line, and where to read more."""
-    message = first_line(Exception(error.format_message())).replace("Value error, ", "").removesuffix(".")
+    message = _number_fault(error) or first_line(Exception(error.format_message()))
+    message = message.replace("Value error, ", "").removesuffix(".")
     context = getattr(error, "ctx", None)
     return message if context is None else f"{message}; see {context.command_path} --help"
+
+
+# Of pydantic, by which typer checks numbers, its kinds of faults in the words of the others.
+NUMBER_FAULTS = {
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller number",
+    "float_parsing": "a number",
+    "greater_than_equal": "at least {ge:,}",
+    "less_than_equal": "at most {le:,}",
+}
+
+
+def _number_fault(error: Any) -> str | None:
+    """What is wrong with an option's number; None where the fault is another."""
+    for fault in getattr(error.__cause__, "errors", list)():
+        if rule := NUMBER_FAULTS.get(fault["type"]):
+            bounds, given = fault.get("ctx", {}), fault["input"][:20]
+            rule = rule.format(**bounds).removesuffix(".0")
+            return f"{error.param.opts[0]} must be {rule}, not {given if bounds else repr(given)}"
+    return None
 
 
 def _fail(message: str, code: int) -> int:

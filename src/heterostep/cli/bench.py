@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import filesize
 
+from heterostep import making
 from heterostep.cli.options import (
     DEVICE_HELP,
     DTYPE_HELP,
@@ -24,7 +25,6 @@ from heterostep.cli.options import (
 from heterostep.devices import Dtype, precision_of
 from heterostep.errors import HeterostepError, first_line
 from heterostep.files import replacing, writing
-from heterostep.making import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +62,7 @@ def bench(
         wanted = tuple(float(part) for part in shares.split(","))
     except ValueError as error:
         raise HeterostepError(f"--shares expects numbers, as in 0.5,0.25, not {shares!r}") from error
+    making.check_known_sizes(config, height, width, frames)
     start_ranks(gpus, device, context.obj)
     quiet = quiet or not is_seen(gpus)
     from heterostep.bench import Size
@@ -126,7 +127,7 @@ def _backend_runs(name: str | None, device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if name is None or device.type == "cuda" or is_out_of_memory(error):
+        if name is None or device.type == "cuda" or making.is_out_of_memory(error):
             raise
         raise HeterostepError(
             f"a call with the attention backend {name} failed on {device.type}: leave out --attention-backend, or use "

@@ -181,6 +181,8 @@ def generate(
         options, fps = making.call_options(pipe, defaults, asked, picture)
         if guidance_2 is not None:
             options["guidance_scale_2"] = guidance_2
+            if not quiet and options["guidance_scale"] <= 1:
+                typer.echo("note: --guidance-2 has no effect, for --guidance is not above 1", err=True)
         if not quiet and making.ignores_negative(pipe, options):
             typer.echo("note: --negative has no effect, for this run has no guidance by a negative prompt", err=True)
         with making.memory_advice(

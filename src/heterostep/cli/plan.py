@@ -76,6 +76,7 @@ def plan(
     config = HSAConfig(
         runtime=runtime, share=share, policy=policy, sparse_share=sparse_share, kv_store=kv_store, vram=vram
     )  # fmt: skip
+    making.check_known_sizes(model, height, width, frames)
     from heterostep.planning.plan import plan as make_plan
 
     with silence():
@@ -96,21 +97,20 @@ def plan(
     if as_json:
         typer.echo(made.to_json())
     else:
-        _show_plan(made, config, frames, offload)
+        _show_plan(made, config, offload)
     if made.chosen is None or made.chosen.fits is False:
         raise typer.Exit(1)
 
 
-def _show_plan(made: Plan, config: HSAConfig, asked: int | None, offload: str) -> None:
+def _show_plan(made: Plan, config: HSAConfig, offload: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     dial = f"runtime {config.runtime:g}" if config.runtime is not None else f"share {config.target:g}"
     grid = " x ".join(map(str, made.grid))
-    rounded = "" if asked in (None, made.num_frames) else f" (for {asked}, which the model does not make)"
     lines = {
         "model": f"{made.model} ({made.pipeline}{', from a first frame' if made.from_frames else ''})",
-        "video": f"{made.height} x {made.width}, {made.num_frames} frames{rounded}: {made.tokens:,} tokens "
+        "video": f"{made.height} x {made.width}, {made.num_frames} frames: {made.tokens:,} tokens "
         f"({grid}), {made.calls} transformer calls a step",
         "steps": f"{len(made.active_share)}; {dial}: {made.share:.3f} of the dense token evaluations",
         "at first": made.evaluated,
@@ -142,16 +142,20 @@ def _show_plan(made: Plan, config: HSAConfig, asked: int | None, offload: str) -
         typer.echo(f"K and V      none are kept: a step evaluates all tokens or none{unused}")
     if made.limit_bytes is not None:
         typer.echo(f"may use      {filesize.decimal(made.limit_bytes)} of the device, a margin left")
-    less = "give --offload model" if offload == "none" else "generate with --offload sequential"
+    smaller = ["make a smaller or shorter video"]
+    # `generate` has both for one GPU.
+    if made.gpus == 1:
+        smaller.append(
+            "give plan and generate --offload model" if offload == "none" else "generate with --offload sequential"
+        )
     if made.chosen is None:
         least = min(made.stores, key=lambda store: store.peak_bytes)
         typer.echo(
-            f"chosen       nothing fits: {least.store} needs {filesize.decimal(least.peak_bytes)}; make a smaller or "
-            f"shorter video, {less}, or leave out --sparse-share and --policy"
+            f"chosen       nothing fits: {least.store} needs {filesize.decimal(least.peak_bytes)}; "
+            f"{', '.join(smaller)}, or leave out --sparse-share and --policy"
         )
         return
     host = f", {filesize.decimal(made.chosen.host_bytes)} in host memory" if made.chosen.host_bytes else ""
-    smaller = f"; this does not fit: make a smaller or shorter video, or {less}"
-    fits = smaller if made.chosen.fits is False else ""
+    fits = f"; this does not fit: {', or '.join(smaller)}" if made.chosen.fits is False else ""
     peak = f"{filesize.decimal(made.chosen.peak_bytes)}{host}{fits}"
     typer.echo(f"chosen       {made.chosen.store}: peak {peak}" if keeps else f"run's peak   {peak}")
