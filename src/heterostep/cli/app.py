@@ -41,6 +41,14 @@ def _app(
 
 # Options that had other names; these go on working for one version.
 RENAMED = {"--between": "--sparse-share"}
+# What a number must be, by the kinds of faults that pydantic names: typer checks numbers with it.
+NUMBER_FAULTS = {
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller number",
+    "float_parsing": "a number",
+    "greater_than_equal": "at least {ge:,}",
+    "less_than_equal": "at most {le:,}",
+}
 
 
 def _renamed(arguments: Sequence[str]) -> list[str]:
@@ -100,16 +108,6 @@ def _told(error: typer.TyperException) -> str:
     message = message.replace("Value error, ", "").removesuffix(".")
     context = getattr(error, "ctx", None)
     return message if context is None else f"{message}; see {context.command_path} --help"
-
-
-# Of pydantic, by which typer checks numbers, its kinds of faults in the words of the others.
-NUMBER_FAULTS = {
-    "int_parsing": "a whole number",
-    "int_parsing_size": "a smaller number",
-    "float_parsing": "a number",
-    "greater_than_equal": "at least {ge:,}",
-    "less_than_equal": "at most {le:,}",
-}
 
 
 def _number_fault(error: Any) -> str | None:

@@ -143,11 +143,10 @@ def _show_plan(made: Plan, config: HSAConfig, offload: str) -> None:
     if made.limit_bytes is not None:
         typer.echo(f"may use      {filesize.decimal(made.limit_bytes)} of the device, a margin left")
     smaller = ["make a smaller or shorter video"]
-    # `generate` has both for one GPU.
+    # `generate` takes --offload for one GPU only.
     if made.gpus == 1:
-        smaller.append(
-            "give plan and generate --offload model" if offload == "none" else "generate with --offload sequential"
-        )
+        more = "give plan and generate --offload model" if offload == "none" else "generate with --offload sequential"
+        smaller.append(more)
     if made.chosen is None:
         least = min(made.stores, key=lambda store: store.peak_bytes)
         typer.echo(
