@@ -25,7 +25,6 @@ def load(folder: Path, image_to_video: bool, device: str):
         pipe = WanImageToVideoPipeline(
             **parts, image_encoder=None, image_processor=None, transformer_2=None, expand_timesteps=True
         )
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
